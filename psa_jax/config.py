@@ -1,0 +1,278 @@
+"""Typed configuration: frozen dataclasses and the checks at their edge.
+
+A recipe in `configs/` returns an `ml_collections.ConfigDict` that names only
+what differs from the defaults below. `from_config_dict` turns it into the
+frozen tree that the library takes; an unknown key, a wrong type or an
+impossible value raises `ConfigError` with one line that names the mend.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+  """A mistake in a recipe or an override; the text is the whole message."""
+
+
+def runtime(default):
+  """A field that may change when a run is resumed (run length, logging)."""
+  return field(default=default, metadata={'runtime': True})
+
+
+def choice(default, *options):
+  """A string field restricted to `options`."""
+  return field(default=default, metadata={'options': options})
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+  """A value as a function of the optimiser step (see `schedules.py`).
+
+  Attributes:
+    kind: shape of the curve between `init` and `final`.
+    init: value up to and including step `begin`.
+    final: value from step `begin + length` on.
+    begin: last step with the value `init`.
+    length: steps that the change takes; 0 with a non-constant kind is a jump.
+    boundaries, values: for `piecewise`: `values[i]` holds from step
+      `boundaries[i - 1]` (inclusive) to `boundaries[i]` (exclusive).
+  """
+
+  kind: str = choice(
+    'constant',
+    'constant',
+    'linear',
+    'cosine',
+    'exponential',
+    'cubic',
+    'piecewise',
+  )
+  init: float = 1.0
+  final: float = 1.0
+  begin: int = 0
+  length: int = 0
+  boundaries: tuple[int, ...] = ()
+  values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how windows are cut from it.
+
+  Attributes:
+    source: `sotu`, `stdlib`, `tfds:<name>[/config]` or `files:<glob>`.
+    data_dir: folder of prepared data sets; empty means
+      `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
+    text_key: feature that holds the text of a `tfds:` record.
+    tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
+    cut_documents: no attention across document boundaries.
+  """
+
+  source: str = 'sotu'
+  data_dir: str = runtime('')
+  text_key: str = 'text'
+  tokenizer: str = 'bytes'
+  cut_documents: bool = False
+
+
+@dataclass(frozen=True)
+class NormConfig:
+  """Which normalisation, and how PRepBN moves (MECHANISMS section 2).
+
+  Attributes:
+    kind: which normalisation every layer uses.
+    eps: added to the variance.
+    momentum: weight of the old running statistics, as in Flax.
+    warmup_steps: optimiser steps of pure base norm (gamma = 1) first.
+    decay_steps: optimiser steps over which gamma falls from 1 to 0 (`T`).
+    statistics: `batch` normalises by the batch in training (in a causal model
+      this leaks a little of the future); `running` normalises by the running
+      statistics, which the batch only updates.
+    base: the norm that PRepBN starts from.
+    scale_init, eta_init: initial batch-norm scale and RepBN eta (decoder LM:
+      0 and 0; vision: 1 and 1).
+  """
+
+  kind: str = choice(
+    'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn'
+  )
+  eps: float = 1e-5
+  momentum: float = 0.9
+  warmup_steps: int = 0
+  decay_steps: int = 1000
+  statistics: str = choice('batch', 'batch', 'running')
+  base: str = choice('rmsnorm', 'rmsnorm', 'layernorm')
+  scale_init: float = 0.0
+  eta_init: float = 0.0
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+  """Dense causal attention; nothing to set."""
+
+
+@dataclass(frozen=True)
+class PsaConfig:
+  """Progressive sparse attention (MECHANISMS section 3).
+
+  Attributes:
+    block_q: queries that share one block list (1 is per token).
+    block_k: keys per block.
+    window: tokens before each query that are always read.
+    sink_blocks: first blocks of the sequence that are always read.
+    budget: `ratio` keeps `keep(step)` of the causally visible blocks;
+      `mass` keeps the smallest set whose estimated softmax mass reaches
+      `mass(step)`.
+    keep, mass: the schedules of the two budgets, in (0, 1].
+    scoring: `mean` pools keys by their mean; `bounds` by their minimum and
+      maximum per channel (Quest), which makes the mass rule a guarantee.
+    max_blocks: width M of the block list; 0 means as many blocks as the
+      sequence has.
+    eval_keep: keep ratio (or mass) used outside training; 0 means the
+      schedule's value at the step being evaluated.
+  """
+
+  block_q: int = 128
+  block_k: int = 64
+  window: int = 512
+  sink_blocks: int = 1
+  budget: str = choice('ratio', 'ratio', 'mass')
+  keep: ScheduleConfig = ScheduleConfig()
+  mass: ScheduleConfig = ScheduleConfig()
+  scoring: str = choice('mean', 'mean', 'bounds')
+  max_blocks: int = 0
+  eval_keep: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+  """Which mechanism reads the keys; one sub-config per mechanism."""
+
+  name: str = choice('dense', 'dense', 'psa')
+  implementation: str = choice('auto', 'auto', 'reference', 'xla')
+  dense: DenseConfig = DenseConfig()
+  psa: PsaConfig = PsaConfig()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only Transformer.
+
+  Attributes:
+    kind: architecture.
+    vocab_size: 0 means the tokenizer's.
+    head_dim: width of one head; 0 means d_model // num_heads.
+    remat: `none`; `full` recomputes everything in the backward pass;
+      `attention` keeps attention's outputs and recomputes the rest.
+    compute_dtype: dtype of matrix products; softmax, norms and
+      accumulations stay f32.
+  """
+
+  kind: str = choice('decoder_lm', 'decoder_lm')
+  num_layers: int = 2
+  d_model: int = 128
+  num_heads: int = 2
+  num_kv_heads: int = 1
+  head_dim: int = 0
+  mlp_dim: int = 384
+  vocab_size: int = 0
+  rope_theta: float = 500_000.0
+  norm: NormConfig = NormConfig()
+  attention: AttentionConfig = AttentionConfig()
+  compute_dtype: str = choice('float32', 'float32', 'bfloat16')
+  param_dtype: str = choice('float32', 'float32', 'bfloat16')
+  remat: str = choice('none', 'none', 'full', 'attention')
+  scan_layers: bool = True
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with warm-up and cosine decay; steps count optimiser updates.
+
+  Attributes:
+    decay_steps: step at which the cosine ends; 0 means the run's length.
+    final_lr_ratio: learning rate at the end as a share of `learning_rate`.
+    weight_decay: decoupled; matrices only (no vectors or scalars).
+    clip_norm: global gradient norm limit; 0 turns clipping off.
+    accumulate: micro-batches per optimiser step; divides every batch size.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 20
+  decay_steps: int = 0
+  final_lr_ratio: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  """The run's length: stages of a context-length curriculum.
+
+  `steps`, `seq_len` and `batch_size` have one entry a stage; each stage is
+  compiled once. `loss_chunk` bounds the logits that exist at a time.
+  """
+
+  steps: tuple[int, ...] = runtime((100,))
+  seq_len: tuple[int, ...] = (1024,)
+  batch_size: tuple[int, ...] = (8,)
+  loss_chunk: int = 8192
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+  """Validation: every `every` steps (0: only at the end), `windows` windows.
+
+  `dense` adds a final evaluation with dense attention. The context length is
+  the last stage's unless `seq_len` is set.
+  """
+
+  every: int = runtime(0)
+  windows: int = runtime(4)
+  seq_len: int = runtime(0)
+  dense: bool = runtime(True)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+  """How often to save (optimiser steps; 0: only at the end), how many stay."""
+
+  every: int = runtime(50)
+  keep: int = runtime(2)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """Devices per mesh axis; -1 takes what is left. The first axis is data."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclass(frozen=True)
+class LogConfig:
+  """What is shown: a line and a metrics row every `every` steps."""
+
+  every: int = runtime(1)
+  tensorboard: bool = runtime(True)
+
+
+@dataclass(frozen=True)
+class Config:
+  """The whole run."""
+
+  name: str = 'lm'
+  seed: int = 0
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
+  log: LogConfig = LogConfig()
