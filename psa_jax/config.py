@@ -1,17 +1,27 @@
 """Typed configuration: frozen dataclasses and the checks at their edge.
 
 A recipe in `configs/` returns an `ml_collections.ConfigDict` that names only
-what differs from the defaults below. `from_config_dict` turns it into the
-frozen tree that the library takes; an unknown key, a wrong type or an
-impossible value raises `ConfigError` with one line that names the mend.
+what differs from the defaults below. `config_dict.py` turns it into the frozen
+tree that the library takes; an unknown key, a wrong type or an impossible
+value (`validate.py`) raises `ConfigError` with one line that names the mend.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 
 
 class ConfigError(ValueError):
-  """A mistake in a recipe or an override; the text is the whole message."""
+  """A request that is refused before anything runs: a key, a value, a flag.
+
+  The text is one line and the whole message; the command line exits with 2.
+  """
+
+
+class RunError(RuntimeError):
+  """A run that cannot go on for a reason outside the program.
+
+  A checkpoint that cannot be read, a full disk, a loss that is not finite. The
+  text is one line and the whole message; the command line exits with 1.
+  """
 
 
 def runtime(default):
@@ -141,7 +151,7 @@ class PsaConfig:
   mass: ScheduleConfig = ScheduleConfig()
   scoring: str = choice('mean', 'mean', 'bounds')
   max_blocks: int = 0
-  eval_keep: float = 0.0
+  eval_keep: float = runtime(0.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Trains or evaluates the model that a recipe describes.
+
+  python launch.py --config=configs/lm_64k.py
+  python launch.py --config=configs/lm_64k.py:quick --workdir=runs/try
+  python launch.py --config=configs/lm_64k.py --config.train.steps=300,80,100
+  python launch.py --config=configs/lm_64k.py:quick --print_config
+  python launch.py --config=configs/lm_64k.py --mode=eval
+
+The same command again goes on where the run in its work directory stopped.
+Exit codes: 0 done, or stopped by a signal and saved; 1 the run failed; 2 the
+command was refused and nothing ran.
+"""
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from psa_jax import config_dict, recipe, workdir
+from psa_jax.config import ConfigError, RunError
+
+_FLAGS = (
+  flags.DEFINE_string(
+    'config', None, 'Recipe, file.py[:arg]; --config.a.b=v overrides a key.'
+  ),
+  flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; default runs/<recipe>[_<arg>].'
+  ),
+  flags.DEFINE_enum(
+    'mode', 'train', ['train', 'eval'], 'train, or eval of the last checkpoint.'
+  ),
+  flags.DEFINE_bool(
+    'print_config', False, 'Print the resolved configuration and stop.'
+  ),
+  flags.DEFINE_bool(
+    'allow_config_change',
+    False,
+    'Resume although the configuration or the data is not the one the run '
+    'began with.',
+  ),
+)
+_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS
+_HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
+_OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
+# A full or read-only disk is not a bug, so it gets no traceback either.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs one command line; returns the exit code."""
+  try:
+    if any(word in _HELP for word in argv[1:]):
+      print(_help())
+      return 0
+    return _run(argv)
+  except ConfigError as e:
+    return _report(e, 2)
+  except RunError as e:
+    return _report(e, 1)
+  except OSError as e:
+    if e.errno not in _DISK:
+      raise
+    return _report(e, 1)
+  except KeyboardInterrupt:
+    return _report('interrupted', 130)
+
+
+def _run(argv: Sequence[str]) -> int:
+  overrides = _parse(argv)
+  if not _CONFIG.value:
+    raise ConfigError(
+      'no recipe; pass --config=file.py[:arg], '
+      'for example --config=configs/lm_64k.py'
+    )
+  config = recipe.load_recipe(_CONFIG.value, overrides)
+  if _PRINT_CONFIG.value:
+    print(json.dumps(config_dict.to_dict(config), indent=2))
+    return 0
+  directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
+  allow = _ALLOW_CONFIG_CHANGE.value
+  evaluating = _MODE.value == 'eval'
+  workdir.check(
+    directory, config, allow_config_change=allow, must_exist=evaluating
+  )
+  # JAX is imported only here: everything refused above is refused at once.
+  from psa_jax.train import loop
+
+  if evaluating:
+    loop.evaluate_checkpoint(config, directory)
+  else:
+    loop.train_and_evaluate(config, directory, allow_config_change=allow)
+  return 0
+
+
+def _parse(argv: Sequence[str]) -> list[tuple[str, str]]:
+  """Parses the flags; returns the overrides as (dotted path, text)."""
+  try:
+    words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=True)
+    words, overrides = split_overrides(words)
+    rest = flags.FLAGS([argv[0], *words])[1:]
+  except flags.UnrecognizedFlagError as e:
+    near = config_dict.nearest(e.flagname, [f.name for f in _FLAGS])
+    raise ConfigError(
+      f'unknown flag --{e.flagname}; did you mean --{near}? see --help'
+    ) from e
+  except flags.Error as e:
+    raise ConfigError(str(e)) from e
+  if rest:
+    hint = f'--config={rest[0]}' if '.py' in rest[0] else '--flag=value'
+    raise ConfigError(f'unexpected argument {rest[0]!r}; did you mean {hint}?')
+  logging.use_absl_handler()
+  return overrides
+
+
+def split_overrides(
+  argv: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.b` out.
+
+  Returns:
+    What is left of `argv`, and (dotted path, text) in the order given.
+
+  Raises:
+    ConfigError: an unknown key, no value, or `--no` for a key that is no bool.
+  """
+  left, overrides = [], []
+  words = iter(argv)
+  for word in words:
+    match = _OVERRIDE.fullmatch(word)
+    if not match:
+      left.append(word)
+      continue
+    negated, path, text = match.groups()
+    is_bool = config_dict.find_leaf(path).type is bool
+    if negated and (text is not None or not is_bool):
+      raise ConfigError(
+        f'--noconfig.{path}: --no is for a bool without a value; '
+        f'use --config.{path}=value'
+      )
+    if text is None and is_bool:
+      text = 'false' if negated else 'true'
+    elif text is None:
+      text = next(words, None)
+    if text is None:
+      raise ConfigError(f'--config.{path} needs a value: --config.{path}=value')
+    overrides.append((path, text))
+  return left, overrides
+
+
+def _help() -> str:
+  lines = [(__doc__ or '').strip(), '', 'Flags:']
+  lines += [f'  --{f.name}: {flags.FLAGS[f.name].help}' for f in _FLAGS]
+  lines += ['', 'Keys of the configuration and their defaults:']
+  for leaf in config_dict.leaves().values():
+    value = str(leaf.default).replace(' ', '')
+    options = f'   ({" | ".join(leaf.options)})' if leaf.options else ''
+    lines.append(f'  --config.{leaf.path}={value}{options}')
+  return '\n'.join(lines)
+
+
+def _report(error: object, code: int) -> int:
+  print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

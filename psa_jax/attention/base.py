@@ -1,0 +1,123 @@
+"""What an attention mechanism is, and the registry of all of them.
+
+A mechanism is a function of arrays
+
+    mechanism(q, k, v, *, config, step, segment_ids, train, implementation)
+      -> AttnOut
+
+that decides *which* keys a query reads (its own sub-config of
+`AttentionConfig` and the optimiser step say how much) and calls a kernel from
+`psa_jax/kernels` that reads only those. To add one: write a file here, add its
+sub-config to `AttentionConfig`, its name to the options of
+`AttentionConfig.name`, a line to `MECHANISMS`, and a row to the contract table
+in `tests/attention/test_contract.py`.
+"""
+
+import math
+from typing import Protocol
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from psa_jax.attention.dense import dense
+from psa_jax.attention.psa import psa
+from psa_jax.config import AttentionConfig, ConfigError
+from psa_jax.types import AttnOut, Scalar
+
+BATCH_AXES = ('data', 'fsdp')
+HEAD_AXIS = 'tensor'
+
+
+class Mechanism(Protocol):
+  """The call that every mechanism answers; see the module docstring."""
+
+  def __call__(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K Hv'],
+    *,
+    config: AttentionConfig,
+    step: Scalar,
+    segment_ids: Int[Array, 'B T'] | None,
+    train: bool,
+  ) -> AttnOut: ...
+
+
+MECHANISMS: dict[str, Mechanism] = {'dense': dense, 'psa': psa}
+
+
+def attend(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+  mechanism: str | None = None,
+) -> AttnOut:
+  """Causal self-attention by the configured mechanism.
+
+  Args:
+    q: queries, rotated already.
+    k: keys; S = T.
+    v: values.
+    config: names the mechanism and holds its settings.
+    step: optimiser step that the schedules are read at.
+    segment_ids: no attention between different ids, if given.
+    train: whether this is a training step; a mechanism may have its own
+      budget outside training.
+    mechanism: overrides `config.name` (evaluation with dense attention).
+
+  Returns:
+    The output and its f32 scalars. Under a mesh the mechanism runs inside
+    `shard_map`, batch rows over `data` and `fsdp`, heads over `tensor`, and
+    the scalars are means over the shards.
+
+  Raises:
+    ConfigError: an unknown mechanism, or heads that the mesh cannot split.
+  """
+  name = mechanism or config.name
+  if name not in MECHANISMS:
+    raise ConfigError(
+      f'unknown attention {name!r}; choose from {sorted(MECHANISMS)}'
+    )
+
+  def run(step, q, k, v, segment_ids=None):
+    return MECHANISMS[name](
+      q, k, v, config=config, step=step, segment_ids=segment_ids, train=train
+    )
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run(step, q, k, v, segment_ids)
+  return _sharded(run, mesh, step, q, k, v, segment_ids)
+
+
+def _sharded(run, mesh, step, q, k, v, segment_ids):
+  """`run` inside shard_map: every shard has whole rows and whole groups."""
+  heads = mesh.shape[HEAD_AXIS]
+  if k.shape[2] % heads:
+    raise ConfigError(
+      f'mesh.{HEAD_AXIS}={heads} does not divide {k.shape[2]} kv heads; lower '
+      f'mesh.{HEAD_AXIS} or raise model.num_kv_heads'
+    )
+  rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  batch = BATCH_AXES if q.shape[0] % rows == 0 else None
+
+  def local(*args):
+    out, aux = run(*args)
+    axes = (*BATCH_AXES, HEAD_AXIS)
+    return out, jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
+
+  spec = P(batch, None, HEAD_AXIS, None)
+  args, specs = [step, q, k, v], [P(), spec, spec, spec]
+  if segment_ids is not None:
+    args, specs = [*args, segment_ids], [*specs, P(batch, None)]
+  out, aux = jax.shard_map(
+    local, in_specs=tuple(specs), out_specs=(spec, P()), check_vma=False
+  )(*args)
+  return AttnOut(out, aux)

@@ -1,0 +1,31 @@
+"""Dense causal attention (`dense`): reads every visible key."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from psa_jax.config import AttentionConfig
+from psa_jax.kernels.dense import dense_attention
+from psa_jax.types import AttnOut, Scalar
+
+
+def dense(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar = 0,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+) -> AttnOut:
+  """Softmax attention over all visible keys; see `base.attend`."""
+  del step, train  # no schedule
+  out, _ = dense_attention(
+    q,
+    k,
+    v,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    implementation=config.implementation,
+  )
+  return AttnOut(out, {'density': jnp.float32(1)})

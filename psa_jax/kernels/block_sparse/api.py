@@ -1,0 +1,138 @@
+"""Attention that reads only the listed key blocks.
+
+The contract between *which* and *how fast* is a block list: for every batch
+row, kv head and tile of `block_q` queries, `block_ids` names key blocks (most
+important first, no duplicates) and `block_counts` says how many of them are
+read. Counts are traced, so they may change at every step without compiling
+again, and the work done is proportional to them.
+
+Not done here: choosing the blocks (see `psa_jax/attention`), and kernels
+written for one accelerator; `xla` is portable.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from psa_jax.kernels.block_sparse import reference, xla
+
+IMPLEMENTATIONS = {
+  'reference': reference.block_sparse_attention,
+  'xla': xla.block_sparse_attention,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """The static part of a call."""
+
+  block_q: int
+  block_k: int
+  causal: bool
+  window: int | None
+  q_offset: int
+  scale: float
+
+
+def block_sparse_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  block_ids: Int[Array, 'B K Tb M'],
+  block_counts: Int[Array, 'B K Tb'],
+  *,
+  block_q: int,
+  block_k: int,
+  causal: bool = True,
+  window: int | None = None,
+  q_segment_ids: Int[Array, 'B T'] | None = None,
+  kv_segment_ids: Int[Array, 'B S'] | None = None,
+  q_offset: int = 0,
+  scale: float | None = None,
+  implementation: str = 'auto',
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+  """Softmax attention over the keys of the listed blocks.
+
+  Args:
+    q: queries; query head `n` reads kv head `n // (N // K)`.
+    k: keys.
+    v: values; `Hv` may differ from `H`.
+    block_ids: per tile of queries, indices of key blocks in [0, ceil(S /
+      block_k)), without duplicates among the first `block_counts`. Entries
+      past the count may hold anything.
+    block_counts: how many entries of `block_ids` to read; traced.
+    block_q: queries that share one list; the last tile may be partial.
+    block_k: keys a block; the last block may be partial.
+    causal: a query at position `t + q_offset` reads keys at positions up to
+      its own.
+    window: on top of the list, a query reads only the `window` keys up to and
+      including its own position.
+    q_segment_ids: with `kv_segment_ids`, a query reads keys of its own
+      segment only.
+    kv_segment_ids: see `q_segment_ids`.
+    q_offset: position of the first query, for prefill in chunks.
+    scale: factor on the scores; None means H ** -0.5.
+    implementation: `reference`, `xla`, or `auto` for the platform's best.
+
+  Returns:
+    The output in the dtype of `v`, and the log-sum-exp of the scores that were
+    read (f32, or f64 for f64 inputs). A query that reads nothing gives 0 and
+    -inf. Softmax and accumulations are f32 whatever the inputs' dtype.
+
+  Raises:
+    ValueError: shapes that do not fit, naming both.
+  """
+  _check(q, k, v, block_ids, block_counts, block_q, block_k)
+  if (q_segment_ids is None) != (kv_segment_ids is None):
+    raise ValueError('give both q_segment_ids and kv_segment_ids, or neither')
+  if window is not None and (window < 1 or not causal):
+    raise ValueError(f'window={window} must be >= 1 and needs causal=True')
+  spec = Spec(
+    block_q,
+    block_k,
+    causal,
+    window,
+    q_offset,
+    float(q.shape[-1] ** -0.5 if scale is None else scale),
+  )
+  run = IMPLEMENTATIONS[resolve(implementation)]
+  segments = None
+  if q_segment_ids is not None:
+    segments = (q_segment_ids, kv_segment_ids)
+  ids = jax.lax.stop_gradient(block_ids.astype(jnp.int32))
+  counts = jax.lax.stop_gradient(block_counts.astype(jnp.int32))
+  return run(q, k, v, ids, counts, segments, spec=spec)
+
+
+def resolve(implementation: str) -> str:
+  """The implementation that runs for this name; `auto` takes the best."""
+  if implementation == 'auto':
+    return 'xla'
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'unknown implementation {implementation!r}; choose from '
+      f'{["auto", *IMPLEMENTATIONS]}'
+    )
+  return implementation
+
+
+def _check(q, k, v, ids, counts, block_q, block_k):
+  if block_q < 1 or block_k < 1:
+    raise ValueError(f'block_q={block_q} and block_k={block_k} must be >= 1')
+  if q.shape[-1] != k.shape[-1]:
+    raise ValueError(f'q {q.shape} and k {k.shape} differ in head width')
+  if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+    raise ValueError(f'q {q.shape}, k {k.shape} and v {v.shape} do not fit')
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(
+      f'{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads'
+    )
+  tiles = -(-q.shape[1] // block_q)
+  want = (q.shape[0], k.shape[2], tiles)
+  if ids.shape[:3] != want or counts.shape != want:
+    raise ValueError(
+      f'block_ids {ids.shape} and block_counts {counts.shape} must start with '
+      f'[B, K, ceil(T / block_q)] = {want}'
+    )

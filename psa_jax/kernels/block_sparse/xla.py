@@ -1,0 +1,189 @@
+"""Block-list attention in plain XLA: a loop over query tiles that gathers.
+
+Each step of the outer loop takes one tile of queries (the G heads of a kv
+head stacked as rows, so that they share the gathered keys), and walks its
+list in chunks with a dynamic trip count: work is proportional to the counts
+and nothing larger than one tile of scores exists. The softmax is the online
+one of FlashAttention (Dao et al. 2022, Alg. 1); the backward pass recomputes
+the probabilities from the log-sum-exp and adds into dk and dv block by block,
+in list order, so it is deterministic.
+
+One tile a step on purpose: on CPU, batching small products with vmap is an
+order of magnitude slower than this loop, which keeps both cores in GEMM.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from psa_jax.kernels.tiles import Tiles
+
+# Keys gathered at a time. Large enough for an efficient product, small enough
+# that a tile of scores stays in the second-level cache.
+CHUNK_KEYS = 768
+
+# Masked scores. Half of it is the initial row maximum, so that a row that has
+# read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
+MASKED = -1e30
+
+
+def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+  """See `api.block_sparse_attention`."""
+  return _attention(spec, q, k, v, ids, counts, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, ids, counts, segments):
+  return _forward(spec, q, k, v, ids, counts, segments)
+
+
+class _Lists(NamedTuple):
+  """What the tile loop reads besides q, k and v."""
+
+  ids: jax.Array  # [B * K * nq, chunks, chunk]
+  counts: jax.Array  # [B * K * nq]
+  q_seg: jax.Array | None  # [B * nq, block_q]
+  kv_seg: jax.Array | None  # [B * nk, block_k]
+
+
+def _pack_lists(tiles, ids, counts, segments):
+  chunk = max(1, min(CHUNK_KEYS // tiles.block_k, ids.shape[-1]))
+  counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
+  pad = -ids.shape[-1] % chunk
+  ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), [(0, 0)] * 3 + [(0, pad)])
+  ids = ids.reshape(len(counts), -1, chunk)
+  if segments is None:
+    return _Lists(ids, counts, None, None)
+  return _Lists(ids, counts, *tiles.pack_segments(*segments))
+
+
+def _chunk_mask(spec, tiles, lists, tile, c):
+  """[rows, chunk * block_k] bool: which query of the tile reads which key."""
+  ids = lists.ids[tile, c]
+  slot = c * ids.shape[0] + jnp.arange(ids.shape[0])
+  pos = ids[:, None] * spec.block_k + jnp.arange(spec.block_k)[None]
+  used = (slot < lists.counts[tile])[:, None] & (pos < tiles.S)
+  # A key that must not be read gets a position after every query.
+  far = jnp.iinfo(jnp.int32).max
+  pos = jnp.where(used, pos, far).reshape(1, -1)
+  t = tiles.q_positions(tile, spec.q_offset)[:, None]
+  mask = pos <= t if spec.causal else pos < far
+  if spec.window is not None:
+    mask = mask & (pos > t - spec.window)
+  if lists.q_seg is not None:
+    b = tile // (tiles.nq * tiles.K)
+    q_seg = tiles.q_segments(lists.q_seg, tile)
+    kv_seg = lists.kv_seg[b * tiles.nk + ids].reshape(1, -1)
+    mask = mask & (q_seg[:, None] == kv_seg)
+  return mask
+
+
+def _dot(equation, a, b, acc):
+  return jnp.einsum(equation, a, b, preferred_element_type=acc)
+
+
+def _trips(lists, tile):
+  chunk = lists.ids.shape[-1]
+  return (lists.counts[tile] + chunk - 1) // chunk
+
+
+def _forward(spec, q, k, v, ids, counts, segments):
+  acc = jnp.promote_types(q.dtype, jnp.float32)
+  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  lists = _pack_lists(tiles, ids, counts, segments)
+  qt = tiles.pack_q(q)
+  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+
+  def tile_out(tile):
+    base = (tile // tiles.nq) * tiles.nk
+
+    def step(c, carry):
+      o, m, l = carry
+      at = base + lists.ids[tile, c]
+      kc = kb[at].reshape(-1, kb.shape[-1])
+      vc = vb[at].reshape(-1, vb.shape[-1])
+      s = _dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
+      s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, MASKED)
+      m_new = jnp.maximum(m, s.max(-1))
+      p = jnp.exp(s - m_new[:, None])
+      old = jnp.exp(m - m_new)
+      pv = _dot('rs,sh->rh', p.astype(v.dtype), vc, acc)
+      return o * old[:, None] + pv, m_new, l * old + p.sum(-1)
+
+    init = (
+      jnp.zeros((tiles.rows, vb.shape[-1]), acc),
+      jnp.full((tiles.rows,), MASKED / 2, acc),
+      jnp.zeros((tiles.rows,), acc),
+    )
+    o, m, l = lax.fori_loop(0, _trips(lists, tile), step, init)
+    some = l > 0
+    l = jnp.where(some, l, 1)
+    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)
+    return (o / l[:, None]).astype(v.dtype), lse
+
+  out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
+  return tiles.unpack_q(out), tiles.unpack_q(lse)
+
+
+def _forward_rule(spec, q, k, v, ids, counts, segments):
+  out, lse = _forward(spec, q, k, v, ids, counts, segments)
+  # Named so that a rematerialisation policy can keep them: then the backward
+  # pass recomputes the projections but not the attention.
+  out = checkpoint_name(out, 'attn_out')
+  lse = checkpoint_name(lse, 'attn_lse')
+  return (out, lse), (q, k, v, ids, counts, segments, out, lse)
+
+
+def _backward_rule(spec, saved, grads):
+  q, k, v, ids, counts, segments, out, lse = saved
+  d_out, d_lse = grads
+  acc = lse.dtype
+  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  lists = _pack_lists(tiles, ids, counts, segments)
+  qt = tiles.pack_q(q)
+  dot_ = tiles.pack_q(d_out)
+  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  delta = (d_out.astype(acc) * out.astype(acc)).sum(-1) - d_lse
+  delta = tiles.pack_q(delta)
+  # A row that read nothing has lse = -inf: +inf turns its exp into 0.
+  lse = tiles.pack_q(jnp.where(lse == -jnp.inf, jnp.inf, lse))
+
+  def tile_grads(carry, tile):
+    base = (tile // tiles.nq) * tiles.nk
+    dk, dv = carry
+
+    def step(c, carry):
+      dq, dk, dv = carry
+      at = base + lists.ids[tile, c]
+      kc = kb[at].reshape(-1, kb.shape[-1])
+      vc = vb[at].reshape(-1, vb.shape[-1])
+      s = _dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
+      mask = _chunk_mask(spec, tiles, lists, tile, c)
+      p = jnp.where(mask, jnp.exp(s - lse[tile][:, None]), 0)
+      dp = _dot('rh,sh->rs', dot_[tile], vc, acc)
+      ds = (p * (dp - delta[tile][:, None])).astype(q.dtype)
+      dv_c = _dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+      dk_c = _dot('rs,rh->sh', ds, qt[tile], acc)
+      dq = dq + _dot('rs,sh->rh', ds, kc, acc)
+      dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
+      dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
+      return dq, dk, dv
+
+    dq = jnp.zeros((qt.shape[1], qt.shape[2]), acc)
+    trips = _trips(lists, tile)
+    dq, dk, dv = lax.fori_loop(0, trips, step, (dq, dk, dv))
+    return (dk, dv), (dq * spec.scale).astype(q.dtype)
+
+  init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
+  (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  dq = tiles.unpack_q(dq)
+  dk = tiles.unpack_k((dk * spec.scale).astype(k.dtype))
+  dv = tiles.unpack_k(dv.astype(v.dtype))
+  return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_forward_rule, _backward_rule)

@@ -1,0 +1,83 @@
+"""Dense softmax attention with the same arguments as the sparse kernels.
+
+Not done here: kernels for one accelerator; `xla` is portable.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from psa_jax.kernels.dense import reference, xla
+
+IMPLEMENTATIONS = {
+  'reference': reference.dense_attention,
+  'xla': xla.dense_attention,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """The static part of a call."""
+
+  causal: bool
+  q_offset: int
+  scale: float
+
+
+def dense_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  causal: bool = True,
+  q_segment_ids: Int[Array, 'B T'] | None = None,
+  kv_segment_ids: Int[Array, 'B S'] | None = None,
+  q_offset: int = 0,
+  scale: float | None = None,
+  implementation: str = 'auto',
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+  """Softmax attention over every visible key, in memory linear in T and S.
+
+  Args:
+    q: queries; query head `n` reads kv head `n // (N // K)`.
+    k: keys.
+    v: values; `Hv` may differ from `H`.
+    causal: a query at position `t + q_offset` reads keys at positions up to
+      its own.
+    q_segment_ids: with `kv_segment_ids`, a query reads keys of its own
+      segment only.
+    kv_segment_ids: see `q_segment_ids`.
+    q_offset: position of the first query.
+    scale: factor on the scores; None means H ** -0.5.
+    implementation: `reference` (quadratic memory), `xla`, or `auto`.
+
+  Returns:
+    The output in the dtype of `v` and the log-sum-exp of the scores (f32, or
+    f64 for f64 inputs). A query that sees nothing gives 0 and -inf.
+
+  Raises:
+    ValueError: shapes that do not fit, naming them.
+  """
+  if q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
+    raise ValueError(f'q {q.shape}, k {k.shape} and v {v.shape} do not fit')
+  if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
+    raise ValueError(
+      f'q {q.shape} and k {k.shape}: batch sizes must agree and query heads '
+      'must be a multiple of kv heads'
+    )
+  if (q_segment_ids is None) != (kv_segment_ids is None):
+    raise ValueError('give both q_segment_ids and kv_segment_ids, or neither')
+  if implementation != 'auto' and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'unknown implementation {implementation!r}; choose from '
+      f'{["auto", *IMPLEMENTATIONS]}'
+    )
+  run = IMPLEMENTATIONS['xla' if implementation == 'auto' else implementation]
+  segments = None
+  if q_segment_ids is not None:
+    segments = tuple(
+      jnp.asarray(x, jnp.int32) for x in (q_segment_ids, kv_segment_ids)
+    )
+  scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+  return run(q, k, v, segments, spec=Spec(causal, q_offset, scale))

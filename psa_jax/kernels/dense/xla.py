@@ -1,0 +1,160 @@
+"""Dense attention in plain XLA: FlashAttention's loops without a mask.
+
+Tiles below the diagonal are visible as a whole and pay for no mask; only the
+few on it do (all of them when segments are cut). See Dao et al. 2022 (Alg. 1)
+for the online softmax and the recomputation in the backward pass. Everything
+is a loop over tiles, so memory is linear in T and S.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from psa_jax.kernels.tiles import Tiles
+
+# Rows of a score tile over all G heads, and keys of one: a tile of f32 scores
+# of this size fits the second-level cache and is a large product.
+ROWS, KEYS, MIN_BLOCK_Q = 1024, 512, 128
+MASKED = -1e30  # half of it is the initial row maximum, as in block_sparse
+
+
+def dense_attention(q, k, v, segments, *, spec):
+  """See `api.dense_attention`."""
+  return _attention(spec, q, k, v, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, segments):
+  return _forward(spec, q, k, v, segments)
+
+
+def _tiles(q, k):
+  G = q.shape[2] // k.shape[2]
+  block_q = min(max(MIN_BLOCK_Q, ROWS // G), q.shape[1])
+  return Tiles.of(q, k, block_q, min(KEYS, k.shape[1]))
+
+
+def _ranges(spec, tiles, tile, segments):
+  """First key block that needs a mask, and first that is not visible."""
+  first = spec.q_offset + (tile % tiles.nq) * tiles.block_q
+  if spec.causal:
+    plain = (first + 1) // tiles.block_k
+    stop = (first + tiles.block_q - 1) // tiles.block_k + 1
+  else:
+    plain, stop = tiles.S // tiles.block_k, tiles.nk
+  plain = jnp.minimum(plain, tiles.S // tiles.block_k)
+  if segments is not None:
+    plain = 0
+  return plain, jnp.clip(stop, 0, tiles.nk)
+
+
+def _mask(spec, tiles, tile, j, segments):
+  """[rows, block_k] bool: which query of the tile reads which key."""
+  pos = j * tiles.block_k + jnp.arange(tiles.block_k)[None]
+  t = tiles.q_positions(tile, spec.q_offset)[:, None]
+  mask = pos < tiles.S
+  if spec.causal:
+    mask = mask & (pos <= t)
+  if segments is not None:
+    q_seg, kv_seg = segments
+    b = tile // (tiles.nq * tiles.K)
+    q_seg = tiles.q_segments(q_seg, tile)[:, None]
+    mask = mask & (q_seg == kv_seg[b * tiles.nk + j][None])
+  return mask
+
+
+def _dot(equation, a, b, acc):
+  return jnp.einsum(equation, a, b, preferred_element_type=acc)
+
+
+def _forward(spec, q, k, v, segments):
+  acc = jnp.promote_types(q.dtype, jnp.float32)
+  tiles = _tiles(q, k)
+  packed = None if segments is None else tiles.pack_segments(*segments)
+  qt, kb, vb = tiles.pack_q(q), tiles.pack_k(k), tiles.pack_k(v)
+
+  def tile_out(tile):
+    base = (tile // tiles.nq) * tiles.nk
+
+    def step(masked, j, carry):
+      o, m, l = carry
+      s = _dot('rh,sh->rs', qt[tile], kb[base + j], acc) * spec.scale
+      if masked:
+        s = jnp.where(_mask(spec, tiles, tile, j, packed), s, MASKED)
+      m_new = jnp.maximum(m, s.max(-1))
+      p = jnp.exp(s - m_new[:, None])
+      old = jnp.exp(m - m_new)
+      pv = _dot('rs,sh->rh', p.astype(v.dtype), vb[base + j], acc)
+      return o * old[:, None] + pv, m_new, l * old + p.sum(-1)
+
+    init = (
+      jnp.zeros((tiles.rows, vb.shape[-1]), acc),
+      jnp.full((tiles.rows,), MASKED / 2, acc),
+      jnp.zeros((tiles.rows,), acc),
+    )
+    plain, stop = _ranges(spec, tiles, tile, segments)
+    carry = lax.fori_loop(0, plain, functools.partial(step, False), init)
+    step_masked = functools.partial(step, True)
+    o, m, l = lax.fori_loop(plain, stop, step_masked, carry)
+    some = l > 0
+    l = jnp.where(some, l, 1)
+    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)
+    return (o / l[:, None]).astype(v.dtype), lse
+
+  out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
+  return tiles.unpack_q(out), tiles.unpack_q(lse)
+
+
+def _forward_rule(spec, q, k, v, segments):
+  out, lse = _forward(spec, q, k, v, segments)
+  out = checkpoint_name(out, 'attn_out')
+  lse = checkpoint_name(lse, 'attn_lse')
+  return (out, lse), (q, k, v, segments, out, lse)
+
+
+def _backward_rule(spec, saved, grads):
+  q, k, v, segments, out, lse = saved
+  d_out, d_lse = grads
+  acc = lse.dtype
+  tiles = _tiles(q, k)
+  packed = None if segments is None else tiles.pack_segments(*segments)
+  qt, dot_ = tiles.pack_q(q), tiles.pack_q(d_out)
+  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  delta = (d_out.astype(acc) * out.astype(acc)).sum(-1) - d_lse
+  delta = tiles.pack_q(delta)
+  lse = tiles.pack_q(jnp.where(lse == -jnp.inf, jnp.inf, lse))
+
+  def tile_grads(carry, tile):
+    base = (tile // tiles.nq) * tiles.nk
+
+    def step(masked, j, carry):
+      dq, dk, dv = carry
+      at = base + j
+      s = _dot('rh,sh->rs', qt[tile], kb[at], acc) * spec.scale
+      p = jnp.exp(s - lse[tile][:, None])
+      if masked:
+        p = jnp.where(_mask(spec, tiles, tile, j, packed), p, 0)
+      dp = _dot('rh,sh->rs', dot_[tile], vb[at], acc)
+      ds = (p * (dp - delta[tile][:, None])).astype(q.dtype)
+      dv = dv.at[at].add(_dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc))
+      dk = dk.at[at].add(_dot('rs,rh->sh', ds, qt[tile], acc))
+      return dq + _dot('rs,sh->rh', ds, kb[at], acc), dk, dv
+
+    dq = jnp.zeros((tiles.rows, q.shape[-1]), acc)
+    plain, stop = _ranges(spec, tiles, tile, segments)
+    carry = dq, *carry
+    carry = lax.fori_loop(0, plain, functools.partial(step, False), carry)
+    step_masked = functools.partial(step, True)
+    dq, dk, dv = lax.fori_loop(plain, stop, step_masked, carry)
+    return (dk, dv), (dq * spec.scale).astype(q.dtype)
+
+  init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
+  (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  dk = tiles.unpack_k((dk * spec.scale).astype(k.dtype))
+  return tiles.unpack_q(dq), dk, tiles.unpack_k(dv.astype(v.dtype)), None
+
+
+_attention.defvjp(_forward_rule, _backward_rule)

@@ -1,0 +1,116 @@
+"""Recipe files: `file.py[:arg]` plus overrides becomes a `Config`.
+
+A recipe is a Python file with `get_config(arg='')` that returns a `ConfigDict`
+of what differs from the defaults; a dict `ARGS` in it names the arguments that
+it takes. Whatever goes wrong in it is one line, `ConfigError`. Sweeps are not
+done here.
+"""
+
+import inspect
+import pathlib
+import traceback
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from psa_jax.config import Config, ConfigError
+from psa_jax.config_dict import from_config_dict, nearest
+
+
+def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+  """Loads `file.py[:arg]` and lays the overrides on what it returns.
+
+  Args:
+    spec: path of the recipe, and the argument of its `get_config`.
+    overrides: (dotted path, text of the value), the last of equal paths wins.
+
+  Returns:
+    The validated configuration.
+
+  Raises:
+    ConfigError: the file, its argument, a key or a value is wrong.
+  """
+  file, _, arg = spec.partition(':')
+  values = _call_get_config(file, _execute(file), arg)
+  return from_config_dict(values, overrides)
+
+
+def default_workdir(spec: str) -> pathlib.Path:
+  """`runs/<recipe>[_<arg>]`: the same command finds its run again."""
+  file, _, arg = spec.partition(':')
+  name = f'{pathlib.Path(file).stem}_{arg}' if arg else pathlib.Path(file).stem
+  return pathlib.Path('runs') / name.replace('/', '_')
+
+
+def _execute(file: str) -> types.ModuleType:
+  """Runs a recipe file; no byte code is cached, so an edit always counts."""
+  path = pathlib.Path(file)
+  try:
+    source = path.read_text(encoding='utf-8')
+  except FileNotFoundError:
+    raise ConfigError(_missing(path)) from None
+  except (OSError, UnicodeError) as e:
+    raise ConfigError(f'cannot read the recipe {file}: {e}') from e
+  module = types.ModuleType(path.stem)
+  module.__file__ = file
+  try:
+    exec(compile(source, file, 'exec'), module.__dict__)
+  except Exception as e:
+    raise _failed(file, e) from e
+  return module
+
+
+def _missing(path: pathlib.Path) -> str:
+  message = f'there is no recipe {path}'
+  folder = path.parent if path.parent.is_dir() else pathlib.Path('configs')
+  files = [str(p) for p in folder.glob('*.py')]
+  if not files:
+    return message
+  return f'{message}; did you mean {nearest(str(path), files)}?'
+
+
+def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
+  get_config = getattr(module, 'get_config', None)
+  if not callable(get_config):
+    raise ConfigError(f'the recipe {file} has no function get_config(arg)')
+  known = getattr(module, 'ARGS', None)
+  if known is not None and arg not in known:
+    raise ConfigError(_bad_arg(file, arg, list(known)))
+  words = (arg,) if arg else ()
+  try:
+    inspect.signature(get_config).bind(*words)
+  except TypeError as e:
+    raise ConfigError(f'get_config of {file}: {e}') from e
+  try:
+    values = get_config(*words)
+  except Exception as e:
+    raise _failed(file, e) from e
+  if not isinstance(values, ConfigDict | Mapping):
+    raise ConfigError(
+      f'get_config of {file} returned {type(values).__name__}; '
+      'it should return an ml_collections.ConfigDict'
+    )
+  return values
+
+
+def _bad_arg(file: str, arg: str, known: list[str]) -> str:
+  listed = ', '.join(f':{k}' if k else '(none)' for k in known)
+  if not arg:
+    return f'the recipe {file} needs an argument, {file}:arg; it takes {listed}'
+  return (
+    f'the recipe {file} has no argument :{arg}; did you mean '
+    f':{nearest(arg, known)}? it takes {listed}'
+  )
+
+
+def _failed(file: str, error: Exception) -> ConfigError:
+  """An exception raised inside a recipe as one line that names the place."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if f.filename == file]
+  if isinstance(error, SyntaxError) and error.filename == file:
+    lines.append(error.lineno)
+  place = f'{file} line {lines[-1]}' if lines else file
+  text = error.msg if isinstance(error, SyntaxError) else str(error)
+  return ConfigError(f'{place}: {type(error).__name__}: {text}')

@@ -1,0 +1,272 @@
+"""The record that every run keeps of itself in its work directory.
+
+  config.json         the resolved configuration
+  command.txt         each start: time, what changed, the exact command
+  environment.json    commit, Python, platform, packages of the last start
+  data_manifest.json  what identifies the training data
+
+`check` refuses a directory that cannot be used, or that holds a run with
+another configuration; it takes milliseconds and needs no JAX, so the command
+line calls it first. `record` checks again, then writes the four files. Metrics
+and checkpoints in the same directory belong to `train`.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from psa_jax import config_dict
+from psa_jax.config import Config, ConfigError, RunError
+
+CONFIG = 'config.json'
+COMMAND = 'command.txt'
+ENVIRONMENT = 'environment.json'
+MANIFEST = 'data_manifest.json'
+
+_MEND = 'take another --workdir, or pass --allow_config_change'
+
+
+def check(
+  workdir: str | os.PathLike,
+  config: Config,
+  *,
+  allow_config_change: bool = False,
+  must_exist: bool = False,
+) -> bool:
+  """Creates the directory and refuses what could not be run in it.
+
+  Args:
+    workdir: the directory of one run.
+    config: the configuration that is asked for.
+    allow_config_change: go on with keys that a resumed run should not change.
+    must_exist: there has to be a run already (evaluation).
+
+  Returns:
+    Whether the directory holds a run that would be resumed.
+
+  Raises:
+    ConfigError: the directory is a file, cannot be written, holds no run
+      although `must_exist`, or a run with another configuration.
+  """
+  path = pathlib.Path(workdir)
+  if must_exist and not (path / CONFIG).exists():
+    raise ConfigError(f'no run in {path}: there is no {CONFIG}; train first')
+  _make_writable(path)
+  changes = _config_changes(path, config)
+  if changes is None:
+    return False
+  if changes.other and not allow_config_change:
+    listed = _describe(changes.other, prefix='config.')
+    raise ConfigError(
+      f'{path} holds a run with another configuration: {listed}; {_MEND}'
+    )
+  return True
+
+
+def record(
+  workdir: str | os.PathLike,
+  config: Config,
+  *,
+  manifest: Mapping[str, Any],
+  devices: Sequence[str] = (),
+  command: Sequence[str] | None = None,
+  allow_config_change: bool = False,
+) -> bool:
+  """Checks the directory and the data, then writes the record of this start.
+
+  Args:
+    workdir: the directory of one run.
+    config: the resolved configuration.
+    manifest: JSON-able; only what identifies the data, because any difference
+      to the manifest of the run's first start is refused.
+    devices: names of the accelerators, for `environment.json`.
+    command: the command's words; the default is this process's own.
+    allow_config_change: go on with another configuration or other data.
+
+  Returns:
+    Whether the directory held a run before.
+
+  Raises:
+    ConfigError: as `check`, or the data is not what the run began with.
+    RunError: a file of the record cannot be read or written.
+  """
+  path = pathlib.Path(workdir)
+  resumed = check(path, config, allow_config_change=allow_config_change)
+  _check_manifest(path, manifest, allow_config_change)
+  changes = _config_changes(path, config)
+  environment = describe_environment(devices)
+  _append_command(path, command or sys.orig_argv, changes, environment)
+  write_json(path / CONFIG, config_dict.to_dict(config))
+  write_json(path / ENVIRONMENT, environment)
+  write_json(path / MANIFEST, manifest)
+  return resumed
+
+
+def describe_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
+  """What a result depends on besides the configuration and the data."""
+  packages = {
+    d.metadata['Name']: d.version
+    for d in metadata.distributions()
+    if d.metadata['Name']
+  }
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    'time': now.isoformat(timespec='seconds'),
+    'git': _git_state(),
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'cpu_count': os.cpu_count(),
+    'devices': list(devices),
+    'packages': dict(sorted(packages.items(), key=lambda p: p[0].lower())),
+  }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Replaces `path` in one step: a reader never sees half of it.
+
+  Raises:
+    RunError: the file cannot be written; the old one is still whole.
+  """
+  _write(path, json.dumps(value, indent=2) + '\n')
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'w', encoding='utf-8') as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  except OSError as e:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise RunError(f'cannot write {path}: {e.strerror}') from e
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """The object in `path`, or None where there is no such file."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return None
+  except OSError as e:
+    raise RunError(f'cannot read {path}: {e.strerror}') from e
+  except ValueError as e:
+    raise ConfigError(f'{path} is not JSON: {e}; mend or delete it') from e
+  if not isinstance(value, dict):
+    raise ConfigError(f'{path} is not a JSON object; mend or delete it')
+  return value
+
+
+def _make_writable(path: pathlib.Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+  except (FileExistsError, NotADirectoryError) as e:
+    raise ConfigError(
+      f'the work directory {path} is a file or lies under one; '
+      'choose another --workdir'
+    ) from e
+  except OSError as e:
+    raise ConfigError(
+      f'cannot write to the work directory {path}: {e.strerror}; '
+      'choose another --workdir'
+    ) from e
+
+
+def _config_changes(
+  path: pathlib.Path, config: Config
+) -> config_dict.Changes | None:
+  """From the run in `path` to `config`; None where there is no run."""
+  saved = _read_json(path / CONFIG)
+  return None if saved is None else config_dict.diff(saved, config)
+
+
+def _check_manifest(
+  path: pathlib.Path, manifest: Mapping[str, Any], allow: bool
+) -> None:
+  saved = _read_json(path / MANIFEST)
+  if saved is None or allow:
+    return
+  old = config_dict.flatten(saved)
+  new = config_dict.flatten(json.loads(json.dumps(manifest)))
+  changed = {
+    key: (old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  }
+  if changed:
+    raise ConfigError(
+      f'the data is not what the run in {path} began with: '
+      f'{_describe(changed)}; {_MEND}'
+    )
+
+
+def _append_command(
+  path: pathlib.Path,
+  command: Sequence[str],
+  changes: config_dict.Changes | None,
+  environment: Mapping[str, Any],
+) -> None:
+  target = path / COMMAND
+  try:
+    earlier = target.read_text(encoding='utf-8') if target.exists() else ''
+  except OSError as e:
+    raise RunError(f'cannot read {target}: {e.strerror}') from e
+  note = f'# {environment["time"]}'
+  if environment['git']:
+    dirty = ' (dirty)' if environment['git']['dirty'] else ''
+    note += f' at commit {environment["git"]["commit"]}{dirty}'
+  if changes is not None:
+    changed = changes.runtime | changes.other
+    note += f'; resumed{", " if changed else ""}{_describe(changed)}'
+  _write(target, f'{earlier}{note}\n{shlex.join(command)}\n')
+
+
+def _describe(changed: Mapping[str, tuple[Any, Any]], prefix: str = '') -> str:
+  """One clause a key, `key: old -> new`, long values shortened."""
+
+  def short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+  return ', '.join(
+    f'{prefix}{key}: {short(old)} -> {short(new)}'
+    for key, (old, new) in changed.items()
+  )
+
+
+def _git_state() -> dict[str, Any] | None:
+  """Commit of this source and whether tracked files differ from it.
+
+  None where the source is not tracked (an installed package may lie inside
+  somebody else's repository) or git cannot be asked.
+  """
+  here = pathlib.Path(__file__).resolve()
+
+  def git(*words: str) -> str:
+    return subprocess.run(
+      ('git', '--no-optional-locks', '-C', str(here.parent), *words),
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=20,
+    ).stdout.strip()
+
+  try:
+    git('ls-files', '--error-unmatch', here.name)
+    dirty = bool(git('status', '--porcelain', '--untracked-files=no'))
+    return {'commit': git('rev-parse', 'HEAD'), 'dirty': dirty}
+  except (OSError, subprocess.SubprocessError):
+    return None

@@ -1,0 +1,241 @@
+"""One table of mechanisms, one list of properties.
+
+A new mechanism is tested by adding a row to `ROWS`. The restricted setting
+must really restrict on these shapes, and the `open` one must switch every
+restriction off.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psa_jax.attention import base
+from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from tests import oracles
+
+B, T, N, K, H, HV = 2, 96, 4, 2, 16, 24
+
+
+def psa(keep=0.3, **kw):
+  cfg = dict(block_q=16, block_k=8, window=12, sink_blocks=1)
+  cfg |= dict(keep=ScheduleConfig(init=keep, final=keep))
+  return AttentionConfig(name='psa', psa=PsaConfig(**cfg | kw))
+
+
+def psa_mass(mass=0.5, **kw):
+  schedule = ScheduleConfig(init=mass, final=mass)
+  return psa(budget='mass', mass=schedule, **kw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A mechanism: restricted, and with every restriction off."""
+
+  config: AttentionConfig
+  open: AttentionConfig
+  sparse: bool = True
+
+
+ROWS = {
+  'dense': Row(AttentionConfig(), AttentionConfig(), sparse=False),
+  'psa': Row(psa(), psa(keep=1.0)),
+  'psa per token': Row(psa(block_q=1), psa(keep=1.0, block_q=1)),
+  'psa mass': Row(psa_mass(), psa_mass(mass=1.0)),
+  'psa bounds': Row(
+    psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
+  ),
+}
+IMPLEMENTATIONS = ('reference', 'xla')
+every = pytest.mark.parametrize('name', list(ROWS))
+both = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+
+
+def arrays(seed=0, t=T, dtype=jnp.float32, k_heads=K, n_heads=N, h=H):
+  rng = np.random.default_rng(seed)
+  shapes = (B, t, n_heads, h), (B, t, k_heads, h), (B, t, k_heads, HV)
+  # Large queries make the softmax peaked, so that selection matters.
+  return tuple(
+    jnp.asarray(rng.normal(size=s) * c, dtype)
+    for s, c in zip(shapes, (2, 1, 1), strict=True)
+  )
+
+
+def documents(t=T):
+  """Segment ids with a boundary inside a tile and inside a block."""
+  cut = np.stack([np.arange(t) >= 37, np.arange(t) >= 51])
+  return jnp.asarray(1 + cut.astype(np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'train'))
+def attend(q, k, v, config, segment_ids=None, step=0, train=True):
+  return base.attend(
+    q, k, v, config=config, step=step, segment_ids=segment_ids, train=train
+  )
+
+
+def using(config, implementation):
+  return dataclasses.replace(config, implementation=implementation)
+
+
+@every
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_shapes_dtypes_and_scalars(name, dtype):
+  out, aux = attend(*arrays(dtype=dtype), ROWS[name].config)
+  assert out.shape == (B, T, N, HV) and out.dtype == jnp.dtype(dtype)
+  assert np.isfinite(np.asarray(out, np.float32)).all()
+  assert all(x.shape == () and x.dtype == jnp.float32 for x in aux.values())
+  density = float(aux['density'])
+  assert 0 < density < 0.9 if ROWS[name].sparse else density == 1
+
+
+@every
+@both
+@pytest.mark.parametrize('cut', [False, True])
+def test_the_limit_is_dense(name, implementation, cut):
+  q, k, v = arrays()
+  seg = documents() if cut else None
+  config = using(ROWS[name].open, implementation)
+  pair = (seg, seg) if cut else None
+  mask = oracles.causal_mask(B, K, T, T, pair)
+  out, aux = attend(q, k, v, config, seg)
+  oracles.check_close(out, oracles.attention(q, k, v, mask)[0])
+  assert aux['density'] == 1
+  d_out = np.random.default_rng(1).normal(size=out.shape)
+
+  def loss(*args):
+    return (attend(*args, config, seg)[0] * d_out).sum()
+
+  grads = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+  zero = np.zeros(d_out.shape[:-1])
+  want = oracles.attention_grads(q, k, v, mask, d_out, zero)
+  for got, grad in zip(grads, want, strict=True):
+    oracles.check_close(got, grad, gradient=True)
+
+
+@every
+@pytest.mark.parametrize('t', [15, 16, 31, 50, 63])
+def test_future_tokens_change_no_bit_of_the_past(name, t):
+  """A leak through a discrete choice has no gradient, so perturb."""
+  args = arrays()
+  want = attend(*args, ROWS[name].config)[0]
+  after = (jnp.arange(T) > t)[None, :, None, None]
+  for seed in (7, 8):
+    other = arrays(seed)
+    mixed = [
+      jnp.where(after, 5 * b, a) for a, b in zip(args, other, strict=True)
+    ]
+    got = attend(*mixed, ROWS[name].config)[0]
+    np.testing.assert_array_equal(got[:, : t + 1], want[:, : t + 1])
+    assert not np.array_equal(got[:, t + 1 :], want[:, t + 1 :])
+
+
+@every
+def test_gradients_of_the_future_are_exactly_zero(name):
+  args, t = arrays(), 40
+
+  def past(*args):
+    return attend(*args, ROWS[name].config)[0][:, : t + 1].sum()
+
+  dq, dk, dv = jax.grad(past, (0, 1, 2))(*args)
+  for g in (dq, dk, dv):
+    assert (np.asarray(g)[:, t + 1 :] == 0).all()
+  assert (np.asarray(dk)[:, : t + 1] != 0).any()
+
+
+@every
+def test_packed_documents_never_mix(name):
+  """Changing one document changes no bit of the others, and all their past."""
+  args, seg = arrays(), documents()
+  want = attend(*args, ROWS[name].config, seg)[0]
+  for which in (1, 2):
+    inside = (seg == which)[..., None, None]
+    mixed = [
+      jnp.where(inside, 3 * b, a) for a, b in zip(args, arrays(9), strict=True)
+    ]
+    got = attend(*mixed, ROWS[name].config, seg)[0]
+    same = np.asarray(got == want).all(-1).all(-1)
+    assert same[np.asarray(seg) != which].all()
+    assert not same[np.asarray(seg) == which].all()
+
+
+@every
+def test_a_document_does_not_see_where_it_lies_in_the_pack(name):
+  """The first document alone gives what it gives in front of another."""
+  args, seg = arrays(), documents()
+  want = attend(*args, ROWS[name].config, seg)[0][:, :37]
+  alone = [x[:, :37] for x in args]
+  got = attend(*alone, ROWS[name].config)[0]
+  oracles.check_close(got[:1], want[:1])
+
+
+@every
+def test_groups_equal_repeated_heads(name):
+  """With equal queries in a group, GQA is attention over repeated heads."""
+  q, k, v = arrays(n_heads=K)
+  one = attend(q, k, v, ROWS[name].config)[0]
+  for g in (3, 16):
+    many = attend(jnp.repeat(q, g, 2), k, v, ROWS[name].config)[0]
+    oracles.check_close(many, jnp.repeat(one, g, 2))
+
+
+@every
+def test_jit_equals_eager_and_implementations_agree(name):
+  args, config = arrays(), ROWS[name].config
+  want = attend(*args, using(config, 'reference'))[0]
+  eager = base.attend(*args, config=using(config, 'xla'), step=0).out
+  oracles.check_close(attend(*args, using(config, 'xla'))[0], want)
+  oracles.check_close(eager, want)
+
+
+@every
+@pytest.mark.parametrize('t', [1, 7, 17, 95])
+def test_odd_lengths(name, t):
+  q, k, v = arrays(t=t)
+  config = ROWS[name].config
+  out = attend(q, k, v, using(config, 'xla'))[0]
+  want = attend(q, k, v, using(config, 'reference'))[0]
+  oracles.check_close(out, want)
+  np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], N // K, 1), 1e-6)
+
+
+@every
+def test_a_mesh_changes_nothing(name):
+  """Rows over data, groups over tensor, inside shard_map: same numbers."""
+  args, seg = arrays(), documents()
+  want, want_aux = attend(*args, ROWS[name].config, seg)
+  axes = (jax.sharding.AxisType.Auto,) * 3
+  mesh = jax.make_mesh((2, 1, 2), ('data', 'fsdp', 'tensor'), axes)
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      lambda *args: base.attend(
+        *args, config=ROWS[name].config, step=0, segment_ids=seg
+      )
+    )
+    got, aux = run(*args)
+    text = str(jax.make_jaxpr(run)(*args))
+  oracles.check_close(got, want)
+  assert set(aux) == set(want_aux)
+  assert 'shard_map' in text
+
+
+@every
+def test_one_compilation_for_all_steps(name):
+  traces = []
+
+  @jax.jit
+  def run(step, *args):
+    traces.append(1)
+    return base.attend(*args, config=ROWS[name].config, step=step)
+
+  for step in range(3):
+    run(jnp.int32(step), *arrays())
+  assert len(traces) == 1
+
+
+def test_unknown_mechanism_is_named():
+  with pytest.raises(ValueError, match=r"unknown attention 'nope'.*psa"):
+    base.attend(*arrays(), config=AttentionConfig(), step=0, mechanism='nope')

@@ -1,0 +1,87 @@
+"""Dense attention in linear memory against the float64 definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psa_jax.kernels.dense import IMPLEMENTATIONS, dense_attention
+from psa_jax.kernels.dense import xla as xla_module
+from tests import oracles
+
+# name: B, T, S, N, K, H, Hv, segments, q_offset, causal
+CASES = {
+  'plain': (2, 64, 64, 2, 1, 16, 16, False, 0, True),
+  'odd lengths': (1, 77, 77, 4, 2, 16, 24, False, 0, True),
+  'documents': (2, 77, 77, 3, 1, 24, 16, True, 0, True),
+  'prefill chunk': (1, 24, 61, 4, 2, 16, 16, True, 37, True),
+  'bidirectional': (1, 30, 45, 2, 1, 72, 16, False, 0, False),
+}
+
+
+@pytest.mark.parametrize('implementation', list(IMPLEMENTATIONS))
+@pytest.mark.parametrize('name', list(CASES))
+def test_value_and_gradients(name, implementation, monkeypatch):
+  # Small tiles, so that plain, masked and partial ones all occur.
+  monkeypatch.setattr(xla_module, 'ROWS', 16)
+  monkeypatch.setattr(xla_module, 'MIN_BLOCK_Q', 16)
+  monkeypatch.setattr(xla_module, 'KEYS', 8)
+  B, T, S, N, K, H, Hv, cut, offset, causal = CASES[name]
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  q, k, v = normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, Hv)
+  d_out, d_lse = normal(B, T, N, Hv), normal(B, T, N)
+  segments, pair = {}, None
+  if cut:
+    seg = np.sort(rng.integers(0, 3, size=(B, max(S, offset + T))), 1)
+    pair = (seg[:, offset : offset + T], seg[:, :S])
+    segments = dict(
+      q_segment_ids=jnp.asarray(pair[0]), kv_segment_ids=jnp.asarray(pair[1])
+    )
+  mask = np.ones((B, K, T, S), bool)
+  if causal:
+    mask = oracles.causal_mask(B, K, T, S, pair, offset)
+  call = functools.partial(
+    dense_attention,
+    causal=causal,
+    q_offset=offset,
+    implementation=implementation,
+    **segments,
+  )
+
+  def loss(*args):
+    out, lse = call(*args)
+    return (out * d_out).sum() + (lse * d_lse).sum(), (out, lse)
+
+  step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+  grads, (out, lse) = step(q, k, v)
+  want, want_lse = oracles.attention(q, k, v, mask)
+  oracles.check_close(out, want, what='out')
+  oracles.check_close(lse, want_lse, what='lse')
+  want = oracles.attention_grads(q, k, v, mask, d_out, d_lse)
+  for got, grad, what in zip(grads, want, 'qkv', strict=True):
+    oracles.check_close(got, grad, gradient=True, what=f'd{what}')
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(1, 8, 1, 4)), jnp.float32) for _ in range(3)
+  )
+  alone = jnp.arange(8)[None]
+  for implementation in IMPLEMENTATIONS:
+    call = functools.partial(
+      dense_attention,
+      q_segment_ids=alone,
+      kv_segment_ids=alone + 100,
+      implementation=implementation,
+    )
+    out, lse = call(q, k, v)
+    assert (out == 0).all() and (lse == -jnp.inf).all()
+    grads = jax.grad(lambda *a, f=call: f(*a)[0].sum(), (0, 1, 2))(q, k, v)
+    assert all((g == 0).all() for g in grads)

@@ -1,0 +1,185 @@
+"""Independent float64 definitions in NumPy, written from the specification.
+
+Nothing here imports psa_jax: a mistake there cannot hide here. Loops over
+heads and rows on purpose; the shapes are small.
+"""
+
+import math
+
+import numpy as np
+
+# Relative L2 distance and largest error over the output's largest value, by
+# input dtype: (forward, gradient).
+TOLERANCE = {
+  'float32': (2e-6, 1e-5),
+  'bfloat16': (1e-2, 2e-2),
+  'float16': (2e-3, 5e-3),
+}
+
+
+def check_close(got, want, dtype='float32', gradient=False, what=''):
+  """Asserts that two arrays agree to the dtype's tolerance."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape, (what, got.shape, want.shape)
+  limit = TOLERANCE[dtype][gradient]
+  assert np.isfinite(got).all(), f'{what}: not finite'
+  size = np.linalg.norm(want)
+  if size == 0:
+    assert np.abs(got).max(initial=0) == 0, what
+    return
+  relative = np.linalg.norm(got - want) / size
+  assert relative <= limit, f'{what}: relative L2 {relative:.2e} > {limit}'
+  worst = np.abs(got - want).max() / np.abs(want).max()
+  assert worst <= 10 * limit, f'{what}: worst {worst:.2e} > {10 * limit}'
+
+
+def attention(q, k, v, mask, scale=None):
+  """Softmax attention [B, T, N, Hv] and lse [B, T, N]; mask [B, K, T, S]."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  scale = H**-0.5 if scale is None else scale
+  out = np.zeros((B, T, N, v.shape[-1]))
+  lse = np.full((B, T, N), -np.inf)
+  for b in range(B):
+    for n in range(N):
+      g = n // (N // K)
+      for t in range(T):
+        keys = np.flatnonzero(mask[b, g, t])
+        if keys.size == 0:
+          continue
+        s = k[b, keys, g] @ q[b, t, n] * scale
+        top = s.max()
+        e = np.exp(s - top)
+        out[b, t, n] = e @ v[b, keys, g] / e.sum()
+        lse[b, t, n] = top + np.log(e.sum())
+  return out, lse
+
+
+def attention_grads(q, k, v, mask, d_out, d_lse, scale=None):
+  """Gradients of sum(out * d_out) + sum(lse * d_lse) by the chain rule."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  d_out, d_lse = np.asarray(d_out, np.float64), np.asarray(d_lse, np.float64)
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  scale = H**-0.5 if scale is None else scale
+  dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+  for b in range(B):
+    for n in range(N):
+      g = n // (N // K)
+      for t in range(T):
+        keys = np.flatnonzero(mask[b, g, t])
+        if keys.size == 0:
+          continue
+        s = k[b, keys, g] @ q[b, t, n] * scale
+        p = np.exp(s - s.max())
+        p /= p.sum()
+        dp = v[b, keys, g] @ d_out[b, t, n]
+        ds = p * (dp - p @ dp + d_lse[b, t, n]) * scale
+        dq[b, t, n] += ds @ k[b, keys, g]
+        dk[b, keys, g] += ds[:, None] * q[b, t, n]
+        dv[b, keys, g] += p[:, None] * d_out[b, t, n]
+  return dq, dk, dv
+
+
+def causal_mask(B, K, T, S, segments=None, q_offset=0):
+  """[B, K, T, S] bool, with `segments` (q [B, T], kv [B, S]) if given."""
+  mask = np.zeros((B, K, T, S), bool)
+  for b in range(B):
+    for t in range(T):
+      mask[b, :, t, : t + q_offset + 1] = True
+  if segments is not None:
+    q_seg, kv_seg = (np.asarray(x) for x in segments)
+    mask &= (q_seg[:, :, None] == kv_seg[:, None, :])[:, None]
+  return mask
+
+
+def list_mask(ids, counts, T, S, block_q, block_k):
+  """[B, K, T, S] bool: the keys that a block list names, nothing else."""
+  B, K, tiles, _ = np.shape(ids)
+  mask = np.zeros((B, K, T, S), bool)
+  for b in range(B):
+    for h in range(K):
+      for i in range(tiles):
+        for j in ids[b, h, i][: counts[b, h, i]]:
+          rows = slice(i * block_q, (i + 1) * block_q)
+          mask[b, h, rows, j * block_k : (j + 1) * block_k] = True
+  return mask
+
+
+def psa_selection(
+  q,
+  k,
+  *,
+  block_q,
+  block_k,
+  window,
+  sink,
+  keep=None,
+  mass=None,
+  bounds=False,
+  segments=None,
+):
+  """For every (b, kv head, tile): (forced blocks, ranked rest, count, visible).
+
+  Section 3 of the specification in loops: the tile's first query scores the
+  blocks that lie wholly at or before it; heads of a group are summed after
+  the softmax; the budget is a ratio of the visible blocks or a mass.
+  """
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  G = N // K
+  result = {}
+  for b in range(B):
+    seg = np.zeros(T, int) if segments is None else np.asarray(segments[b])
+    for h in range(K):
+      for i in range(-(-T // block_q)):
+        t0, last = i * block_q, min((i + 1) * block_q, T) - 1
+        begin = int(np.flatnonzero(seg == seg[t0])[0])
+        visible = [j for j in range(begin // block_k, last // block_k + 1)]
+        low = max(0, t0 - window + 1) // block_k
+        sinks = range(begin // block_k, begin // block_k + sink)
+        forced = [j for j in visible if j >= low or j in sinks]
+        scored = [j for j in visible if (j + 1) * block_k - 1 <= t0]
+        p = {j: 0.0 for j in scored}
+        kept_mass, left_mass = [], []
+        for g in range(G):
+          x = q[b, t0, h * G + g] * H**-0.5
+          low_, high_ = {}, {}
+          for j in scored:
+            at = [
+              s
+              for s in range(j * block_k, (j + 1) * block_k)
+              if seg[s] == seg[(j + 1) * block_k - 1]
+            ]
+            keys = k[b, at, h]
+            size = math.log(len(at))
+            low_[j] = size + x @ keys.mean(0)
+            high_[j] = low_[j]
+            if bounds:
+              best = np.maximum(x * keys.min(0), x * keys.max(0)).sum()
+              high_[j] = size + best
+          total = sum(math.exp(high_[j]) for j in scored)
+          for j in scored:
+            p[j] += math.exp(high_[j]) / total
+          kept_mass.append({j: math.exp(low_[j]) for j in scored})
+          left_mass.append({j: math.exp(high_[j]) for j in scored})
+        ranked = sorted(
+          (j for j in scored if j not in forced), key=lambda j: (-p[j], j)
+        )
+        if keep is not None:
+          count = math.ceil(keep * len(visible) - 1e-3)
+        else:
+          count = 0
+          for g in range(G):
+            for n in range(len(forced), len(visible) + 1):
+              inside = set(forced) | set(ranked[: n - len(forced)])
+              has = sum(x for j, x in kept_mass[g].items() if j in inside)
+              rest = sum(x for j, x in left_mass[g].items() if j not in inside)
+              if has * (1 - mass) >= mass * rest:
+                count = max(count, n)
+                break
+        count = min(max(count, len(forced)), len(visible))
+        result[b, h, i] = (set(forced), ranked, count, len(visible))
+  return result

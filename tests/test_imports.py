@@ -1,0 +1,219 @@
+"""Import directions: a layer may use those below it, never one above.
+
+The rules read the source, so an import inside a function counts as well.
+"""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# A package may import those of its own number and below.
+LAYER = {
+  'types': 0,
+  'config': 0,
+  'validate': 0,
+  'config_dict': 0,
+  'recipe': 0,
+  'workdir': 0,
+  'schedules': 0,
+  'sharding': 0,
+  'kernels': 1,
+  'attention': 2,
+  'norm': 2,
+  'quant': 2,
+  'models': 3,
+  'decode': 4,
+  'train': 5,
+  'eval': 5,
+  'sweep': 6,
+  'report': 6,
+}
+# Data stands beside the layers: it uses these, and only LAYER 5 up uses it.
+DATA_USES = {'types', 'config', 'data'}
+DATA_USED_FROM = 5
+
+# What a command's mistakes pass through: no array library, so they show at
+# once. The last two read ConfigDicts, which no other module may see.
+LIGHT = {'config', 'validate', 'workdir', 'config_dict', 'recipe'}
+READS_CONFIG_DICTS = {'config_dict', 'recipe'}
+
+NEVER = {'tensorflow', 'torch', 'clu', 'configs', 'experiments', 'launch'}
+NEVER |= {'tests'}
+
+
+def sources():
+  """Dotted module name -> source of every file of the library."""
+  found = {}
+  for path in sorted((ROOT / 'psa_jax').rglob('*.py')):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    name = '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+    found[name] = path.read_text(encoding='utf-8')
+  return found
+
+
+def imported(tree, module, *, is_package=False):
+  """Absolute names that the nodes of `tree` import.
+
+  `from a.b import c` gives both `a.b` and `a.b.c`: c may be a module.
+  """
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        up = node.level - is_package
+        parts = module.split('.')
+        parent = '.'.join(parts[: len(parts) - up])
+        base = f'{parent}.{base}'.strip('.')
+      names |= {base} | {f'{base}.{alias.name}' for alias in node.names}
+  return names
+
+
+def violations(module, source, *, is_package=False):
+  """One line for each import in `source` that the rules forbid."""
+  names = imported(ast.parse(source), module, is_package=is_package)
+  own = (module.split('.') + [''])[1]
+  tops = {name.split('.')[0] for name in names}
+  used = {name.split('.')[1] for name in names if name.startswith('psa_jax.')}
+  bad = [f'{module} imports {top}' for top in sorted(tops & NEVER)]
+  if own in LIGHT:
+    allowed = sys.stdlib_module_names | {'psa_jax'}
+    if own in READS_CONFIG_DICTS:
+      allowed = allowed | {'ml_collections'}
+    bad += [f'{module} imports {top}' for top in sorted(tops - allowed)]
+  elif 'ml_collections' in tops:
+    bad.append(f'{module} imports ml_collections')
+  functional = own == 'attention' and module != 'psa_jax.attention.layer'
+  if 'flax' in tops and (own == 'kernels' or functional):
+    bad.append(f'{module} imports flax')
+  return bad + [
+    f'{module} imports psa_jax.{other}'
+    for other in sorted(used)
+    if not may_use(own, other)
+  ]
+
+
+def may_use(own, other):
+  if own == 'data':
+    return other in DATA_USES
+  if other == 'data':
+    return LAYER.get(own, 0) >= DATA_USED_FROM
+  return LAYER.get(other, 99) <= LAYER.get(own, 0)
+
+
+def is_package(module):
+  return (ROOT / module.replace('.', '/') / '__init__.py').exists()
+
+
+def test_every_module_has_a_layer():
+  found = {name.split('.')[1] for name in sources() if '.' in name}
+  assert found >= {'config', 'kernels', 'attention', 'models', 'data'}
+  assert found <= {*LAYER, 'data'}, 'give the new module its number in LAYER'
+
+
+@pytest.mark.parametrize('module', sources())
+def test_directions(module):
+  source = sources()[module]
+  assert violations(module, source, is_package=is_package(module)) == []
+
+
+@pytest.mark.parametrize(
+  ('module', 'source'),
+  [
+    ('psa_jax.kernels.dense.xla', 'from flax import nnx'),
+    ('psa_jax.kernels.dense.xla', 'import flax.nnx as nnx'),
+    ('psa_jax.kernels.tiles', 'from psa_jax.attention import base'),
+    ('psa_jax.kernels.tiles', 'from psa_jax import attention'),
+    ('psa_jax.kernels.tiles', 'from ..attention import base'),
+    ('psa_jax.attention.psa', 'from flax import nnx'),
+    ('psa_jax.attention.psa', 'from psa_jax.models import blocks'),
+    ('psa_jax.norm.prepbn', 'import psa_jax.train.step'),
+    ('psa_jax.models.blocks', 'from psa_jax.data import lm'),
+    ('psa_jax.models.blocks', 'def f():\n  from psa_jax import train'),
+    ('psa_jax.data.lm', 'from psa_jax.schedules import make'),
+    ('psa_jax.data.lm', 'from psa_jax import recipe'),
+    ('psa_jax.data.text', 'import tensorflow as tf'),
+    ('psa_jax.train.loop', 'import torch'),
+    ('psa_jax.train.loop', 'from configs import lm_64k'),
+    ('psa_jax.train.loop', 'import launch'),
+    ('psa_jax.train.loop', 'from psa_jax.report import table'),
+    ('psa_jax.train.loop', 'from ml_collections import ConfigDict'),
+    ('psa_jax.config', 'import jax'),
+    ('psa_jax.config', 'from psa_jax.kernels import tiles'),
+    ('psa_jax.workdir', 'import numpy'),
+    ('psa_jax.workdir', 'import ml_collections'),
+    ('psa_jax.unheard_of', 'from psa_jax.kernels import tiles'),
+  ],
+)
+def test_a_forbidden_import_is_seen(module, source):
+  assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+  ('module', 'source'),
+  [
+    ('psa_jax.attention.layer', 'from flax import nnx'),
+    ('psa_jax.attention.psa', 'from psa_jax.kernels.dense import api'),
+    ('psa_jax.data.lm', 'from psa_jax.data.text import load_documents'),
+    ('psa_jax.data.text', 'import tensorflow_datasets as tfds'),
+    ('psa_jax.train.loop', 'from psa_jax.data import lm'),
+    ('psa_jax.train.loop', 'from psa_jax import workdir, recipe'),
+    ('psa_jax.eval.perplexity', 'from psa_jax.train import step'),
+    ('psa_jax.recipe', 'from ml_collections import ConfigDict'),
+  ],
+)
+def test_an_allowed_import_is_let_through(module, source):
+  assert violations(module, source) == []
+
+
+def load_graph(found):
+  """Module -> modules of `found` that loading it loads first."""
+  graph = {}
+  for module, source in found.items():
+    tree = ast.parse(source)
+    # What a function imports when it runs cannot close a cycle at load time.
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        node.body = []
+    names = imported(tree, module, is_package=is_package(module)) & found.keys()
+    # `from package import module` needs the module, not the whole package.
+    graph[module] = {
+      name
+      for name in names
+      if not any(other.startswith(name + '.') for other in names)
+    }
+  return graph
+
+
+def test_no_cycles_between_modules_when_they_are_loaded():
+  graphlib.TopologicalSorter(load_graph(sources())).prepare()
+
+
+def test_a_cycle_is_seen_and_a_late_import_is_none():
+  cycle = {'a': 'from b import f', 'b': 'import c', 'c': 'import a'}
+  with pytest.raises(graphlib.CycleError):
+    graphlib.TopologicalSorter(load_graph(cycle)).prepare()
+  late = cycle | {'c': 'def f():\n  import a'}
+  graphlib.TopologicalSorter(load_graph(late)).prepare()
+
+
+def test_the_command_line_loads_no_array_library_before_it_must():
+  program = (
+    'import sys, launch, psa_jax.workdir\n'
+    'print({"jax", "flax", "numpy", "orbax"} & set(sys.modules))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert (done.stdout, done.stderr) == ('set()\n', '')

@@ -1,0 +1,218 @@
+"""Impossible values: each refused in one line that names its key."""
+
+import typing
+
+import pytest
+
+from psa_jax.config import Config, ConfigError
+from psa_jax.config_dict import apply_overrides, leaves
+from psa_jax.validate import RANGES, validate
+
+PSA = 'model.attention.psa.'
+STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
+
+
+def problem(changes):
+  """What is wrong with the defaults once `changes` are laid on them."""
+  with pytest.raises(ConfigError) as caught:
+    validate(apply_overrides(Config(), changes.items()))
+  assert '\n' not in str(caught.value)
+  return str(caught.value)
+
+
+def fine(changes):
+  config = apply_overrides(Config(), changes.items())
+  assert validate(config) is config
+
+
+def test_the_defaults_are_valid():
+  fine({})
+
+
+def test_every_number_of_the_tree_has_a_range():
+  numbers = {
+    leaf.path
+    for leaf in leaves().values()
+    if {leaf.type, *typing.get_args(leaf.type)} & {int, float}
+  }
+  assert set(RANGES) == numbers
+
+
+@pytest.mark.parametrize('path', sorted(RANGES))
+def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
+  kind = leaves()[path].type
+  is_tuple = typing.get_origin(kind) is tuple
+  is_int = int in (kind, *typing.get_args(kind))
+  bad = [2**31] if is_int else [float('nan'), float('inf'), -float('inf')]
+  for value in bad:
+    message = problem({path: (value,) if is_tuple else value})
+    assert message.startswith(f'config.{path} is ')
+
+
+@pytest.mark.parametrize(
+  ('path', 'last', 'first'),
+  [
+    # The last value refused and the first one allowed, on each side.
+    ('model.num_layers', 0, 1),
+    ('model.d_model', 0, 4),
+    ('model.num_kv_heads', 0, 1),
+    ('model.num_heads', -1, 1),
+    ('model.mlp_dim', 0, 1),
+    ('model.head_dim', -2, 0),
+    ('model.vocab_size', -1, 0),
+    ('model.rope_theta', 1.0, 1.5),
+    ('model.norm.momentum', -0.1, 0.0),
+    ('model.norm.momentum', 1.0, 0.999),
+    ('model.norm.eps', 0.0, 1e-12),
+    ('model.norm.decay_steps', -1, 0),
+    (PSA + 'block_q', 0, 1),
+    (PSA + 'block_k', 0, 1),
+    (PSA + 'window', 0, 1),
+    (PSA + 'sink_blocks', -1, 0),
+    (PSA + 'max_blocks', -1, 0),
+    (PSA + 'eval_keep', 1.01, 1.0),
+    (PSA + 'keep.init', 0.0, 1e-3),
+    (PSA + 'keep.final', 1.01, 1.0),
+    (PSA + 'mass.final', 0.0, 0.9),
+    (PSA + 'keep.begin', -1, 0),
+    (PSA + 'keep.length', -1, 0),
+    ('optim.learning_rate', 0.0, 1e-9),
+    ('optim.final_lr_ratio', 1.1, 1.0),
+    ('optim.b1', 1.0, 0.0),
+    ('optim.b2', 1.0, 0.999),
+    ('optim.clip_norm', -1.0, 0.0),
+    ('optim.accumulate', 0, 8),
+    ('train.steps', (-5,), (21,)),
+    ('train.seq_len', (0,), (1,)),
+    ('train.batch_size', (-8,), (1,)),
+    ('train.loss_chunk', 0, 1),
+    ('eval.windows', 0, 1),
+    ('checkpoint.keep', 0, 1),
+    ('mesh.data', 0, 1),
+    ('mesh.fsdp', -2, 2),
+    ('log.every', 0, 1),
+    ('seed', -1, 0),
+  ],
+)
+def test_boundaries(path, last, first):
+  message = problem({path: last})
+  assert message.startswith(f'config.{path} is {last!r}, but ')
+  fine({path: first})
+
+
+@pytest.mark.parametrize(
+  ('path', 'value', 'text'),
+  [
+    ('train.steps', (0,), 'each entry must be at least 1'),
+    ('optim.eps', 0.0, 'it must be above 0'),
+    ('optim.eps', float('inf'), 'it must be finite and above 0'),
+    (PSA + 'keep.init', 2.0, 'it must be in (0, 1]'),
+    ('mesh.data', 0, 'it must be -1 or at least 1'),
+    ('seed', 2**40, 'it must be below 2^31'),
+  ],
+)
+def test_a_range_is_said_in_words(path, value, text):
+  assert problem({path: value}) == f'config.{path} is {value!r}, but {text}'
+
+
+def test_all_problems_are_named_at_once():
+  message = problem({'log.every': 0, 'checkpoint.keep': 0})
+  assert message.count('; ') == 1
+  assert 'config.log.every' in message
+  assert 'config.checkpoint.keep' in message
+
+
+def test_heads():
+  message = problem({'model.num_heads': 3, 'model.num_kv_heads': 2})
+  assert 'config.model.num_heads is 3' in message
+  assert 'config.model.num_kv_heads, which is 2' in message
+  message = problem({'model.d_model': 100, 'model.num_heads': 8})
+  assert 'config.model.d_model is 100, not a multiple of' in message
+  assert 'set config.model.head_dim' in message
+  fine({'model.d_model': 100, 'model.num_heads': 8, 'model.head_dim': 16})
+
+
+def test_rope_needs_an_even_head():
+  assert 'is 15, but RoPE' in problem({'model.head_dim': 15})
+  # 126 / 2 = 63: the derived dimension counts too.
+  assert 'is 63, but RoPE' in problem({'model.d_model': 126})
+
+
+def test_stages_of_different_lengths():
+  message = problem({**STAGES, 'train.batch_size': (2,)})
+  assert 'have 2, 2 and 1' in message
+  fine({**STAGES, 'train.batch_size': (2, 1)})
+  empty = dict.fromkeys((*STAGES, 'train.batch_size'), ())
+  assert 'have 0, 0 and 0' in problem(empty)
+
+
+def test_every_batch_is_a_multiple_of_accumulate():
+  stages = {**STAGES, 'train.batch_size': (8, 6)}
+  message = problem({**stages, 'optim.accumulate': 4})
+  assert 'config.train.batch_size is (8, 6)' in message
+  assert 'config.optim.accumulate, which is 4' in message
+  fine({**stages, 'optim.accumulate': 2})
+
+
+def schedule(**changes):
+  return {f'{PSA}keep.{key}': value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    ({'boundaries': (4,), 'values': (1.0,)}, 'values has 1 entries'),
+    ({'values': ()}, 'values has 0 entries'),
+    ({'boundaries': (4, 4), 'values': (1.0, 0.5, 0.1)}, 'must rise strictly'),
+    ({'boundaries': (9, 4), 'values': (1.0, 0.5, 0.1)}, 'must rise strictly'),
+    ({'boundaries': (0,), 'values': (1.0, 0.5)}, 'must be at least 1'),
+    ({'boundaries': (4,), 'values': (1.0, 1.5)}, 'must be in (0, 1]'),
+  ],
+)
+def test_piecewise_schedules(changes, text):
+  message = problem(schedule(kind='piecewise', **changes))
+  assert f'config.{PSA}keep' in message
+  assert text in message
+
+
+def test_only_piecewise_reads_boundaries():
+  steps = {'boundaries': (4, 9), 'values': (1.0, 0.5, 0.1)}
+  fine(schedule(kind='piecewise', **steps))
+  fine(schedule(kind='piecewise', values=(0.5,)))
+  assert 'kind=piecewise only' in problem(schedule(kind='linear', **steps))
+
+
+def test_the_cosine_ends_after_the_warm_up():
+  message = problem({'optim.decay_steps': 20, 'optim.warmup_steps': 20})
+  assert 'config.optim.warmup_steps is 20' in message
+  assert 'below config.optim.decay_steps, which is 20' in message
+  fine({'optim.decay_steps': 21, 'optim.warmup_steps': 20})
+  # Without an end of its own the cosine ends with the run.
+  message = problem({'train.steps': (20,), 'optim.warmup_steps': 20})
+  assert 'below the sum of config.train.steps, which is 20' in message
+  fine({'train.steps': (21,), 'optim.warmup_steps': 20})
+  fine({'train.steps': (2,), 'optim.warmup_steps': 0})
+
+
+def test_one_axis_of_the_mesh_takes_what_is_left():
+  assert 'only one may be -1' in problem({'mesh.fsdp': -1})
+  fine({'mesh.fsdp': -1, 'mesh.data': 2})
+
+
+@pytest.mark.parametrize(
+  ('path', 'bad', 'good'),
+  [
+    ('data.source', ('', 'sotus', 'tfds:', 'files:', 'http:x'), 'tfds:pg19'),
+    ('data.source', ('stdlib:x',), 'stdlib'),
+    ('data.source', ('file:*.txt',), 'files:*.txt'),
+    ('data.tokenizer', ('byte', 'bpe', 'bpe:', 'bpe:256'), 'bpe:257'),
+    ('data.tokenizer', ('bpe:-5', 'bpe:1e4', 'bytes:8'), 'bytes'),
+    ('data.text_key', ('',), 'book_text'),
+    ('name', ('', '  '), 'run'),
+  ],
+)
+def test_text(path, bad, good):
+  for value in bad:
+    message = problem({path: value})
+    assert message.startswith(f'config.{path} is ')
+  fine({path: good})
