@@ -1,0 +1,32 @@
+"""Models by name."""
+
+from flax import nnx
+
+from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.models.decoder_lm import DecoderLM as DecoderLM
+from psa_jax.models.decoder_lm import ModelOut as ModelOut
+
+MODELS = {'decoder_lm': DecoderLM}
+
+
+def build(
+  config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs
+) -> nnx.Module:
+  """Creates the model that `config.kind` names.
+
+  Works under `jax.eval_shape` and `jax.jit`; return the split state, never
+  the module. `psa_jax.sharding.PARAMETERS` names the axes of its matrices.
+
+  Args:
+    config: the model.
+    vocab_size: V of the tokenizer; `config.vocab_size` overrides it.
+    rngs: the stream `params` draws the initial values.
+
+  Raises:
+    ConfigError: an unknown kind or sizes that do not fit each other.
+  """
+  if config.kind not in MODELS:
+    raise ConfigError(
+      f'unknown model.kind {config.kind!r}; one of {", ".join(MODELS)}'
+    )
+  return MODELS[config.kind](config, vocab_size, rngs=rngs)

@@ -1,0 +1,123 @@
+"""The pre-norm Transformer block: attention, SwiGLU, and their residuals.
+
+  x = x + Attention(Norm(x))
+  x = x + W_down (silu(W_gate n) * W_up n),  n = Norm(x)
+
+SwiGLU is arXiv 2002.05202, equation 6, without biases. Products run in the
+compute dtype with f32 accumulation inside, the norms in f32; the residual
+stream has the compute dtype. Kernels are truncated normals scaled by fan-in;
+the two that write to the residual stream start smaller by 1 / sqrt(2 L), so
+that the stream's variance does not grow with depth (GPT-2).
+
+Not done: dropout, biases, mixtures of experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from psa_jax.attention.layer import Rotary, SelfAttention, fan_in, project
+from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.norm import Norm
+from psa_jax.types import Scalar
+
+# What `remat='attention'` keeps; the kernels tag these values themselves.
+KEPT_NAMES = ('attn_out', 'attn_lse', 'attn_ids', 'attn_counts')
+
+
+def remat(function, kind: str, *, in_scan: bool):
+  """Wraps a layer so that its backward pass recomputes what `kind` drops.
+
+  Args:
+    function: the layer as a function of arrays.
+    kind: `none`, `full`, or `attention` (recompute all but attention's
+      output, normaliser and block list).
+    in_scan: inside `lax.scan` nothing can be merged with the forward pass,
+      so the barrier against it is left out.
+
+  Raises:
+    ConfigError: an unknown kind.
+  """
+  if kind == 'none':
+    return function
+  if kind == 'full':
+    policy = None
+  elif kind == 'attention':
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES)
+  else:
+    raise ConfigError(
+      f'unknown model.remat {kind!r}; one of none, full, attention'
+    )
+  return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+class SwiGLU(nnx.Module):
+  """Gated feed-forward: w_gate, w_up [D, F] and w_down [F, D]."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Creates the kernels."""
+    dtype = jnp.dtype(config.param_dtype)
+    shape = (config.d_model, config.mlp_dim)
+    widen = fan_in(0, 1)
+    narrow = fan_in(0, 1, scale=1 / (2 * config.num_layers))
+    self.w_gate = nnx.Param(widen(rngs.params(), shape, dtype))
+    self.w_up = nnx.Param(widen(rngs.params(), shape, dtype))
+    self.w_down = nnx.Param(narrow(rngs.params(), shape[::-1], dtype))
+
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """Applies the layer in the dtype of `x`."""
+    gate = jax.nn.silu(project('BTD,DF->BTF', x, self.w_gate))
+    up = project('BTD,DF->BTF', x, self.w_up)
+    return project('BTF,FD->BTD', gate * up, self.w_down)
+
+
+class Block(nnx.Module):
+  """One layer of a decoder."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Creates both halves and the norm in front of each."""
+    dtype = jnp.dtype(config.param_dtype)
+
+    def norm():
+      return Norm(config.d_model, config.norm, param_dtype=dtype, rngs=rngs)
+
+    self.attention_norm = norm()
+    self.attention = SelfAttention(config, rngs=rngs)
+    self.mlp_norm = norm()
+    self.mlp = SwiGLU(config, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    step: Scalar,
+    rope: Rotary,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    mechanism: str | None = None,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
+    """Returns the new residual stream and attention's f32 scalars.
+
+    Args:
+      x: residual stream.
+      step: optimiser step, for the norm's gamma and attention's schedules.
+      rope: rotary table of the positions.
+      segment_ids: documents of packed rows.
+      mask: tokens that count in the norm's statistics.
+      train: move the norm's statistics; follow the training schedules.
+      mechanism: overrides the configured attention mechanism.
+    """
+    normed = self.attention_norm(x, step=step, train=train, mask=mask)
+    attended, aux = self.attention(
+      normed,
+      step=step,
+      rope=rope,
+      segment_ids=segment_ids,
+      train=train,
+      mechanism=mechanism,
+    )
+    x = x + attended
+    normed = self.mlp_norm(x, step=step, train=train, mask=mask)
+    return x + self.mlp(normed), aux

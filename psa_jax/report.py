@@ -1,0 +1,137 @@
+"""Results as tables and pictures: what README pages are generated from.
+
+`python -m psa_jax.report WORKDIR --plot=FILE.png` draws a run's loss, density,
+gamma and step time from its `metrics.jsonl`.
+
+Not done: LaTeX tables, and tables over a sweep.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+from psa_jax.config import ConfigError
+
+_PLOT = flags.DEFINE_string('plot', None, 'Picture to write (PNG, SVG, PDF).')
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table; the first row is the header."""
+  header, *body = [' | '.join(row) for row in rows]
+  rule = '|'.join(['---'] * len(rows[0]))
+  return '\n'.join(f'| {line} |' for line in [header, rule, *body])
+
+
+def replace_section(path: pathlib.Path, name: str, text: str) -> None:
+  """Puts `text` between the markers `<!-- name -->` and `<!-- /name -->`.
+
+  Raises:
+    ConfigError: the file lacks a marker.
+  """
+  begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
+  page = path.read_text('utf-8')
+  if page.count(begin) != 1 or page.count(end) != 1:
+    raise ConfigError(f'{path} needs one line {begin} and one line {end}')
+  before, rest = page.split(begin)
+  after = rest.split(end)[1]
+  path.write_text(f'{before}{begin}\n{text}\n{end}{after}', 'utf-8')
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  if not path.exists():
+    raise ConfigError(f'there is no {path}; give the work directory of a run')
+  return [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+
+
+def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
+  """Draws bits per byte, density and gamma, and seconds over the steps."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  rows = read_rows(workdir / 'metrics.jsonl')
+  train = [row for row in rows if row['kind'] == 'train']
+  final = {r['mechanism']: r for r in rows if r['kind'] == 'final'}
+  result = workdir / 'result.json'
+  baselines = {}
+  if result.exists():
+    baselines = json.loads(result.read_text('utf-8'))['baselines']
+  figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True)
+  steps = [row['step'] for row in train]
+  _draw_quality(axes[0], steps, train, final, baselines)
+  _draw_schedules(axes[1], steps, train)
+  axes[2].plot(steps, [r['seconds_per_step'] for r in train], color='C3')
+  axes[2].set(ylabel='seconds per step', xlabel='optimiser step', yscale='log')
+  for axis in axes:
+    axis.grid(alpha=0.3)
+    _mark_stages(axis, train)
+  for step, row in _stage_starts(train):
+    axes[0].annotate(
+      f'{row["seq_len"]:,} tokens',
+      (step, 1.01),
+      xycoords=('data', 'axes fraction'),
+      fontsize=8,
+    )
+  figure.tight_layout()
+  figure.savefig(target, dpi=120)
+  plt.close(figure)
+
+
+def _draw_quality(axis, steps, train, final, baselines):
+  axis.plot(steps, [r['bits_per_byte'] for r in train], label='train')
+  for name, value in baselines.items():
+    axis.axhline(value, color='grey', linestyle=':')
+    axis.annotate(f'{name} {value:.2f}', (steps[0], value), fontsize=8)
+  for marker, (name, row) in zip('ox+', final.items(), strict=False):
+    axis.plot(
+      [steps[-1]],
+      [row['bits_per_byte']],
+      marker,
+      label=f'validation, {name}: {row["bits_per_byte"]:.3f}',
+    )
+  axis.set(ylabel='bits per byte')
+  axis.legend()
+
+
+def _draw_schedules(axis, steps, train):
+  for name in ('density', 'gamma', 'retained_mass'):
+    if name in train[0]:
+      axis.plot(steps, [row[name] for row in train], label=name)
+  axis.set(ylabel='share', ylim=(-0.02, 1.02))
+  axis.legend()
+
+
+def _stage_starts(train):
+  seen = set()
+  for row in train:
+    if row['stage'] not in seen:
+      seen.add(row['stage'])
+      yield row['step'], row
+
+
+def _mark_stages(axis, train):
+  for step, _ in _stage_starts(train):
+    axis.axvline(step, color='black', linewidth=0.5)
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command line; see the module docstring."""
+  if len(argv) != 2 or not _PLOT.value:
+    raise app.UsageError('give one work directory and --plot=FILE')
+  try:
+    plot_run(pathlib.Path(argv[1]), pathlib.Path(_PLOT.value))
+  except ConfigError as error:
+    raise app.UsageError(str(error)) from error
+
+
+if __name__ == '__main__':
+  app.run(main)

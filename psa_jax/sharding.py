@@ -1,0 +1,194 @@
+"""The device mesh, and which axis of which array lives on which part of it.
+
+Three mesh axes, outermost first:
+
+  data    copies of the model, each with its own rows of the batch
+  fsdp    rows of the batch too, but parameters and optimiser state are split
+          here (ZeRO-3: XLA gathers a layer's weights where it needs them)
+  tensor  heads, MLP channels and vocabulary are split here
+
+`PARAMETERS` names the axes of every array that a model may hold; `RULES` says
+which mesh axis such a name takes. A mesh axis that does not divide a dimension
+leaves that dimension whole. Arrays are global and every axis is `Auto`, so a
+poor rule can only cost time, never change a result.
+
+Not done: context parallelism (the sequence is never split) and pipelines.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from psa_jax.config import ConfigError, MeshConfig
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+
+# Logical axis -> mesh axis. What is not named here is never split.
+RULES: Mapping[str, str] = {
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv': 'tensor',
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+}
+
+# Last name of an array's path -> names of its axes. A stack of layers has one
+# axis more, in front. Two names or more make a matrix, which the optimiser
+# decays; a stacked vector has two axes but one name.
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+  'embedding': ('vocab', 'embed'),
+  'wq': ('embed', 'heads', 'head_dim'),
+  'wk': ('embed', 'kv', 'head_dim'),
+  'wv': ('embed', 'kv', 'head_dim'),
+  'wo': ('heads', 'head_dim', 'embed'),
+  'w_gate': ('embed', 'mlp'),
+  'w_up': ('embed', 'mlp'),
+  'w_down': ('mlp', 'embed'),
+  'scale': ('norm',),
+  'bias': ('norm',),
+  'bn_scale': ('norm',),
+  'bn_bias': ('norm',),
+  'mean': ('norm',),
+  'var': ('norm',),
+  'eta': (),
+}
+
+
+def initialize_distributed() -> None:
+  """Joins the processes of a multi-host run, before JAX is first used.
+
+  Does nothing unless `JAX_COORDINATOR_ADDRESS` is set. `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID` say which process this is; without them JAX asks the
+  cluster (Slurm, Cloud TPU, Open MPI).
+  """
+  if not os.environ.get('JAX_COORDINATOR_ADDRESS'):
+    return
+  if jax.distributed.is_initialized():
+    return
+  count = os.environ.get('JAX_NUM_PROCESSES')
+  index = os.environ.get('JAX_PROCESS_ID')
+  jax.distributed.initialize(
+    num_processes=int(count) if count else None,
+    process_id=int(index) if index else None,
+  )
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+  """Lays the devices out as `config` asks; -1 takes what is left.
+
+  A mesh smaller than the machine takes the first devices, unless there are
+  several processes, which all have to be in it.
+
+  Raises:
+    ConfigError: the sizes do not fit the devices there are.
+  """
+  devices = jax.devices()
+  sizes = [config.data, config.fsdp, config.tensor]
+  asked = f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}'
+  have = f'{len(devices)} device{"s" if len(devices) > 1 else ""}'
+  if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+    raise ConfigError(f'{asked}: sizes are positive, at most one may be -1')
+  if -1 in sizes:
+    rest, over = divmod(len(devices), -math.prod(sizes))
+    if over or not rest:
+      raise ConfigError(f'{asked}: the fixed sizes do not divide {have}')
+    sizes[sizes.index(-1)] = rest
+  count = math.prod(sizes)
+  if count > len(devices):
+    raise ConfigError(f'{asked} needs {count} devices, this run has {have}')
+  if count < len(devices) and jax.process_count() > 1:
+    raise ConfigError(
+      f'{asked} uses {count} of {have}; with several processes use all '
+      '(set one size to -1)'
+    )
+  if sizes[0] * sizes[1] % jax.process_count():
+    raise ConfigError(
+      f'{asked}: data x fsdp must be a multiple of the {jax.process_count()} '
+      'processes, which read the batch'
+    )
+  return jax.make_mesh(
+    tuple(sizes),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[:count],
+  )
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Number of parts that the rows of a batch are split into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+  """Splits axis `leading` over data and fsdp; the axes before it are whole."""
+  return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, P())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """Makes global arrays of this process's rows of a batch."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }
+
+
+def axis_names(path: Any, leaf: Any) -> tuple[str, ...]:
+  """Names of the axes of one array, without the axis of a stack of layers.
+
+  Args:
+    path: key path of the array in the state of a model.
+    leaf: anything with a shape.
+
+  Raises:
+    ValueError: the array is not in `PARAMETERS`, or has another rank.
+  """
+  names = PARAMETERS.get(_last_name(path))
+  if names is None or len(leaf.shape) - len(names) not in (0, 1):
+    raise ValueError(
+      f'no axis names for {jax.tree_util.keystr(path)} of shape '
+      f'{leaf.shape}; add it to psa_jax.sharding.PARAMETERS'
+    )
+  return names
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+  """A `NamedSharding` for every array of a model's state.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s, by the names in `PARAMETERS`.
+    mesh: from `make_mesh`.
+  """
+
+  def one(path, leaf):
+    return NamedSharding(mesh, _spec(axis_names(path, leaf), leaf.shape, mesh))
+
+  return jax.tree.map_with_path(one, tree)
+
+
+def _spec(names, shape, mesh) -> P:
+  """Mesh axes of one array; each mesh axis is used at most once."""
+  spec = [None] * (len(shape) - len(names))
+  for name, size in zip(names, shape[len(spec) :], strict=True):
+    axis = RULES.get(name)
+    if axis is None or axis in spec or size % mesh.shape[axis]:
+      axis = None
+    spec.append(axis)
+  return P(*spec)
+
+
+def _last_name(path: Any) -> Any:
+  entry = path[-1] if path else None
+  return getattr(entry, 'key', getattr(entry, 'name', None))

@@ -1,0 +1,84 @@
+"""Evaluation of a state, with the configured attention or another one."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from psa_jax.config import Config, RunError
+from psa_jax.train import step as step_lib
+from psa_jax.train.state import Program, TrainState
+from psa_jax.train.tasks import Loss, Task
+
+
+class Evaluator:
+  """Evaluates states of one program; each mechanism is compiled once."""
+
+  def __init__(self, config: Config, task: Task, program: Program):
+    """Compiles nothing yet.
+
+    Args:
+      config: names the mechanisms.
+      task: what is evaluated, and on what.
+      program: model structure and mesh.
+    """
+    self._task, self._program = task, program
+    self._steps: dict[str, _TimedStep] = {}
+    self.seq_len = config.eval.seq_len or config.train.seq_len[-1]
+    name = config.model.attention.name
+    dense = config.eval.dense and name != 'dense'
+    self.mechanisms = (name, 'dense') if dense else (name,)
+
+  def __call__(
+    self,
+    state: TrainState,
+    mechanism: str,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
+  ) -> dict[str, Any]:
+    """The task's metrics, `seconds_per_window` and what they belong to.
+
+    Args:
+      state: the state to evaluate; its step drives every schedule.
+      mechanism: which attention reads the keys.
+      before_batch: may raise, to stop.
+
+    Raises:
+      RunError: the loss is not finite.
+    """
+    if mechanism not in self._steps:
+      self._steps[mechanism] = _TimedStep(
+        step_lib.make_eval_step(self._task, self._program, mechanism=mechanism)
+      )
+    step = self._steps[mechanism]
+    step.seconds = 0.0
+    found = self._task.evaluate(step, state, before_batch=before_batch)
+    if not math.isfinite(found['loss']):
+      raise RunError(
+        f'step {int(state.step)}: the validation loss with {mechanism} '
+        f'attention is {found["loss"]}'
+      )
+    return {
+      'mechanism': mechanism,
+      'seq_len': self.seq_len,
+      **found,
+      'seconds_per_window': step.seconds / found['windows'],
+    }
+
+
+class _TimedStep:
+  """An evaluation step that counts its seconds without its compilation."""
+
+  def __init__(self, jitted: Any):
+    self._jitted, self._compiled = jitted, None
+    self.seconds = 0.0
+
+  def __call__(self, state: TrainState, batch: Any) -> Loss:
+    if self._compiled is None:
+      self._compiled = self._jitted.lower(state, batch).compile()
+    began = time.perf_counter()
+    loss = jax.block_until_ready(self._compiled(state, batch))
+    self.seconds += time.perf_counter() - began
+    return loss

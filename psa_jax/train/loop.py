@@ -1,0 +1,137 @@
+"""The one training loop: from a configuration and a folder to a result.
+
+`train_and_evaluate` is the table of contents: open, resume, train, finish;
+`run.py` holds the chapters. `evaluate_checkpoint` is the other way to use what
+a run saved.
+"""
+
+import contextlib
+import pathlib
+from typing import Any
+
+import jax
+
+from psa_jax import sharding
+from psa_jax import workdir as workdir_lib
+from psa_jax.config import Config, RunError
+from psa_jax.data import lm
+from psa_jax.train import console as console_lib
+from psa_jax.train import result as result_lib
+from psa_jax.train import run as run_lib
+from psa_jax.train import state as state_lib
+from psa_jax.train.checkpoint import Checkpoints
+from psa_jax.train.evaluator import Evaluator
+from psa_jax.train.interrupt import Stopped
+from psa_jax.train.tasks import LanguageModel
+
+
+def train_and_evaluate(
+  config: Config,
+  workdir: str | pathlib.Path,
+  *,
+  corpus: lm.Corpus | None = None,
+  allow_config_change: bool = False,
+) -> dict[str, Any]:
+  """Trains to the end of `config.train`, or goes on where a run stopped.
+
+  Args:
+    config: the run.
+    workdir: its folder; made where it does not exist.
+    corpus: the text, if it is at hand already.
+    allow_config_change: go on with another configuration or other data.
+
+  Returns:
+    The content of `result.json`; after SIGTERM or Ctrl-C the `step` that was
+    saved and `stopped`.
+
+  Raises:
+    ConfigError: the run is refused before it starts.
+    RunError: it cannot go on; what was saved stays.
+  """
+  folder = pathlib.Path(workdir)
+  sharding.initialize_distributed()
+  workdir_lib.check(folder, config, allow_config_change=allow_config_change)
+  done = result_lib.load_complete(folder, config)
+  if done is not None:
+    return _show_complete(folder, done)
+  corpus = corpus or lm.build_corpus(config.data)
+  _record(folder, config, corpus, allow_config_change)
+  console = _open_console(sum(config.train.steps))
+  with contextlib.closing(run_lib.Run(config, folder, corpus, console)) as run:
+    with run.interrupt, jax.set_mesh(run.mesh):
+      try:
+        run.resume()
+        run.train()
+        return run.finish()
+      except Stopped:
+        return run.stop()
+
+
+def evaluate_checkpoint(
+  config: Config,
+  workdir: str | pathlib.Path,
+  *,
+  corpus: lm.Corpus | None = None,
+) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a run; changes nothing in its folder.
+
+  Args:
+    config: the run's, perhaps with other `eval` keys.
+    workdir: its folder.
+    corpus: the text, if it is at hand already.
+
+  Returns:
+    Step, quality by attention mechanism, seconds, density and peak memory.
+
+  Raises:
+    RunError: there is no checkpoint, or none that can be read.
+  """
+  sharding.initialize_distributed()
+  console = _open_console(0)
+  checkpoints = Checkpoints(
+    pathlib.Path(workdir) / run_lib.CHECKPOINTS, read_only=True, say=console.say
+  )
+  mesh = sharding.make_mesh(config.mesh)
+  task = LanguageModel(config, corpus or lm.build_corpus(config.data), mesh)
+  program = state_lib.make_program(config, task.vocab_size, mesh)
+  with jax.set_mesh(mesh):
+    found = checkpoints.restore_latest(program.abstract)
+    if found is None:
+      raise RunError(f'there is no checkpoint in {workdir}; train first')
+    evaluate = Evaluator(config, task, program)
+    validation = {
+      name: evaluate(found.state, name) for name in evaluate.mechanisms
+    }
+  result = result_lib.evaluation(
+    config, found.step, validation, task.baselines()
+  )
+  console.table(
+    f'{config.name} at step {found.step}', result_lib.evaluation_table(result)
+  )
+  return result
+
+
+def _open_console(total: int) -> console_lib.Console:
+  if jax.process_index():
+    return console_lib.Silence()
+  return console_lib.open_console(total)
+
+
+def _record(folder, config, corpus, allow_config_change) -> None:
+  if jax.process_index():
+    return
+  workdir_lib.record(
+    folder,
+    config,
+    manifest=corpus.manifest,
+    devices=[str(device) for device in jax.devices()],
+    allow_config_change=allow_config_change,
+  )
+
+
+def _show_complete(folder, result) -> dict[str, Any]:
+  console = _open_console(result['step'])
+  console.close()
+  console.say(f'the run in {folder} is complete: {result["step"]} steps')
+  console.table(result['name'], result_lib.table(result))
+  return result

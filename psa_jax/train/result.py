@@ -1,0 +1,195 @@
+"""The end of a run: one record of quality and cost, and its table.
+
+Start and end of a stage come from its first and last rows in `metrics.jsonl`,
+so they survive interruptions of the run.
+"""
+
+import json
+import pathlib
+import resource
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from psa_jax import workdir
+from psa_jax.config import Config
+from psa_jax.train import stages as stages_lib
+from psa_jax.train.console import Table, clock
+
+RESULT = 'result.json'
+_ROWS = 5
+
+
+def build(
+  config: Config,
+  *,
+  rows: Sequence[Mapping[str, Any]],
+  validation: Mapping[str, Mapping[str, float]],
+  baselines: Mapping[str, float],
+  seconds: float,
+) -> dict[str, Any]:
+  """Collects what a finished run reached and what it cost.
+
+  Args:
+    config: the run.
+    rows: of `metrics.jsonl`.
+    validation: metrics by attention mechanism, at the last step.
+    baselines: bits per byte of trivial models.
+    seconds: time of training, over all starts.
+  """
+  plan = stages_lib.plan(config)
+  total = plan[-1].end
+  return {
+    **evaluation(config, total, validation, baselines),
+    'tokens': stages_lib.tokens_seen(plan, total),
+    'train_seconds': seconds,
+    'stages': [_stage(stage, rows) for stage in plan],
+  }
+
+
+def evaluation(
+  config: Config,
+  step: int,
+  validation: Mapping[str, Mapping[str, float]],
+  baselines: Mapping[str, float],
+) -> dict[str, Any]:
+  """What an evaluation found, and the memory it took; see `build`."""
+  memory, what = peak_memory()
+  return {
+    'name': config.name,
+    'step': step,
+    'mechanism': config.model.attention.name,
+    'validation': {name: dict(found) for name, found in validation.items()},
+    'baselines': dict(baselines),
+    'peak_memory_bytes': memory,
+    'peak_memory_of': what,
+  }
+
+
+def save(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Writes `result.json`."""
+  workdir.write_json(folder / RESULT, result)
+
+
+def load_complete(
+  folder: pathlib.Path, config: Config
+) -> dict[str, Any] | None:
+  """The result of a run that has nothing left to do, else None."""
+  try:
+    result = json.loads((folder / RESULT).read_text('utf-8'))
+  except (FileNotFoundError, ValueError):
+    return None
+  return result if result.get('step') == sum(config.train.steps) else None
+
+
+def table(result: Mapping[str, Any]) -> Table:
+  """The rows that a run ends with."""
+  first, last = result['stages'][0], result['stages'][-1]
+  rows = [*_quality(result), *_change('', first['start'], last['end'])]
+  if first is not last:
+    rows += _change(f', {last["seq_len"]:,} tokens', last['start'], last['end'])
+  compiled = [stage['compile_seconds'] for stage in result['stages']]
+  return [
+    *rows,
+    ('compile seconds', ' + '.join(_number(s, '.1f') for s in compiled)),
+    ('training time', clock(result['train_seconds'])),
+    ('tokens seen', f'{result["tokens"]:,}'),
+    _memory(result),
+  ]
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+  """The rows that an evaluation of a checkpoint ends with."""
+  return [
+    *_quality(result),
+    *(
+      (f'seconds per window, {name}', f'{found["seconds_per_window"]:.3f}')
+      for name, found in result['validation'].items()
+    ),
+    _memory(result),
+  ]
+
+
+def peak_memory() -> tuple[int, str]:
+  """Bytes, and of what: the devices if they tell, else this process.
+
+  Several devices: the fullest one.
+  """
+  found = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [stats['peak_bytes_in_use'] for stats in found if stats]
+  if peaks:
+    return max(peaks), 'fullest device'
+  unit = 1 if sys.platform == 'darwin' else 1024
+  used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return used * unit, 'process, maximum resident set'
+
+
+def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Bits per byte of the model, of its dense reading and of the baselines."""
+  found = result['validation'][result['mechanism']]
+  context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
+  rows = [('validation', context)]
+  for name, found in result['validation'].items():
+    rows.append(
+      (f'bits per byte, {name} attention', f'{found["bits_per_byte"]:.4f}')
+    )
+    rows.append((f'density, {name} attention', f'{found["density"]:.1%}'))
+  for name, value in result['baselines'].items():
+    rows.append((f'bits per byte, {name}', f'{value:.4f}'))
+  return rows
+
+
+def _change(suffix: str, start, end) -> list[tuple[str, str]]:
+  """From the start to the end of a stretch of training."""
+  return [
+    (
+      f'{label}{suffix}, start to end',
+      f'{_number(start.get(name), form)} -> {_number(end.get(name), form)}',
+    )
+    for name, label, form in (
+      ('density', 'density', '.1%'),
+      ('seconds_per_step', 'seconds per step', '.3f'),
+    )
+  ]
+
+
+def _memory(result) -> tuple[str, str]:
+  used = result['peak_memory_bytes'] / 2**20
+  return f'peak memory ({result["peak_memory_of"]})', f'{used:,.0f} MiB'
+
+
+def _number(value: float | None, form: str) -> str:
+  return '?' if value is None else format(value, form)
+
+
+def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
+  own = [
+    row
+    for row in rows
+    if row['kind'] == 'train' and row['stage'] == stage.index
+  ]
+  compiled = [r['compile_seconds'] for r in own if 'compile_seconds' in r]
+  return {
+    'seq_len': stage.seq_len,
+    'batch_size': stage.batch_size,
+    'steps': stage.end - stage.begin,
+    'compile_seconds': compiled[0] if compiled else None,
+    'start': _edge(own[:_ROWS], 0),
+    'end': _edge(own[-_ROWS:], -1),
+  }
+
+
+def _edge(rows, index: int) -> dict[str, float]:
+  """One end of a stage: schedules as they are, noisy numbers as medians."""
+  found = {}
+  for name in ('loss', 'bits_per_byte', 'seconds_per_step'):
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if values:
+      found[name] = statistics.median(values)
+  for name in ('density', 'gamma'):
+    if rows and rows[index].get(name) is not None:
+      found[name] = rows[index][name]
+  return found

@@ -1,0 +1,288 @@
+"""One run: its parts, its state, and what happens at every step.
+
+The host keeps its own count of steps and reads a step's metrics after it has
+dispatched the next one, so it waits for the devices only to save, to evaluate
+and to compile.
+
+A run is a function of its configuration and its data. Killed at any moment and
+started again it goes on from the last checkpoint and ends with the same
+parameters, the same statistics and the same metrics, bit for bit.
+
+Not done: early stopping, and choosing the best checkpoint.
+"""
+
+import contextlib
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from psa_jax import sharding
+from psa_jax.config import Config, RunError
+from psa_jax.data import lm
+from psa_jax.train import result as result_lib
+from psa_jax.train import stages as stages_lib
+from psa_jax.train import state as state_lib
+from psa_jax.train import step as step_lib
+from psa_jax.train.checkpoint import Checkpoints
+from psa_jax.train.console import Console
+from psa_jax.train.evaluator import Evaluator
+from psa_jax.train.interrupt import Interrupt
+from psa_jax.train.metrics import Log
+from psa_jax.train.tasks import LanguageModel
+
+CHECKPOINTS = 'checkpoints'
+
+
+class _Pending(NamedTuple):
+  """A step that was dispatched and whose metrics were not read yet.
+
+  Attributes:
+    step: its number, from 1.
+    stage: where it belongs.
+    metrics: on the devices.
+    data: the data state before its batch.
+  """
+
+  step: int
+  stage: stages_lib.Stage
+  metrics: dict[str, jax.Array]
+  data: dict[str, Any]
+
+
+class Run:
+  """One run in progress: its parts, its state and its place."""
+
+  def __init__(
+    self,
+    config: Config,
+    folder: pathlib.Path,
+    corpus: lm.Corpus,
+    console: Console,
+  ):
+    """Puts the parts together; nothing is restored or compiled yet."""
+    self.config, self.folder, self.console = config, folder, console
+    self._open = contextlib.ExitStack()
+    self._open.callback(console.close)
+    self.stages = stages_lib.plan(config)
+    self.total = self.stages[-1].end
+    self.mesh = sharding.make_mesh(config.mesh)
+    stages_lib.check_rows(
+      config.train, config.optim.accumulate, sharding.batch_shards(self.mesh)
+    )
+    self.task = LanguageModel(config, corpus, self.mesh)
+    self.program = state_lib.make_program(
+      config, self.task.vocab_size, self.mesh
+    )
+    self.train_step = step_lib.make_train_step(config, self.task, self.program)
+    self.evaluate = Evaluator(config, self.task, self.program)
+    self.data = stages_lib.StageData(self.task, self.stages)
+    self.interrupt = Interrupt(self.console.say)
+    self.checkpoints = Checkpoints(
+      folder / CHECKPOINTS, keep=config.checkpoint.keep, say=self.console.say
+    )
+    self._open.callback(self.checkpoints.close)
+    self.step = 0
+    self._saved: int | None = None
+    self._stage: stages_lib.Stage | None = None
+    self._pending: _Pending | None = None
+    self._compile_seconds: float | None = None
+    self._timer = _Timer()
+
+  def resume(self) -> None:
+    """Restores the last good checkpoint, or makes the first state."""
+    found = self.checkpoints.restore_latest(self.program.abstract)
+    if found is None:
+      self.state = state_lib.init_state(
+        self.config, self.task.vocab_size, self.program
+      )
+    elif found.step > self.total:
+      raise RunError(
+        f'the checkpoint of step {found.step} is beyond the end of the run; '
+        f'train.steps adds up to {self.total}'
+      )
+    else:
+      self.state, self.step, self._saved = found.state, found.step, found.step
+      self.data.restore(found.data, found.step)
+      self._timer = _Timer(found.meta['seconds'])
+      self.console.say(f'going on from step {self.step} of {self.total}')
+    self.log = Log(self.config, self.folder, step=self.step)
+    self._open.callback(self.log.close)
+
+  def train(self) -> None:
+    """Makes the steps that are left, with evaluations and checkpoints."""
+    while self.step < self.total:
+      self.interrupt.check_step(self.step)
+      self._evaluate_if_due()
+      self._advance()
+      if _due(self.step, self.config.checkpoint.every):
+        self._save()
+
+  def finish(self) -> dict[str, Any]:
+    """Saves, evaluates at the last step and reports."""
+    self._save()
+    self.checkpoints.wait()
+    validation = {
+      name: self._evaluate('final', name) for name in self.evaluate.mechanisms
+    }
+    result = result_lib.build(
+      self.config,
+      rows=self.log.rows,
+      validation=validation,
+      baselines=self.task.baselines(),
+      seconds=self._timer.total(),
+    )
+    if jax.process_index() == 0:
+      result_lib.save(self.folder, result)
+    self.console.close()
+    self.console.table(self.config.name, result_lib.table(result))
+    return result
+
+  def stop(self) -> dict[str, Any]:
+    """Saves where a signal stopped the run."""
+    self._save()
+    self.checkpoints.wait()
+    self.console.say(
+      f'stopped at step {self.step} of {self.total}; everything is saved, the '
+      'same command goes on from here'
+    )
+    return {'step': self.step, 'stopped': True}
+
+  def close(self) -> None:
+    """Ends every writer; a save under way is finished."""
+    self._open.close()
+
+  def _advance(self) -> None:
+    """Dispatches one step, then reads the metrics of the one before."""
+    data_before = self.data.state()
+    stage = stages_lib.stage_at(self.stages, self.step)
+    batch = sharding.put_batch(self.data.next(self.step), self.mesh)
+    if stage != self._stage:
+      self._settle()
+      self._enter(stage, batch)
+    if self._pending is None:
+      self._timer.start()
+    self.state, metrics = self._compiled(self.state, batch)
+    self.step += 1
+    before = self._pending
+    self._pending = _Pending(self.step, stage, metrics, data_before)
+    if before is not None:
+      self._read(before)
+
+  def _enter(self, stage: stages_lib.Stage, batch: Any) -> None:
+    """Compiles the step for a stage's shape."""
+    self._stage = stage
+    label = f'stage {stage.index + 1} of {len(self.stages)}'
+    shape = f'{stage.batch_size} x {stage.seq_len:,} tokens'
+    self.console.say(f'{label}: {shape} a step, compiling')
+    began = time.perf_counter()
+    self._compiled = self.train_step.lower(self.state, batch).compile()
+    self._compile_seconds = time.perf_counter() - began
+
+  def _settle(self) -> None:
+    """Waits for the last step, so that nothing is left unread."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      self._read(pending)
+
+  def _read(self, pending: _Pending) -> None:
+    """Takes in the metrics of a step: stops on a fault, logs if due."""
+    metrics = {k: v.item() for k, v in jax.device_get(pending.metrics).items()}
+    fault = metrics.pop('fault')
+    if fault:
+      self._fail(pending, step_lib.FAULTS[fault - 1], metrics)
+    self._timer.step_done()
+    step, stage = pending.step, pending.stage
+    edge = step in (stage.begin + 1, stage.end)
+    if not edge and not _due(step, self.config.log.every):
+      return
+    seconds = self._timer.seconds_per_step()
+    row = {
+      'kind': 'train',
+      'step': step,
+      'stage': stage.index,
+      'seq_len': stage.seq_len,
+      **metrics,
+      'seconds_per_step': seconds,
+      'tokens_per_second': stage.tokens / seconds,
+    }
+    if self._compile_seconds is not None:
+      row['compile_seconds'] = self._compile_seconds
+      self._compile_seconds = None
+    left = stages_lib.tokens_seen(self.stages, self.total)
+    left -= stages_lib.tokens_seen(self.stages, step)
+    self.log.write(row)
+    self.console.show(row, eta=left / row['tokens_per_second'])
+
+  def _fail(self, pending: _Pending, what: str, metrics: dict) -> None:
+    """Saves the state before a step that was refused, then gives up."""
+    self._pending, self.step = None, pending.step - 1
+    self.state = self.state._replace(
+      fault=jax.device_put(jnp.int32(0), self.program.shardings.fault)
+    )
+    self._save(data_state=pending.data)
+    self.checkpoints.wait()
+    value = f' ({metrics[what]})' if what in metrics else ''
+    raise RunError(
+      f'step {pending.step}: {what} is not finite{value}; the update was not '
+      f'made. The last good checkpoint is step {self.step} in '
+      f'{self.checkpoints.path}; lower optim.learning_rate and go on with '
+      '--allow_config_change'
+    )
+
+  def _save(self, data_state: dict[str, Any] | None = None) -> None:
+    """Saves the state and the place in the data, once a step."""
+    self._settle()
+    if self._saved == self.step:
+      return
+    meta = {'name': self.config.name, 'seconds': self._timer.total()}
+    place = self.data.state() if data_state is None else data_state
+    self.checkpoints.save(self.step, self.state, place, meta)
+    self._saved = self.step
+
+  def _evaluate_if_due(self) -> None:
+    if self.step and _due(self.step, self.config.eval.every):
+      self._settle()
+      self._evaluate('eval', self.config.model.attention.name)
+
+  def _evaluate(self, kind: str, mechanism: str) -> dict[str, Any]:
+    found = self.evaluate(
+      self.state, mechanism, before_batch=self.interrupt.check
+    )
+    row = {'kind': kind, 'step': self.step, **found}
+    self.log.write(row)
+    self.console.show(row)
+    return found
+
+
+class _Timer:
+  """Seconds of the whole run, and of a step between two log rows."""
+
+  def __init__(self, before: float = 0.0):
+    self._mark = time.perf_counter()
+    self._began = self._mark - before
+    self._steps: list[float] = []
+
+  def total(self) -> float:
+    return time.perf_counter() - self._began
+
+  def start(self) -> None:
+    """The devices are idle; the next step begins now."""
+    self._mark = time.perf_counter()
+
+  def step_done(self) -> None:
+    now = time.perf_counter()
+    self._steps.append(now - self._mark)
+    self._mark = now
+
+  def seconds_per_step(self) -> float:
+    """The mean since it was asked last."""
+    mean = sum(self._steps) / len(self._steps)
+    self._steps.clear()
+    return mean
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

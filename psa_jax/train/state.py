@@ -1,0 +1,161 @@
+"""The train state: plain arrays, and the program that gives them a meaning.
+
+A model is an NNX module, but no module crosses `jax.jit` (the graph mode of
+`nnx.jit` costs milliseconds a step, and `jax.jit(module)` drops the updates
+of running statistics without a word). `Program` holds what is static, the
+module's structure; `TrainState` holds its arrays as nested dicts, the
+optimiser's, and the one step counter that drives every schedule.
+
+The state is built abstractly first (`jax.eval_shape`), so its shardings are
+known before a byte is allocated, then by one compiled call that puts each
+shard where it belongs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from psa_jax import models, sharding
+from psa_jax.config import Config
+from psa_jax.train import optim
+
+
+class TrainState(NamedTuple):
+  """Everything that a run is, apart from its place in the data.
+
+  The same structure holds abstract shapes, or shardings.
+
+  Attributes:
+    step: int32, optimiser updates made so far.
+    params: trained arrays.
+    model_state: every other array of the model (running statistics).
+    opt_state: Adam's moments.
+    fault: int32, 0 or which check of `step.FAULTS` an update failed, counted
+      from 1. From then on the state does not change.
+  """
+
+  step: Any
+  params: Any
+  model_state: Any
+  opt_state: Any
+  fault: Any
+
+
+class Program(NamedTuple):
+  """The static half of a run.
+
+  Attributes:
+    graphdef: the module's structure without its arrays.
+    optimizer: gradients to directions (see `optim.make_optimizer`).
+    mesh: devices.
+    abstract: shape, dtype and sharding of every array of the state.
+  """
+
+  graphdef: Any
+  optimizer: optax.GradientTransformation
+  mesh: Mesh
+  abstract: TrainState
+
+  def merge(self, params: Any, model_state: Any) -> nnx.Module:
+    """The module with these arrays in it."""
+    return nnx.merge(self.graphdef, params, model_state)
+
+  def model_state(self, model: nnx.Module) -> Any:
+    """The arrays of a module that are not trained, after it ran."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.filterlib.Not(nnx.Param)))
+
+  @property
+  def shardings(self) -> TrainState:
+    """Where every array of the state lives."""
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def make_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
+  """Builds the model and its state abstractly; allocates nothing.
+
+  Args:
+    config: the run.
+    vocab_size: the tokenizer's.
+    mesh: from `sharding.make_mesh`.
+
+  Raises:
+    ConfigError: a model that cannot be built.
+  """
+  optimizer = optim.make_optimizer(config.optim)
+  structure = {}
+
+  def init():
+    graphdef, state = _create(config, vocab_size, optimizer, 0)
+    structure['graphdef'] = graphdef
+    return state
+
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(init)
+  shardings = _shardings(shapes, optimizer, mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+  return Program(structure['graphdef'], optimizer, mesh, abstract)
+
+
+def abstract_state(config: Config, vocab_size: int, mesh: Mesh) -> TrainState:
+  """Shape, dtype and sharding of a run's state; allocates nothing."""
+  return make_program(config, vocab_size, mesh).abstract
+
+
+def init_state(config: Config, vocab_size: int, program: Program) -> TrainState:
+  """The state before the first step, each shard built where it lives."""
+
+  def init(seed):
+    return _create(config, vocab_size, program.optimizer, seed)[1]
+
+  # It runs once: on a CPU, optimising it takes several times longer than it
+  # saves.
+  on_cpu = jax.default_backend() == 'cpu'
+  options = {'xla_backend_optimization_level': 0} if on_cpu else None
+  with jax.set_mesh(program.mesh):
+    init = jax.jit(
+      init, out_shardings=program.shardings, compiler_options=options
+    )
+    return init(jnp.uint32(config.seed))
+
+
+def _create(config, vocab_size, optimizer, seed):
+  rngs = nnx.Rngs(jax.random.key(seed))
+  model = models.build(config.model, vocab_size, rngs=rngs)
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  params = nnx.to_pure_dict(params)
+  state = TrainState(
+    step=jnp.int32(0),
+    params=params,
+    model_state=nnx.to_pure_dict(rest),
+    # f32 moments whatever the parameters' dtype
+    opt_state=optimizer.init(optax.tree.cast(params, jnp.float32)),
+    fault=jnp.int32(0),
+  )
+  return graphdef, state
+
+
+def _shardings(shapes: TrainState, optimizer, mesh: Mesh) -> TrainState:
+  """Moments live with their parameters, scalars everywhere."""
+  whole = sharding.replicated(mesh)
+  params = sharding.tree_shardings(shapes.params, mesh)
+  return TrainState(
+    step=whole,
+    params=params,
+    model_state=sharding.tree_shardings(shapes.model_state, mesh),
+    opt_state=optax.tree_map_params(
+      optimizer,
+      lambda _, where: where,
+      shapes.opt_state,
+      params,
+      transform_non_params=lambda _: whole,
+    ),
+    fault=whole,
+  )

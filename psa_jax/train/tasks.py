@@ -1,0 +1,188 @@
+"""What the one training loop needs to know of a task.
+
+A task turns a model and a batch into a `Loss`, supplies batches, and says how
+it is evaluated. Language modelling is the first; image classification or
+translation joins by another class of this shape, not by another loop.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from psa_jax import sharding
+from psa_jax.config import Config, ConfigError
+from psa_jax.data import lm, pipeline
+from psa_jax.data.tokenizer import byte_lengths
+from psa_jax.eval import perplexity
+from psa_jax.train.losses import next_token_loss
+from psa_jax.train.stages import DataIterator, Stage
+from psa_jax.types import Scalar
+
+
+class Loss(NamedTuple):
+  """The loss of a batch in a form that adds over batches.
+
+  Attributes:
+    total: loss summed over what counts; its gradient is the run's.
+    weight: how much counts (tokens, images).
+    sums: other quantities that add up (bytes, hits).
+    means: scalars that are averaged (attention density).
+  """
+
+  total: Float[Array, '']
+  weight: Float[Array, '']
+  sums: dict[str, jax.Array]
+  means: dict[str, jax.Array]
+
+
+@runtime_checkable
+class Task(Protocol):
+  """A training task. Batches are dicts of numpy arrays, rows first.
+
+  Attributes:
+    vocab_size: size of the model's output.
+  """
+
+  vocab_size: int
+
+  def loss(
+    self,
+    model: nnx.Module,
+    batch: Mapping[str, jax.Array],
+    *,
+    step: Scalar,
+    train: bool,
+    mechanism: str | None = None,
+  ) -> Loss:
+    """The loss of one batch; pure apart from the module's statistics."""
+    ...
+
+  def metrics(self, loss: Loss) -> dict[str, Any]:
+    """What is logged of a loss, `loss` among it; traced or float64."""
+    ...
+
+  def train_iterator(self, stage: Stage) -> DataIterator:
+    """This process's rows of every batch of a stage."""
+    ...
+
+  def evaluate(
+    self,
+    eval_step: Callable[[Any, Any], Loss],
+    state: Any,
+    *,
+    before_batch: Callable[[], None],
+  ) -> dict[str, float]:
+    """Metrics over the validation data, `loss` and `windows` among them.
+
+    `before_batch` may raise, to stop.
+    """
+    ...
+
+  def baselines(self) -> dict[str, float]:
+    """What a trivial model scores on the same data, for the final table."""
+    ...
+
+
+class LanguageModel:
+  """Next-token prediction on packed windows of text."""
+
+  def __init__(self, config: Config, corpus: lm.Corpus, mesh: Mesh):
+    """Looks at the corpus.
+
+    Args:
+      config: the run.
+      corpus: from `lm.build_corpus`.
+      mesh: devices that share the rows of a batch.
+
+    Raises:
+      ConfigError: a vocabulary smaller than the tokenizer's, or a window
+        longer than the text.
+    """
+    tokenizer = corpus.tokenizer
+    self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if self.vocab_size < tokenizer.vocab_size:
+      raise ConfigError(
+        f'model.vocab_size={self.vocab_size} is below the '
+        f'{tokenizer.vocab_size} of the tokenizer; set it to 0 to take those'
+      )
+    self._config, self._corpus, self._mesh = config, corpus, mesh
+    for seq_len in config.train.seq_len:
+      self._windows(corpus.train, seq_len)
+    lengths = byte_lengths(corpus.tokenizer)
+    spare = self.vocab_size - len(lengths)
+    self._byte_lengths = np.pad(lengths, (0, spare)).astype(np.float32)
+
+  def loss(self, model, batch, *, step, train, mechanism=None) -> Loss:
+    """Nats of the next tokens; `bytes` are those the targets stand for."""
+    cut = self._config.data.cut_documents
+    weights = batch['weights']
+    out = model(
+      batch['inputs'],
+      step=step,
+      positions=batch['positions'],
+      segment_ids=batch['segment_ids'] if cut else None,
+      mask=weights,
+      train=train,
+      mechanism=mechanism,
+    )
+    total, weight = next_token_loss(
+      model,
+      out.hidden,
+      batch['targets'],
+      weights,
+      chunk=self._config.train.loss_chunk,
+    )
+    size = jnp.asarray(self._byte_lengths)[batch['targets']]
+    return Loss(total, weight, {'bytes': jnp.sum(weights * size)}, out.aux)
+
+  def metrics(self, loss: Loss) -> dict[str, Any]:
+    """`loss` in nats per token and `bits_per_byte`."""
+    return perplexity.language_metrics(
+      loss.total, loss.weight, loss.sums['bytes']
+    )
+
+  def train_iterator(self, stage: Stage) -> DataIterator:
+    """Shuffled windows of the stage's length, this process's rows."""
+    return pipeline.train_iterator(
+      self._windows(self._corpus.train, stage.seq_len),
+      batch_size=stage.batch_size,
+      seed=stage.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def evaluate(self, eval_step, state, *, before_batch):
+    """Bits per byte and loss (see `perplexity`) of `eval.windows` windows."""
+    config = self._config
+    seq_len = config.eval.seq_len or config.train.seq_len[-1]
+    source = self._windows(self._corpus.validation, seq_len)
+    shards = sharding.batch_shards(self._mesh)
+    rows = max(1, config.train.batch_size[-1] // config.optim.accumulate)
+    batches = pipeline.eval_batches(
+      source,
+      batch_size=-(-min(rows, config.eval.windows) // shards) * shards,
+      limit=config.eval.windows,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    found = perplexity.evaluate_lm(
+      eval_step, state, batches, mesh=self._mesh, before_batch=before_batch
+    )
+    return {**found, 'windows': min(config.eval.windows, len(source))}
+
+  def baselines(self) -> dict[str, float]:
+    """Bits per byte of the unigram and the bigram of the training text."""
+    return {
+      'unigram': self._corpus.unigram_bpb,
+      'bigram': self._corpus.bigram_bpb,
+    }
+
+  def _windows(self, packed: lm.Packed, seq_len: int) -> lm.Windows:
+    cut = self._config.data.cut_documents
+    return lm.windows(packed, seq_len=seq_len, cut_documents=cut)

@@ -1,0 +1,65 @@
+"""What every test runs under; set before anything imports JAX.
+
+* CPU with eight fake devices, so that every mesh can be built. PJRT_NPROC is
+  needed with them: on a machine with fewer cores than devices, a collective
+  otherwise waits for ever for a thread (JAX 0.10).
+* One compile cache for all workers and runs, in `.jax_cache`; processes that
+  tests start inherit it, with the devices.
+* One data folder a session, outside the user's own.
+* Shapes and types of psa_jax's annotations are checked at run time by
+  jaxtyping and beartype; `PSA_JAX_TYPECHECK=0` turns that off.
+* A broadcast between arrays of different rank is an error.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['PJRT_NPROC'] = str(2 * DEVICES)
+DEVICE_FLAG = '--xla_force_host_platform_device_count'
+if DEVICE_FLAG not in os.environ.get('XLA_FLAGS', ''):  # workers inherit it
+  os.environ['XLA_FLAGS'] = ' '.join(
+    filter(None, [os.environ.get('XLA_FLAGS'), f'{DEVICE_FLAG}={DEVICES}'])
+  )
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.jax_cache')
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+IS_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
+if not IS_WORKER:  # a session's first process; its workers inherit the folder
+  os.environ['PSA_JAX_DATA_DIR'] = tempfile.mkdtemp(prefix='psa_jax_tests_')
+
+if os.environ.get('PSA_JAX_TYPECHECK', '1') != '0':
+  import jaxtyping
+
+  jaxtyping.install_import_hook('psa_jax', 'beartype.beartype')
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+flags.FLAGS.mark_as_parsed()
+
+# No deadline and no complaint about slow data: a shared machine is slow.
+hypothesis.settings.register_profile(
+  'psa_jax',
+  deadline=None,
+  derandomize=True,
+  database=None,
+  max_examples=20,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile('psa_jax')
+
+
+def pytest_unconfigure():
+  """Removes the session's data folder, once, after the workers are gone."""
+  if not IS_WORKER:
+    shutil.rmtree(os.environ['PSA_JAX_DATA_DIR'], ignore_errors=True)

@@ -1,0 +1,135 @@
+"""A model and a text so small that a whole run takes a second."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+
+from psa_jax import sharding
+from psa_jax.config import (
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  EvalConfig,
+  MeshConfig,
+  ModelConfig,
+  NormConfig,
+  OptimConfig,
+  TrainConfig,
+)
+from psa_jax.data import lm
+from psa_jax.data.tokenizer import ByteTokenizer
+from psa_jax.train import state as state_lib
+from psa_jax.train import step as step_lib
+from psa_jax.train.tasks import LanguageModel
+
+MODEL = ModelConfig(
+  num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, mlp_dim=32
+)
+PREPBN = NormConfig(kind='prepbn', decay_steps=6, scale_init=1.0)
+WORDS = 'the of union sparse attention state and to congress'.split()
+
+
+def config(norm=PREPBN, *, accumulate=1, data=1, fsdp=1, tensor=1, **changes):
+  """Two stages of 4 and 3 steps; a checkpoint every 2 steps."""
+  found = Config(
+    name='tiny',
+    model=dataclasses.replace(MODEL, norm=norm),
+    train=TrainConfig(
+      steps=(4, 3), seq_len=(16, 32), batch_size=(8, 4), loss_chunk=40
+    ),
+    optim=OptimConfig(
+      learning_rate=0.01, warmup_steps=2, accumulate=accumulate
+    ),
+    eval=EvalConfig(every=3, windows=3),
+    checkpoint=CheckpointConfig(every=2, keep=2),
+    mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+  )
+  return dataclasses.replace(found, **changes)
+
+
+def prose(seed, words):
+  """Words in a random order, the same for the same seed."""
+  generator = random.Random(seed)
+  return ' '.join(generator.choice(WORDS) for _ in range(words)).encode()
+
+
+def corpus():
+  """A corpus in memory, without the data cache."""
+
+  def packed(split, texts):
+    stream = b'\0' + b'\0'.join(texts) + b'\0'
+    tokens = np.frombuffer(stream, np.uint8)
+    starts = np.flatnonzero(tokens == 0)[:-1]
+    return lm.Packed(tokens, starts, split)
+
+  return lm.Corpus(
+    train=packed('train', [prose(i, 300) for i in range(4)]),
+    validation=packed('validation', [prose(9, 60)]),
+    tokenizer=ByteTokenizer(),
+    manifest={'source': 'tiny'},
+    unigram_bpb=4.0,
+    bigram_bpb=3.0,
+  )
+
+
+def write_text(folder):
+  """The same kind of text as files; returns the source that names them."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for i in range(5):
+    (folder / f'{i}.txt').write_bytes(prose(i, 300))
+  return DataConfig(source=f'files:{folder}/*.txt')
+
+
+class Steps:
+  """The parts of a run that a test of the step needs."""
+
+  def __init__(self, config):
+    self.config = config
+    self.mesh = sharding.make_mesh(config.mesh)
+    self.task = LanguageModel(config, corpus(), self.mesh)
+    self.program = state_lib.make_program(
+      config, self.task.vocab_size, self.mesh
+    )
+    self.train_step = self._meshed(
+      step_lib.make_train_step(config, self.task, self.program)
+    )
+    self.eval_step = self._meshed(
+      step_lib.make_eval_step(self.task, self.program)
+    )
+
+  def _meshed(self, jitted):
+    def call(*args):
+      with jax.set_mesh(self.mesh):
+        return jitted(*args)
+
+    call.jitted = jitted
+    return call
+
+  def init(self):
+    return state_lib.init_state(self.config, self.task.vocab_size, self.program)
+
+  def put(self, batch):
+    return sharding.put_batch(batch, self.mesh)
+
+  def batch(self, *, rows=8, seq_len=16, first=0):
+    windows = lm.windows(corpus().train, seq_len=seq_len, cut_documents=False)
+    items = [windows[first + i] for i in range(rows)]
+    return self.put({k: np.stack([i[k] for i in items]) for k in items[0]})
+
+
+def host(tree):
+  """A copy of a tree of arrays on the host; safe from donation."""
+  return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def assert_identical(left, right):
+  """Both trees have the same leaves, bit for bit."""
+  left, right = (
+    jax.tree_util.tree_leaves_with_path(host(tree)) for tree in (left, right)
+  )
+  assert len(left) == len(right)
+  for (path, a), (_, b) in zip(left, right, strict=True):
+    name = jax.tree_util.keystr(path)
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), name
