@@ -99,6 +99,15 @@ def test_upper_bound_is_the_largest_value(cfg):
   assert schedules.upper_bound(cfg) == got.max()
 
 
+@pytest.mark.parametrize('kind', SHAPES)
+def test_rounding_does_not_leave_the_interval(kind):
+  # Unclipped, the cosine from 0.7 to 0.3 begins one unit above 0.7.
+  cfg = config(kind, 0.7, 0.3, begin=0, length=10**7)
+  got = values(schedules.make(cfg), [1, 2, 3, 10**7 - 3, 10**7 - 1])
+  assert got.max() <= schedules.upper_bound(cfg)
+  assert got.min() >= np.float32(0.3)
+
+
 def test_result_is_an_f32_scalar_for_any_step():
   for kind in ('constant', *SHAPES):
     schedule = schedules.make(config(kind))

@@ -13,6 +13,7 @@ compute dtype; a bf16 angle is off by whole turns at position 65,536.
 Not done: cross-attention, and the cache of decoding.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -90,14 +91,23 @@ def fan_in(in_axis, out_axis, *, scale: float = 1.0):
   )
 
 
-def project(spec: str, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-  """`einsum` of activations and a kernel, in the dtype of the activations.
+def project(x: jax.Array, kernel: nnx.Param, *, inputs: int = 1) -> jax.Array:
+  """Contracts the last `inputs` axes of `x` with the kernel's first ones.
 
-  Every backend accumulates a bf16 product in f32 and rounds once at the end.
-  Asking for an f32 result as well would make both products of the backward
-  pass f32 x bf16, which matrix units run at half speed.
+  In the dtype of the activations: every backend accumulates a bf16 product in
+  f32 and rounds once at the end. Asking for an f32 result as well would make
+  both products of the backward pass f32 x bf16, which matrix units run at
+  half speed.
+
+  One matrix product over all tokens: as an einsum over [B, T, ...] the
+  kernel's gradient contracts two axes, which XLA runs several times slower
+  on CPU.
   """
-  return jnp.einsum(spec, x, kernel[...].astype(x.dtype))
+  kernel = kernel[...].astype(x.dtype)
+  batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+  size = math.prod(kernel.shape[:inputs])
+  y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+  return y.reshape(*batch, *width)
 
 
 class SelfAttention(nnx.Module):
@@ -148,9 +158,9 @@ class SelfAttention(nnx.Module):
     Returns:
       The output in the dtype of `x` and the mechanism's f32 scalars.
     """
-    q = rotate(project('BTD,DNH->BTNH', x, self.wq), rope)
-    k = rotate(project('BTD,DKH->BTKH', x, self.wk), rope)
-    v = project('BTD,DKH->BTKH', x, self.wv)
+    q = rotate(project(x, self.wq), rope)
+    k = rotate(project(x, self.wk), rope)
+    v = project(x, self.wv)
     out, aux = base.attend(
       q,
       k,
@@ -161,4 +171,4 @@ class SelfAttention(nnx.Module):
       train=train,
       mechanism=mechanism,
     )
-    return project('BTNH,NHD->BTD', out, self.wo), aux
+    return project(out, self.wo, inputs=2), aux

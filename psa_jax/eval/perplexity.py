@@ -38,7 +38,7 @@ def evaluate_lm(
   *,
   mesh: jax.sharding.Mesh,
   before_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Adds the losses of all batches in float64.
 
   Args:

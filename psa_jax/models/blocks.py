@@ -67,9 +67,9 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """Applies the layer in the dtype of `x`."""
-    gate = jax.nn.silu(project('BTD,DF->BTF', x, self.w_gate))
-    up = project('BTD,DF->BTF', x, self.w_up)
-    return project('BTF,FD->BTD', gate * up, self.w_down)
+    gate = jax.nn.silu(project(x, self.w_gate))
+    up = project(x, self.w_up)
+    return project(gate * up, self.w_down)
 
 
 class Block(nnx.Module):

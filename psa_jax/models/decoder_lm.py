@@ -149,12 +149,14 @@ class DecoderLM(nnx.Module):
   def unembed(self, hidden: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Returns f32 logits: products in the compute dtype, sums in f32."""
     dtype = self.config.compute_dtype
-    return jnp.einsum(
-      '...D,VD->...V',
-      hidden.astype(dtype),
+    rows = hidden.astype(dtype).reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum(
+      'BD,VD->BV',
+      rows,
       self.embedding[...].astype(dtype),
       preferred_element_type=jnp.float32,
     )
+    return logits.reshape(*hidden.shape[:-1], -1)
 
   def _apply_layers(self, apply, x, *, train):
     """Runs `apply(block, x)` over the layers; means of aux over them."""

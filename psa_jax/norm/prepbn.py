@@ -130,25 +130,32 @@ class Norm(nnx.Module):
         f'mask {mask.shape} must have the shape of x {x.shape} without its '
         'last axis'
       )
-    inputs = x.astype(jnp.float32)
+    # One row a token: XLA's sums over two leading axes, which the gradients
+    # of the affine parameters are, cost 5 to 8 times those over one on CPU.
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    y = self._rows(rows, step=step, train=train, mask=mask)
+    return y.reshape(x.shape).astype(x.dtype)
+
+  def _rows(self, x, *, step, train, mask):
     kind = self.config.kind
     if kind in BASES:
-      return self._base(inputs).astype(x.dtype)
-    batch = self._batch_norm(inputs, train=train, mask=mask)
+      return self._base(x)
+    batch = self._batch_norm(x, train=train, mask=mask)
     if kind != 'batchnorm':
-      batch = batch + self.eta[...].astype(jnp.float32) * inputs
+      batch = batch + self.eta[...].astype(jnp.float32) * x
     if kind == 'prepbn':
       weight = gamma(self.config, step)
-      batch = weight * self._base(inputs) + (1 - weight) * batch
-    return batch.astype(x.dtype)
+      batch = weight * self._base(x) + (1 - weight) * batch
+    return batch
 
   def _base(self, x: jax.Array) -> jax.Array:
     if self.base == 'layernorm':
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     y = x * jax.lax.rsqrt(power + self.config.eps)
-    y = y * _row(self.scale[...], x.ndim)
-    return y + _row(self.bias[...], x.ndim) if self.base == 'layernorm' else y
+    y = y * _row(self.scale[...])
+    return y + _row(self.bias[...]) if self.base == 'layernorm' else y
 
   def _batch_norm(self, x, *, train, mask):
     mean, var = self.mean[...], self.var[...]
@@ -158,10 +165,8 @@ class Norm(nnx.Module):
       if self.config.statistics == 'batch':
         mean, var = batch_mean, batch_var
     inverse = jax.lax.rsqrt(var + self.config.eps)
-    y = (x - _row(mean, x.ndim)) * _row(inverse, x.ndim)
-    return y * _row(self.bn_scale[...], x.ndim) + _row(
-      self.bn_bias[...], x.ndim
-    )
+    y = (x - _row(mean)) * _row(inverse)
+    return y * _row(self.bn_scale[...]) + _row(self.bn_bias[...])
 
   def _move_statistics(self, mean, var):
     # Written as a move, so that equal statistics move by exactly nothing.
@@ -177,23 +182,21 @@ def _moments(x, mask, empty_mean, empty_var):
   Without any counted position they are `empty_mean` and `empty_var`, which
   for the running statistics means no move.
   """
-  axes = tuple(range(x.ndim - 1))
   if mask is None:
-    return jnp.mean(x, axis=axes), jnp.var(x, axis=axes)
+    return jnp.mean(x, axis=0), jnp.var(x, axis=0)
   counts = jnp.expand_dims(mask != 0, -1)
   total = jnp.sum(counts, dtype=jnp.float32)
   some, total = total > 0, jnp.maximum(total, 1)
-  mean = jnp.sum(jnp.where(counts, x, 0), axis=axes) / total
+  mean = jnp.sum(jnp.where(counts, x, 0), axis=0) / total
   mean = jnp.where(some, mean, empty_mean)
-  centred = jnp.where(counts, x - _row(mean, x.ndim), 0)
-  var = jnp.sum(jnp.square(centred), axis=axes) / total
+  centred = jnp.where(counts, x - _row(mean), 0)
+  var = jnp.sum(jnp.square(centred), axis=0) / total
   return mean, jnp.where(some, var, empty_var)
 
 
-def _row(values, rank):
-  """`values` [D] as f32 with leading axes of size 1, up to `rank`."""
-  row = values.astype(jnp.float32)
-  return jax.lax.expand_dims(row, tuple(range(rank - 1)))
+def _row(values):
+  """`values` [D] as f32 [1, D]."""
+  return values.astype(jnp.float32)[None]
 
 
 def _validate(config: NormConfig) -> None:

@@ -94,12 +94,13 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(read_only=True, create=False)
       return ocp.CheckpointManager(self.path, options=options)
     self.path.mkdir(parents=True, exist_ok=True)
-    for folder in self.path.glob(f'*{_TEMPORARY}'):
-      step = folder.name.removesuffix(_TEMPORARY)
-      self._say(f'removing the half-written checkpoint of step {step}')
+    if jax.process_index() == 0:
+      for folder in self.path.glob(f'*{_TEMPORARY}'):
+        step = folder.name.removesuffix(_TEMPORARY)
+        self._say(f'removing the half-written checkpoint of step {step}')
+        shutil.rmtree(folder)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.LatestN(keep),
-      cleanup_tmp_directories=True,
       async_options=ocp.options.AsyncOptions(
         post_finalization_callback=self._seal
       ),
@@ -151,6 +152,11 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as e:
       raise self._failure(self._saving, _reason(e)) from e
+
+  def poll(self) -> None:
+    """Raises what `wait` would, if that is known by now; never waits."""
+    if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def close(self) -> None:
     """Lets a save under way finish; for the way out of a failing run."""
@@ -259,6 +265,8 @@ class Checkpoints:
 
   def _failure(self, step: int, reason: str) -> RunError:
     shutil.rmtree(self.path / f'{step}{_TEMPORARY}', ignore_errors=True)
+    with contextlib.suppress(Exception):
+      self._manager.reload()  # it has struck off those it meant to replace
     good = [s for s in self.steps() if s != step]
     last = f'the last good one is step {good[-1]}' if good else 'there is none'
     return RunError(

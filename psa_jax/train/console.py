@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
 
 Table = Sequence[tuple[str, str]]
 
@@ -100,12 +101,12 @@ class _Terminal:
       self.say(f'{row["kind"]} at step {row["step"]}  {text}')
 
   def table(self, title, rows):
-    table = rich.table.Table(title=title, title_justify='left')
-    table.add_column('')
-    table.add_column('', justify='right')
+    table = rich.table.Table(
+      '', rich.table.Column(justify='right'), show_header=False
+    )
     for row in rows:
-      table.add_row(*row)
-    table.show_header = False
+      table.add_row(*map(rich.text.Text, row))
+    self.say(title)
     self._console.print(table)
 
   def close(self):

@@ -27,7 +27,7 @@ def build(
   config: Config,
   *,
   rows: Sequence[Mapping[str, Any]],
-  validation: Mapping[str, Mapping[str, float]],
+  validation: Mapping[str, Mapping[str, Any]],
   baselines: Mapping[str, float],
   seconds: float,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def build(
 def evaluation(
   config: Config,
   step: int,
-  validation: Mapping[str, Mapping[str, float]],
+  validation: Mapping[str, Mapping[str, Any]],
   baselines: Mapping[str, float],
 ) -> dict[str, Any]:
   """What an evaluation found, and the memory it took; see `build`."""

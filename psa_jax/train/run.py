@@ -115,6 +115,7 @@ class Run:
     """Makes the steps that are left, with evaluations and checkpoints."""
     while self.step < self.total:
       self.interrupt.check_step(self.step)
+      self.checkpoints.poll()
       self._evaluate_if_due()
       self._advance()
       if _due(self.step, self.config.checkpoint.every):

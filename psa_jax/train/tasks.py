@@ -77,7 +77,7 @@ class Task(Protocol):
     state: Any,
     *,
     before_batch: Callable[[], None],
-  ) -> dict[str, float]:
+  ) -> dict[str, Any]:
     """Metrics over the validation data, `loss` and `windows` among them.
 
     `before_batch` may raise, to stop.

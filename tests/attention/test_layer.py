@@ -161,7 +161,7 @@ def test_bf16_activations_meet_bf16_kernels_and_f32_angles(calls):
 def test_bf16_products_accumulate_in_f32():
   # Summed in bf16, ones stop at 256.
   x, w = jnp.ones((1, 1, 2048), jnp.bfloat16), nnx.Param(jnp.ones((2048, 4)))
-  y = jax.jit(lambda x: layer_lib.project('BTD,DF->BTF', x, w))(x)
+  y = jax.jit(lambda x: layer_lib.project(x, w))(x)
   assert y.dtype == jnp.bfloat16 and np.all(np.asarray(y) == 2048)
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from psa_jax import models, sharding
+from psa_jax.attention import layer as attention_layer
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
@@ -20,6 +21,7 @@ from psa_jax.config import (
   PsaConfig,
   ScheduleConfig,
 )
+from psa_jax.types import AttnOut
 
 V, T = 28, 24
 PREPBN = NormConfig(kind='prepbn', decay_steps=8, scale_init=0.5, eta_init=0.5)
@@ -278,6 +280,20 @@ def test_aux_scalars_are_means_over_layers():
   plain = config(norm=NormConfig())
   out = jax.eval_shape(lambda: forward(plain, tokens(), step=6, train=False)[0])
   assert set(out.aux) == {'density'}
+
+
+def test_aux_is_the_mean_of_what_every_layer_said(monkeypatch):
+  said = []
+
+  def attend(q, k, v, **kwargs):
+    said.append(jnp.mean(jnp.abs(q)))
+    return AttnOut(q, {'density': said[-1]})
+
+  monkeypatch.setattr(attention_layer.base, 'attend', attend)
+  model = nnx.merge(structure(config(scan_layers=False))[0], *arrays(SMALL))
+  aux = model(tokens(), step=0, train=False).aux
+  assert len(said) == 2 and abs(said[0] - said[1]) > 0.01
+  np.testing.assert_allclose(aux['density'], np.mean(said), rtol=1e-6)
 
 
 def test_one_compilation_serves_every_step():

@@ -106,6 +106,7 @@ def test_update_is_adamw_with_clipping(rmsnorm):
   """Against the textbook in float64, from the gradients of the loss itself."""
   optim = rmsnorm.config.optim
   state, batch = rmsnorm.init(), rmsnorm.batch()
+  batch['weights'] = batch['weights'] * 0.3
 
   def mean_loss(params):
     model = rmsnorm.program.merge(params, {})

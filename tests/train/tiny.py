@@ -31,22 +31,44 @@ PREPBN = NormConfig(kind='prepbn', decay_steps=6, scale_init=1.0)
 WORDS = 'the of union sparse attention state and to congress'.split()
 
 
-def config(norm=PREPBN, *, accumulate=1, data=1, fsdp=1, tensor=1, **changes):
+def config(
+  norm=PREPBN,
+  *,
+  source='sotu',
+  accumulate=1,
+  data=1,
+  fsdp=1,
+  tensor=1,
+  **changes,
+):
   """Two stages of 4 and 3 steps; a checkpoint every 2 steps."""
   found = Config(
     name='tiny',
+    data=DataConfig(source=source),
     model=dataclasses.replace(MODEL, norm=norm),
     train=TrainConfig(
       steps=(4, 3), seq_len=(16, 32), batch_size=(8, 4), loss_chunk=40
     ),
     optim=OptimConfig(
-      learning_rate=0.01, warmup_steps=2, accumulate=accumulate
+      learning_rate=0.01,
+      warmup_steps=2,
+      decay_steps=7,
+      accumulate=accumulate,
     ),
     eval=EvalConfig(every=3, windows=3),
     checkpoint=CheckpointConfig(every=2, keep=2),
     mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
   )
   return dataclasses.replace(found, **changes)
+
+
+def config_for_all_devices(**changes):
+  """The first steps of `config`, with the batch over all devices."""
+  found = config(data=-1, **changes)
+  train = dataclasses.replace(
+    found.train, steps=(3,), seq_len=(16,), batch_size=(8,)
+  )
+  return dataclasses.replace(found, train=train, eval=EvalConfig(windows=2))
 
 
 def prose(seed, words):
@@ -75,11 +97,11 @@ def corpus():
 
 
 def write_text(folder):
-  """The same kind of text as files; returns the source that names them."""
+  """The same kind of text as files; returns the `data.source` of them."""
   folder.mkdir(parents=True, exist_ok=True)
   for i in range(5):
     (folder / f'{i}.txt').write_bytes(prose(i, 300))
-  return DataConfig(source=f'files:{folder}/*.txt')
+  return f'files:{folder}/*.txt'
 
 
 class Steps:

@@ -1,0 +1,136 @@
+"""What a user reads: lines, the bar, tables."""
+
+import pytest
+
+from psa_jax.train import console as lib
+from psa_jax.train import result as result_lib
+
+ROW = {
+  'kind': 'train',
+  'step': 12,
+  'stage': 1,
+  'seq_len': 65536,
+  'loss': 2.34567,
+  'bits_per_byte': 3.2,
+  'density': 0.0412,
+  'gamma': 0.25,
+  'tokens_per_second': 61234.5,
+}
+STAGE = {
+  'seq_len': 1024,
+  'compile_seconds': 2.5,
+  'start': {'density': 1.0, 'seconds_per_step': 0.5},
+  'end': {'density': 0.5, 'seconds_per_step': 0.25},
+}
+FOUND = {
+  'bits_per_byte': 2.5,
+  'density': 0.04,
+  'windows': 4,
+  'seq_len': 65536,
+  'seconds_per_window': 1.5,
+}
+RESULT = {
+  'name': 'lm',
+  'step': 9,
+  'mechanism': 'psa',
+  'validation': {'psa': FOUND, 'dense': {**FOUND, 'density': 1.0}},
+  'baselines': {'bigram': 3.5},
+  'tokens': 123456,
+  'train_seconds': 3725.0,
+  'stages': [STAGE, {**STAGE, 'seq_len': 65536, 'compile_seconds': None}],
+  'peak_memory_bytes': 2**30,
+  'peak_memory_of': 'process',
+}
+
+
+def test_a_line_has_what_is_worth_a_glance(capsys):
+  console = lib.open_console(260)
+  console.show(ROW, eta=83.4)
+  line = capsys.readouterr().out
+  for part in (
+    'step 12/260',
+    'stage 2',
+    '65,536 tokens',
+    'loss 2.346',
+    'density 4.1%',
+    'gamma 0.25',
+    'tok/s 61,23',
+    'eta 1:23',
+  ):
+    assert part in line
+  assert line.count('\n') == 1
+
+
+def test_numbers_that_a_row_lacks_are_left_out(capsys):
+  row = {**ROW, 'kind': 'eval', 'mechanism': 'dense', 'loss': None}
+  del row['gamma']
+  lib.open_console(260).show(row)
+  line = capsys.readouterr().out
+  assert 'eval at step 12/260' in line and 'dense attention' in line
+  assert 'loss' not in line and 'gamma' not in line and 'eta' not in line
+
+
+@pytest.mark.parametrize('width', [60, 100, 160])
+def test_a_terminal_shows_all_of_it_however_narrow(capsys, monkeypatch, width):
+  monkeypatch.setattr('sys.stdout.isatty', lambda: True)
+  monkeypatch.setenv('COLUMNS', str(width))
+  monkeypatch.setenv('TERM', 'xterm')
+  console = lib.open_console(260)
+  console.say('a line [with brackets]')
+  console.show(ROW, eta=83.4)
+  console.show({**ROW, 'kind': 'eval'})
+  console.close()
+  console.table('lm', [('name [of] it', '1')])
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert 'a line [with brackets]' in shown
+  assert '12/260' in shown and '1:23' in shown and '61,23' in shown
+  assert 'eval at step 12' in shown
+  assert '[of]' in shown
+
+
+def test_silence(capsys):
+  console = lib.Silence()
+  console.say('x')
+  console.show(ROW, eta=1.0)
+  console.table('x', [('a', 'b')])
+  console.close()
+  assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [(0.0, '0:00'), (59.6, '1:00'), (3599.0, '59:59'), (3600.0, '1:00:00')],
+)
+def test_clock(seconds, text):
+  assert lib.clock(seconds) == text
+
+
+def test_the_table_of_a_run(capsys):
+  lib.open_console(9).table('lm', result_lib.table(RESULT))
+  lines = [
+    ' '.join(line.split()) for line in capsys.readouterr().out.splitlines()
+  ]
+  for line in (
+    'validation 4 windows of 65,536 tokens',
+    'bits per byte, psa attention 2.5000',
+    'density, dense attention 100.0%',
+    'bits per byte, bigram 3.5000',
+    'density, start to end 100.0% -> 50.0%',
+    'seconds per step, 65,536 tokens, start to end 0.500 -> 0.250',
+    'compile seconds 2.5 + ?',
+    'training time 1:02:05',
+    'tokens seen 123,456',
+    'peak memory (process) 1,024 MiB',
+  ):
+    assert line in lines, line
+
+
+def test_the_table_of_an_evaluation():
+  rows = dict(result_lib.evaluation_table(RESULT))
+  assert rows['seconds per window, psa'] == '1.500'
+  assert rows['bits per byte, dense attention'] == '2.5000'
+
+
+def test_peak_memory_is_at_least_what_is_in_use():
+  size, what = result_lib.peak_memory()
+  assert size > 50 * 2**20 and what
