@@ -20,9 +20,9 @@ _PLOT = flags.DEFINE_string('plot', None, 'Picture to write (PNG, SVG, PDF).')
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
   """A Markdown table; the first row is the header."""
-  header, *body = [' | '.join(row) for row in rows]
-  rule = '|'.join(['---'] * len(rows[0]))
-  return '\n'.join(f'| {line} |' for line in [header, rule, *body])
+  header, *body = rows
+  lines = [header, ['---'] * len(header), *body]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def replace_section(path: pathlib.Path, name: str, text: str) -> None:

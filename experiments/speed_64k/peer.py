@@ -17,7 +17,7 @@ def main():
   """Serves until standard input ends."""
   torch.set_num_threads(int(sys.argv[1]))
   print(json.dumps({'version': f'PyTorch {torch.__version__}'}), flush=True)
-  shape = inputs = None
+  shape, inputs = None, []
   for line in sys.stdin:
     request = json.loads(line)
     if shape != (request['T'], request['H']):

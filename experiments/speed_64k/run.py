@@ -302,13 +302,13 @@ class Peer:
 
   def __init__(self, python):
     """Starts the server."""
-    self.process = subprocess.Popen(
+    self.server = subprocess.Popen(
       [python, HERE / 'peer.py', str(os.cpu_count())],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
     )
-    self.version = json.loads(self.process.stdout.readline())['version']
+    self.version = self._read()['version']
 
   @classmethod
   def start(cls, python):
@@ -320,10 +320,14 @@ class Peer:
 
   def seconds(self, what, T, H):
     """Seconds of one call."""
-    request = {'what': what, 'T': T, 'H': H}
-    self.process.stdin.write(json.dumps(request) + '\n')
-    self.process.stdin.flush()
-    return json.loads(self.process.stdout.readline())['seconds']
+    assert self.server.stdin is not None
+    self.server.stdin.write(json.dumps({'what': what, 'T': T, 'H': H}) + '\n')
+    self.server.stdin.flush()
+    return self._read()['seconds']
+
+  def _read(self):
+    assert self.server.stdout is not None
+    return json.loads(self.server.stdout.readline())
 
 
 def table(what, rows):
