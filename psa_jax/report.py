@@ -74,10 +74,10 @@ def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
   for axis in axes:
     axis.grid(alpha=0.3)
     _mark_stages(axis, train)
-  for step, row in _stage_starts(train):
+  for number, (step, row) in enumerate(_stage_starts(train)):
     axes[0].annotate(
       f'{row["seq_len"]:,} tokens',
-      (step, 1.01),
+      (step, 1.02 + 0.07 * (number % 2)),
       xycoords=('data', 'axes fraction'),
       fontsize=8,
     )
@@ -90,7 +90,8 @@ def _draw_quality(axis, steps, train, final, baselines):
   axis.plot(steps, [r['bits_per_byte'] for r in train], label='train')
   for name, value in baselines.items():
     axis.axhline(value, color='grey', linestyle=':')
-    axis.annotate(f'{name} {value:.2f}', (steps[0], value), fontsize=8)
+    middle = steps[len(steps) // 2]
+    axis.annotate(f'{name} {value:.2f}', (middle, value + 0.05), fontsize=8)
   for marker, (name, row) in zip('ox+', final.items(), strict=False):
     axis.plot(
       [steps[-1]],

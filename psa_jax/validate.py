@@ -180,6 +180,12 @@ def _check_schedules(config: Config) -> Iterator[str]:
   psa = config.model.attention.psa
   yield from _check_schedule('config.model.attention.psa.keep', psa.keep)
   yield from _check_schedule('config.model.attention.psa.mass', psa.mass)
+  if psa.budget == 'mass' and psa.mass == ScheduleConfig():
+    yield (
+      'config.model.attention.psa.budget is mass, but psa.mass is constant 1, '
+      'which keeps every block; set for instance psa.mass.init=0.9 and '
+      'psa.mass.final=0.9'
+    )
 
 
 def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
@@ -189,6 +195,15 @@ def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
       yield (
         f'{path}.boundaries and values are read by kind=piecewise only, but '
         f'the kind is {schedule.kind}'
+      )
+    default = ScheduleConfig()
+    moves = schedule.begin or schedule.length
+    if schedule.final not in (schedule.init, default.final):
+      moves = True
+    if schedule.kind == 'constant' and moves:
+      yield (
+        f'{path}.final, begin and length are not read by kind=constant, the '
+        f'default; set {path}.kind, for instance to linear'
       )
     return
   if len(values) != len(boundaries) + 1:

@@ -73,7 +73,7 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (PSA + 'eval_keep', 1.01, 1.0),
     (PSA + 'keep.init', 0.0, 1e-3),
     (PSA + 'keep.final', 1.01, 1.0),
-    (PSA + 'mass.final', 0.0, 0.9),
+    (PSA + 'mass.init', 0.0, 0.9),
     (PSA + 'keep.begin', -1, 0),
     (PSA + 'keep.length', -1, 0),
     ('optim.learning_rate', 0.0, 1e-9),
@@ -113,6 +113,15 @@ def test_boundaries(path, last, first):
 )
 def test_a_range_is_said_in_words(path, value, text):
   assert problem({path: value}) == f'config.{path} is {value!r}, but {text}'
+
+
+def test_settings_that_would_not_be_read_are_refused():
+  message = problem({PSA + 'keep.final': 0.1})
+  assert 'not read by kind=constant' in message and 'keep.kind' in message
+  fine({PSA + 'keep.final': 0.1, PSA + 'keep.kind': 'linear'})
+  message = problem({PSA + 'budget': 'mass'})
+  assert 'constant 1, which keeps every block' in message
+  fine({PSA + 'budget': 'mass', PSA + 'mass.init': 0.9})
 
 
 def test_all_problems_are_named_at_once():

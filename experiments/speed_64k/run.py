@@ -113,7 +113,7 @@ def our_attention(T):
   from psa_jax.attention import base
 
   config = recipe()
-  final = final_attention(config)
+  final = one_head(config)
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (1, T, 1, 64), jnp.float32) for key in keys)
 
@@ -234,9 +234,16 @@ def recipe():
   return load_recipe(_CONFIG.value, [])
 
 
-def final_attention(config):
-  """The attention config with its schedules where they end."""
-  return dataclasses.replace(config.model.attention, name='psa')
+def one_head(config):
+  """The recipe's attention for a single head.
+
+  A tile of the recipe has the queries of all G heads of a group as rows; one
+  head gets tiles of as many rows, so G times as many queries.
+  """
+  attention, model = config.model.attention, config.model
+  rows = attention.psa.block_q * model.num_heads // model.num_kv_heads
+  psa = dataclasses.replace(attention.psa, block_q=rows)
+  return dataclasses.replace(attention, name='psa', psa=psa)
 
 
 def with_mechanism(config, name):

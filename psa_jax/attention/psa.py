@@ -88,9 +88,12 @@ def psa(
     kv_segment_ids=segment_ids,
     implementation=config.implementation,
   )
-  read = blocks.counts.sum().astype(jnp.float32)
+  # A mean of shares over rows and heads, which is the same on any mesh.
+  read, visible = (
+    x.sum(-1).astype(jnp.float32) for x in (blocks.counts, blocks.visible)
+  )
   aux = {
-    'density': read / blocks.visible.sum().astype(jnp.float32),
+    'density': (read / visible).mean(),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
   }
   return AttnOut(out, aux)

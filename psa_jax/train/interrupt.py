@@ -34,9 +34,20 @@ class Interrupt:
   processes it changes nothing.
   """
 
-  def __init__(self, say: Callable[[str], None] = print):
-    """Args: say: shows one line to the user; called from a thread."""
-    self._say = say
+  def __init__(
+    self,
+    say: Callable[[str], None] = print,
+    *,
+    before_abort: Callable[[], None] = lambda: None,
+  ):
+    """Changes nothing yet.
+
+    Args:
+      say: shows one line to the user; called from a thread.
+      before_abort: called on the second Ctrl-C, to leave the terminal as it
+        was; also from that thread.
+    """
+    self._say, self._before_abort = say, before_abort
     self._signal: int | None = None
     self._handlers: dict[int, Any] = {}
 
@@ -92,4 +103,5 @@ class Interrupt:
       name = signal.Signals(number).name
       self._say(f'{name}: saving after this step; Ctrl-C again to abort')
     elif number == signal.SIGINT:
+      self._before_abort()
       os._exit(_ABORTED)

@@ -55,9 +55,10 @@ def train_and_evaluate(
   if done is not None:
     return _show_complete(folder, done)
   corpus = corpus or lm.build_corpus(config.data)
-  _record(folder, config, corpus, allow_config_change)
   console = _open_console(sum(config.train.steps))
   with contextlib.closing(run_lib.Run(config, folder, corpus, console)) as run:
+    # Only now: what a refused run leaves behind must not bind the next one.
+    _record(folder, config, corpus, allow_config_change)
     with run.interrupt, jax.set_mesh(run.mesh):
       try:
         run.resume()

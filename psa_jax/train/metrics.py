@@ -25,6 +25,7 @@ from psa_jax.config import Config
 
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
+_FLUSH_SECONDS = 10
 
 
 class MetricsFile:
@@ -89,7 +90,9 @@ class TensorBoard:
         it is hidden.
     """
     self._writer = tensorboardX.SummaryWriter(
-      str(folder), purge_step=step + 1 if step else None
+      str(folder),
+      purge_step=step + 1 if step else None,
+      flush_secs=_FLUSH_SECONDS,
     )
     simple = {
       name: value if isinstance(value, (bool, int, float)) else str(value)
@@ -103,6 +106,8 @@ class TensorBoard:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds the numbers of a row under `<kind>[_<mechanism>]/<name>`."""
+    if not self._alive():
+      return
     words = [row['kind'], row.get('mechanism')]
     prefix = '_'.join(word for word in words if word)
     for name, value in row.items():
@@ -111,8 +116,15 @@ class TensorBoard:
 
   def close(self) -> None:
     """Marks the run as ended and closes the file."""
+    if not self._alive():
+      return
     self._writer.file_writer.add_summary(self._end)
     self._writer.close()
+
+  def _alive(self) -> bool:
+    # tensorboardX writes from a thread and does not watch it: once that died
+    # (a full disk), its queue fills up and the next write waits for ever.
+    return self._writer.file_writer.event_writer._worker.is_alive()
 
 
 class Log:

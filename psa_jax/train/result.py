@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from psa_jax import workdir
+from psa_jax import config_dict, workdir
 from psa_jax.config import Config
 from psa_jax.train import stages as stages_lib
 from psa_jax.train.console import Table, clock
@@ -46,6 +46,7 @@ def build(
     **evaluation(config, total, validation, baselines),
     'tokens': stages_lib.tokens_seen(plan, total),
     'train_seconds': seconds,
+    'config': config_dict.to_dict(config),
     'stages': [_stage(stage, rows) for stage in plan],
   }
 
@@ -77,12 +78,16 @@ def save(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
 def load_complete(
   folder: pathlib.Path, config: Config
 ) -> dict[str, Any] | None:
-  """The result of a run that has nothing left to do, else None."""
+  """The result of a run that has nothing left to do, else None.
+
+  Another configuration has something left: its final evaluation.
+  """
   try:
     result = json.loads((folder / RESULT).read_text('utf-8'))
   except (FileNotFoundError, ValueError):
     return None
-  return result if result.get('step') == sum(config.train.steps) else None
+  asked = json.loads(json.dumps(config_dict.to_dict(config)))
+  return result if result.get('config') == asked else None
 
 
 def table(result: Mapping[str, Any]) -> Table:

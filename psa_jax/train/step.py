@@ -55,26 +55,29 @@ def make_train_step(config: Config, task: Task, program: Program):
     )
     grads = jax.tree.map(lambda g: g / _nonzero(loss.weight), grads)
     rate = rate_at(state.step)
-    directions, opt_state = program.optimizer.update(
-      grads, state.opt_state, state.params
-    )
-    moved = TrainState(
-      step=state.step + 1,
-      params=jax.tree.map(
-        functools.partial(_move, rate), state.params, directions
-      ),
-      model_state=model_state,
-      opt_state=opt_state,
-      fault=state.fault,
-    )
+
+    def moved() -> TrainState:
+      directions, opt_state = program.optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      move = functools.partial(_move, rate)
+      params = jax.tree.map(move, state.params, directions)
+      step, fault = state.step + 1, jnp.int32(0)
+      return TrainState(step, params, model_state, opt_state, fault)
+
     metrics = {
       **task.metrics(loss),
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': rate,
       **loss.means,
     }
-    moved = _guard(state, moved, metrics)
-    return moved, {**metrics, 'fault': moved.fault}
+    # `moved` is computed twice. Once only to be checked, which XLA does
+    # without storing it, and then in place: choosing between two finished
+    # states would keep both in memory.
+    found = _fault(metrics, moved().params, model_state)
+    fault = jnp.where(state.fault > 0, state.fault, found)
+    kept = jax.lax.cond(fault == 0, moved, lambda: state)
+    return kept._replace(fault=fault), {**metrics, 'fault': fault}
 
   whole = sharding.replicated(program.mesh)
   return jax.jit(
@@ -149,19 +152,17 @@ def _micro_batches(batch, count, mesh):
   return jax.tree.map(split, batch)
 
 
-def _guard(old: TrainState, new: TrainState, metrics: Any) -> TrainState:
-  """`new`, or `old` with the first failed check where `new` is not finite."""
-  checks = [
+def _fault(metrics: Any, params: Any, model_state: Any) -> jax.Array:
+  """0, or which of `FAULTS` is the first that is not finite, from 1."""
+  finite = [
     jnp.isfinite(metrics['loss']),
     jnp.isfinite(metrics['grad_norm']),
-    _all_finite(new.params),
-    _all_finite(new.model_state),
+    _all_finite(params),
+    _all_finite(model_state),
   ]
-  failed = ~jnp.stack(checks)
+  failed = ~jnp.stack(finite)
   found = jnp.where(jnp.any(failed), jnp.argmax(failed) + 1, 0)
-  fault = jnp.where(old.fault > 0, old.fault, found.astype(jnp.int32))
-  kept = jax.tree.map(lambda o, n: jnp.where(fault > 0, o, n), old, new)
-  return kept._replace(fault=fault)
+  return found.astype(jnp.int32)
 
 
 def _all_finite(tree) -> jax.Array:

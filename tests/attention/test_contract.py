@@ -219,21 +219,27 @@ def test_a_mesh_changes_nothing(name):
     text = str(jax.make_jaxpr(run)(*args))
   oracles.check_close(got, want)
   assert set(aux) == set(want_aux)
+  np.testing.assert_allclose(aux['density'], want_aux['density'], 1e-6)
   assert 'shard_map' in text
 
 
 @every
 def test_one_compilation_for_all_steps(name):
-  traces = []
+  """A schedule that really moves: density falls, nothing is traced again."""
+  traces, config = [], ROWS[name].config
+  ramp = ScheduleConfig(kind='linear', init=1.0, final=1e-5, length=3)
+  moving = dataclasses.replace(config.psa, keep=ramp, mass=ramp)
+  config = dataclasses.replace(config, psa=moving)
 
   @jax.jit
   def run(step, *args):
     traces.append(1)
-    return base.attend(*args, config=ROWS[name].config, step=step)
+    return base.attend(*args, config=config, step=step).aux['density']
 
-  for step in range(3):
-    run(jnp.int32(step), *arrays())
+  seen = [float(run(jnp.int32(step), *arrays())) for step in range(4)]
   assert len(traces) == 1
+  assert seen[0] == 1
+  assert seen[3] < seen[0] if ROWS[name].sparse else seen[3] == 1
 
 
 def test_unknown_mechanism_is_named():

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from tests.attention.test_contract import ROWS
+
 LENGTHS = 8192, 16_384
 CHILD = """
 import dataclasses, json, sys
@@ -35,7 +37,7 @@ print(json.dumps(found))
 """
 # A block list is as wide as the largest budget needs, a share of the length;
 # what is linear is the memory at a given width.
-NAMES = ['dense', 'psa', 'psa mass']
+NAMES = list(ROWS)
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,8 @@ from psa_jax.train.interrupt import SIGNALS, Interrupt, Stopped
 CHILD = """
 import time
 from psa_jax.train.interrupt import Interrupt
-with Interrupt(lambda line: print(line, flush=True)):
+say = lambda line: print(line, flush=True)
+with Interrupt(say, before_abort=lambda: say('terminal restored')):
   print('ready', flush=True)
   time.sleep(60)
 """
@@ -75,6 +76,7 @@ def test_a_second_ctrl_c_aborts_at_once():
     assert 'SIGINT: saving' in child.stdout.readline()
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) == 130
+    assert child.stdout.read() == 'terminal restored\n'
   finally:
     child.kill()
     child.stdout.close()

@@ -1,6 +1,7 @@
 """A model and a text so small that a whole run takes a second."""
 
 import dataclasses
+import functools
 import random
 
 import jax
@@ -130,7 +131,14 @@ class Steps:
     return call
 
   def init(self):
-    return state_lib.init_state(self.config, self.task.vocab_size, self.program)
+    """The first state, in arrays of its own that may be donated."""
+    return jax.device_put(self._first, self.program.shardings, may_alias=False)
+
+  @functools.cached_property
+  def _first(self):
+    return host(
+      state_lib.init_state(self.config, self.task.vocab_size, self.program)
+    )
 
   def put(self, batch):
     return sharding.put_batch(batch, self.mesh)
