@@ -23,8 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 from psa_jax.kernels.tiles import Tiles
 
 # Keys gathered at a time. Large enough for an efficient product, small enough
-# that a tile of scores stays in the second-level cache.
-CHUNK_KEYS = 768
+# that a tile of scores stays in the second-level cache and that little of the
+# last chunk of a list is wasted (experiments/LOG.md).
+CHUNK_KEYS = 512
 
 # Masked scores. Half of it is the initial row maximum, so that a row that has
 # read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
