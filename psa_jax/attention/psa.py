@@ -114,6 +114,10 @@ def budget_at(cfg: PsaConfig, step: Scalar, train: bool) -> jax.Array:
 def list_width(cfg: PsaConfig, blocks: int) -> int:
   """M: entries of a block list over `blocks` key blocks (static).
 
+  Without `max_blocks` it is the largest share that the schedule asks for, so
+  the lists grow with the square of the length, by a small constant: T^2 / 2048
+  bytes a kv head at keep 1 and the default block sizes.
+
   Raises:
     ConfigError: `max_blocks` is less than the sink and the window take.
   """
