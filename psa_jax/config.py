@@ -136,8 +136,8 @@ class PsaConfig:
     keep, mass: the schedules of the two budgets, in (0, 1].
     scoring: `mean` pools keys by their mean; `bounds` by their minimum and
       maximum per channel (Quest), which makes the mass rule a guarantee.
-    max_blocks: width M of the block list; 0 means as many blocks as the
-      sequence has.
+    max_blocks: width M of the block list; 0 means what the schedule's
+      largest budget asks for, a share of the sequence's blocks.
     eval_keep: keep ratio (or mass) used outside training; 0 means the
       schedule's value at the step being evaluated.
   """
@@ -152,6 +152,13 @@ class PsaConfig:
   scoring: str = choice('mean', 'mean', 'bounds')
   max_blocks: int = 0
   eval_keep: float = runtime(0.0)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the budget."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,17 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
+def _check_list_width(config: Config) -> Iterator[str]:
+  psa = config.model.attention.psa
+  blocks = max([-(-T // psa.block_k) for T in config.train.seq_len], default=0)
+  forced = min(psa.forced_blocks, blocks)
+  if 0 < psa.max_blocks < forced:
+    yield (
+      f'config.model.attention.psa.max_blocks is {psa.max_blocks}, but sink '
+      f'and window take up to {forced} blocks; raise it or use 0'
+    )
+
+
 def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
   boundaries, values = schedule.boundaries, schedule.values
   if schedule.kind != 'piecewise':
@@ -257,6 +268,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_data,
   _check_heads,
   _check_schedules,
+  _check_list_width,
   _check_optim,
   _check_stages,
   _check_mesh,

@@ -33,26 +33,26 @@ def check_close(got, want, dtype='float32', gradient=False, what=''):
   assert worst <= 10 * limit, f'{what}: worst {worst:.2e} > {10 * limit}'
 
 
+def _rows(q, k, mask, scale):
+  """(b, t, n, kv head, keys read, scores) of every query that reads any."""
+  B, T, N, H = q.shape
+  scale = H**-0.5 if scale is None else scale
+  for b, t, n in np.ndindex(B, T, N):
+    g = n // (N // k.shape[2])
+    keys = np.flatnonzero(mask[b, g, t])
+    if keys.size:
+      yield b, t, n, g, keys, k[b, keys, g] @ q[b, t, n] * scale
+
+
 def attention(q, k, v, mask, scale=None):
   """Softmax attention [B, T, N, Hv] and lse [B, T, N]; mask [B, K, T, S]."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  scale = H**-0.5 if scale is None else scale
-  out = np.zeros((B, T, N, v.shape[-1]))
-  lse = np.full((B, T, N), -np.inf)
-  for b in range(B):
-    for n in range(N):
-      g = n // (N // K)
-      for t in range(T):
-        keys = np.flatnonzero(mask[b, g, t])
-        if keys.size == 0:
-          continue
-        s = k[b, keys, g] @ q[b, t, n] * scale
-        top = s.max()
-        e = np.exp(s - top)
-        out[b, t, n] = e @ v[b, keys, g] / e.sum()
-        lse[b, t, n] = top + np.log(e.sum())
+  out = np.zeros((*q.shape[:3], v.shape[-1]))
+  lse = np.full(q.shape[:3], -np.inf)
+  for b, t, n, g, keys, s in _rows(q, k, mask, scale):
+    e = np.exp(s - s.max())
+    out[b, t, n] = e @ v[b, keys, g] / e.sum()
+    lse[b, t, n] = s.max() + np.log(e.sum())
   return out, lse
 
 
@@ -60,25 +60,16 @@ def attention_grads(q, k, v, mask, d_out, d_lse, scale=None):
   """Gradients of sum(out * d_out) + sum(lse * d_lse) by the chain rule."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   d_out, d_lse = np.asarray(d_out, np.float64), np.asarray(d_lse, np.float64)
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  scale = H**-0.5 if scale is None else scale
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
   dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-  for b in range(B):
-    for n in range(N):
-      g = n // (N // K)
-      for t in range(T):
-        keys = np.flatnonzero(mask[b, g, t])
-        if keys.size == 0:
-          continue
-        s = k[b, keys, g] @ q[b, t, n] * scale
-        p = np.exp(s - s.max())
-        p /= p.sum()
-        dp = v[b, keys, g] @ d_out[b, t, n]
-        ds = p * (dp - p @ dp + d_lse[b, t, n]) * scale
-        dq[b, t, n] += ds @ k[b, keys, g]
-        dk[b, keys, g] += ds[:, None] * q[b, t, n]
-        dv[b, keys, g] += p[:, None] * d_out[b, t, n]
+  for b, t, n, g, keys, s in _rows(q, k, mask, scale):
+    p = np.exp(s - s.max())
+    p /= p.sum()
+    dp = v[b, keys, g] @ d_out[b, t, n]
+    ds = p * (dp - p @ dp + d_lse[b, t, n]) * factor
+    dq[b, t, n] += ds @ k[b, keys, g]
+    dk[b, keys, g] += ds[:, None] * q[b, t, n]
+    dv[b, keys, g] += p[:, None] * d_out[b, t, n]
   return dq, dk, dv
 
 

@@ -124,6 +124,15 @@ def test_settings_that_would_not_be_read_are_refused():
   fine({PSA + 'budget': 'mass', PSA + 'mass.init': 0.9})
 
 
+def test_a_block_list_holds_sink_and_window():
+  """By default 1 block of sink, 8 of window and 2 of the tile, or parts."""
+  long = {'train.seq_len': (4096,)}
+  message = problem(long | {PSA + 'max_blocks': 11})
+  assert 'max_blocks is 11, but sink and window take up to 12' in message
+  fine(long | {PSA + 'max_blocks': 12})
+  fine({'train.seq_len': (256,), PSA + 'max_blocks': 4})
+
+
 def test_all_problems_are_named_at_once():
   message = problem({'log.every': 0, 'checkpoint.keep': 0})
   assert message.count('; ') == 1

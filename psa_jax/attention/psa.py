@@ -121,8 +121,7 @@ def list_width(cfg: PsaConfig, blocks: int) -> int:
   Raises:
     ConfigError: `max_blocks` is less than the sink and the window take.
   """
-  forced = cfg.sink_blocks + -(-cfg.block_q // cfg.block_k)
-  forced = min(forced + -(-cfg.window // cfg.block_k) + 1, blocks)
+  forced = min(cfg.forced_blocks, blocks)
   if cfg.max_blocks:
     if cfg.max_blocks < forced:
       raise ConfigError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import tensorboardX
+from absl import logging
 
 from psa_jax import config_dict
 from psa_jax.config import Config
@@ -103,6 +104,7 @@ class TensorBoard:
     )
     self._writer.file_writer.add_summary(experiment)
     self._writer.file_writer.add_summary(start)
+    self._said = False
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds the numbers of a row under `<kind>[_<mechanism>]/<name>`."""
@@ -124,7 +126,15 @@ class TensorBoard:
   def _alive(self) -> bool:
     # tensorboardX writes from a thread and does not watch it: once that died
     # (a full disk), its queue fills up and the next write waits for ever.
-    return self._writer.file_writer.event_writer._worker.is_alive()
+    alive = self._writer.file_writer.event_writer._worker.is_alive()
+    if not alive and not self._said:
+      self._said = True
+      logging.warning(
+        'TensorBoard events cannot be written to %s any more (is the disk '
+        'full?); metrics.jsonl goes on',
+        self._writer.logdir,
+      )
+    return alive
 
 
 class Log:

@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,19 +12,11 @@ import pytest
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError, RunError
-from psa_jax.train import loop, metrics
-from psa_jax.train import run as run_lib
+from psa_jax.train import loop
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.tasks import LanguageModel
-from tests.conftest import ROOT
 from tests.train import tiny
-
-TIMES = {
-  'seconds_per_step',
-  'tokens_per_second',
-  'compile_seconds',
-  'seconds_per_window',
-}
+from tests.train.runs import assert_same_run, interrupted, rows, saved, start
 
 
 @pytest.fixture(scope='module')
@@ -45,50 +34,6 @@ def whole(config, tmp_path_factory):
   """Folder and result of a run that nothing disturbed."""
   folder = tmp_path_factory.mktemp('whole')
   return folder, loop.train_and_evaluate(config, folder)
-
-
-def rows(folder):
-  """Metrics without the times, which no two runs share."""
-  found = metrics.read_rows(folder / metrics.METRICS)
-  return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
-
-
-def saved(config, folder):
-  """The newest checkpoint of a run."""
-  steps = tiny.Steps(config)
-  checkpoints = Checkpoints(folder / run_lib.CHECKPOINTS, read_only=True)
-  return checkpoints.restore_latest(steps.program.abstract)
-
-
-def assert_same_run(config, left, right):
-  a, b = saved(config, left), saved(config, right)
-  tiny.assert_identical(a.state, b.state)
-  assert (a.step, a.data) == (b.step, b.data)
-  assert rows(left) == rows(right)
-  results = [json.loads((f / 'result.json').read_text()) for f in (left, right)]
-  for result in results:
-    for found in result['validation'].values():
-      found.pop('seconds_per_window')
-  assert results[0]['validation'] == results[1]['validation']
-
-
-def start(*args, **environment):
-  """A run in a process of its own; see `driver`."""
-  return subprocess.Popen(
-    [sys.executable, '-m', 'tests.train.driver', *map(str, args)],
-    cwd=ROOT,
-    env={**os.environ, **environment},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def interrupted(folder, text, number, step):
-  """Output and exit code of a run that sends itself a signal."""
-  process = start('config', folder, text, int(number), step)
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
 
 
 def test_a_run_leaves_its_record(whole, config):
@@ -317,6 +262,7 @@ def test_a_text_shorter_than_a_window_is_refused_before_the_first_step(
   with pytest.raises(ConfigError, match='a window of 1000000 tokens'):
     loop.train_and_evaluate(dataclasses.replace(config, train=train), tmp_path)
   assert not (tmp_path / 'checkpoints').exists()
+  assert loop.train_and_evaluate(config, tmp_path)['step'] == 7
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):

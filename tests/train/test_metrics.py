@@ -1,8 +1,10 @@
 """metrics.jsonl and the TensorBoard files."""
 
+import errno
 import json
 import math
 import struct
+import threading
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -130,3 +132,30 @@ def test_tensorboard_hides_what_a_resumed_run_makes_again(tmp_path):
     for name in ('0', '2')
   ]
   assert starts == [[], [3]]
+
+
+@pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
+def test_a_disk_that_fills_up_ends_the_events_and_not_the_run(tmp_path, caplog):
+  """TensorboardX's writer thread dies; its queue holds ten events."""
+  board = lib.TensorBoard(tmp_path, {}, metric='final/loss', step=0)
+  events = board._writer.file_writer.event_writer
+
+  def full(event):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  events._ev_writer.write_event = full
+
+  def use():
+    board.write(row('train', 1, loss=1.0))
+    events._worker.join(timeout=30)
+    for step in range(2, 40):
+      board.write(row('train', step, loss=1.0, density=1.0))
+    board.close()
+
+  thread = threading.Thread(target=use, daemon=True)
+  thread.start()
+  thread.join(timeout=60)
+  assert not thread.is_alive(), 'a write waits for ever'
+  assert caplog.text.count('metrics.jsonl goes on') == 1

@@ -1,41 +1,45 @@
 """A whole run with progressive sparse attention and accumulation."""
 
-import dataclasses
+import signal
 
 import pytest
 
-from psa_jax.config import (
-  AttentionConfig,
-  EvalConfig,
-  PsaConfig,
-  ScheduleConfig,
-  TrainConfig,
-)
 from psa_jax.train import loop, metrics
 from tests.train import tiny
-
-PSA = PsaConfig(
-  block_q=8,
-  block_k=8,
-  window=8,
-  keep=ScheduleConfig('linear', init=1.0, final=0.1, length=3),
-)
+from tests.train.runs import assert_same_run, interrupted
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  config = tiny.config(tiny.NormConfig(), accumulate=2)
-  config = dataclasses.replace(
-    config,
-    model=dataclasses.replace(
-      config.model, attention=AttentionConfig('psa', psa=PSA)
-    ),
-    train=TrainConfig(steps=(5,), seq_len=(64,), batch_size=(4,)),
-    eval=EvalConfig(windows=2),
-  )
-  folder = tmp_path_factory.mktemp('psa')
-  result = loop.train_and_evaluate(config, folder, corpus=tiny.corpus())
+def text(tmp_path_factory):
+  return tmp_path_factory.mktemp('text')
+
+
+@pytest.fixture(scope='module')
+def config(text):
+  return tiny.config_psa(source=tiny.write_text(text))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('psa')
+
+
+@pytest.fixture(scope='module')
+def run(config, folder):
+  result = loop.train_and_evaluate(config, folder)
   return result, metrics.read_rows(folder / metrics.METRICS)
+
+
+def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
+  run, config, folder, text, tmp_path
+):
+  """In the middle of the ramp, with moving statistics and remat."""
+  code, output = interrupted(
+    tmp_path, text, signal.SIGKILL, 3, config='config_psa'
+  )
+  assert code == -signal.SIGKILL, output
+  loop.train_and_evaluate(config, tmp_path)
+  assert_same_run(config, folder, tmp_path)
 
 
 def test_density_falls_with_the_schedule_and_is_logged(run):

@@ -9,6 +9,7 @@ import numpy as np
 
 from psa_jax import sharding
 from psa_jax.config import (
+  AttentionConfig,
   CheckpointConfig,
   Config,
   DataConfig,
@@ -17,6 +18,8 @@ from psa_jax.config import (
   ModelConfig,
   NormConfig,
   OptimConfig,
+  PsaConfig,
+  ScheduleConfig,
   TrainConfig,
 )
 from psa_jax.data import lm
@@ -70,6 +73,22 @@ def config_for_all_devices(**changes):
     found.train, steps=(3,), seq_len=(16,), batch_size=(8,)
   )
   return dataclasses.replace(found, train=train, eval=EvalConfig(windows=2))
+
+
+def config_psa(**changes):
+  """Five steps of sparse attention as the recipes use it: PRepBN and remat."""
+  found = config(accumulate=2, **changes)
+  keep = ScheduleConfig('linear', init=1.0, final=0.1, length=3)
+  psa = PsaConfig(block_q=8, block_k=8, window=8, keep=keep)
+  model = dataclasses.replace(
+    found.model, attention=AttentionConfig('psa', psa=psa), remat='attention'
+  )
+  return dataclasses.replace(
+    found,
+    model=model,
+    train=TrainConfig(steps=(5,), seq_len=(64,), batch_size=(4,)),
+    eval=EvalConfig(windows=2),
+  )
 
 
 def prose(seed, words):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from psa_jax.kernels import arguments
 from psa_jax.kernels.block_sparse import reference, xla
 
 IMPLEMENTATIONS = {
@@ -84,9 +85,8 @@ def block_sparse_attention(
   Raises:
     ValueError: shapes that do not fit, naming both.
   """
-  _check(q, k, v, block_ids, block_counts, block_q, block_k)
-  if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise ValueError('give both q_segment_ids and kv_segment_ids, or neither')
+  arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
+  _check_lists(q, k, block_ids, block_counts, block_q, block_k)
   if window is not None and (window < 1 or not causal):
     raise ValueError(f'window={window} must be >= 1 and needs causal=True')
   spec = Spec(
@@ -95,40 +95,18 @@ def block_sparse_attention(
     causal,
     window,
     q_offset,
-    float(q.shape[-1] ** -0.5 if scale is None else scale),
+    arguments.scale_or_default(q, scale),
   )
-  run = IMPLEMENTATIONS[resolve(implementation)]
-  segments = None
-  if q_segment_ids is not None:
-    segments = (q_segment_ids, kv_segment_ids)
+  run = arguments.pick(implementation, IMPLEMENTATIONS)
+  segments = arguments.segments(q_segment_ids, kv_segment_ids)
   ids = jax.lax.stop_gradient(block_ids.astype(jnp.int32))
   counts = jax.lax.stop_gradient(block_counts.astype(jnp.int32))
   return run(q, k, v, ids, counts, segments, spec=spec)
 
 
-def resolve(implementation: str) -> str:
-  """The implementation that runs for this name; `auto` takes the best."""
-  if implementation == 'auto':
-    return 'xla'
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f'unknown implementation {implementation!r}; choose from '
-      f'{["auto", *IMPLEMENTATIONS]}'
-    )
-  return implementation
-
-
-def _check(q, k, v, ids, counts, block_q, block_k):
+def _check_lists(q, k, ids, counts, block_q, block_k):
   if block_q < 1 or block_k < 1:
     raise ValueError(f'block_q={block_q} and block_k={block_k} must be >= 1')
-  if q.shape[-1] != k.shape[-1]:
-    raise ValueError(f'q {q.shape} and k {k.shape} differ in head width')
-  if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-    raise ValueError(f'q {q.shape}, k {k.shape} and v {v.shape} do not fit')
-  if q.shape[2] % k.shape[2]:
-    raise ValueError(
-      f'{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads'
-    )
   tiles = -(-q.shape[1] // block_q)
   want = (q.shape[0], k.shape[2], tiles)
   if ids.shape[:3] != want or counts.shape != want:

@@ -20,16 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
 # Keys gathered at a time. Large enough for an efficient product, small enough
 # that a tile of scores stays in the second-level cache and that little of the
 # last chunk of a list is wasted (experiments/LOG.md).
 CHUNK_KEYS = 512
-
-# Masked scores. Half of it is the initial row maximum, so that a row that has
-# read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
-MASKED = -1e30
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
@@ -83,10 +80,6 @@ def _chunk_mask(spec, tiles, lists, tile, c):
   return mask
 
 
-def _dot(equation, a, b, acc):
-  return jnp.einsum(equation, a, b, preferred_element_type=acc)
-
-
 def _trips(lists, tile):
   chunk = lists.ids.shape[-1]
   return (lists.counts[tile] + chunk - 1) // chunk
@@ -102,29 +95,17 @@ def _forward(spec, q, k, v, ids, counts, segments):
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(c, carry):
-      o, m, l = carry
+    def step(c, run):
       at = base + lists.ids[tile, c]
       kc = kb[at].reshape(-1, kb.shape[-1])
       vc = vb[at].reshape(-1, vb.shape[-1])
-      s = _dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
-      s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, MASKED)
-      m_new = jnp.maximum(m, s.max(-1))
-      p = jnp.exp(s - m_new[:, None])
-      old = jnp.exp(m - m_new)
-      pv = _dot('rs,sh->rh', p.astype(v.dtype), vc, acc)
-      return o * old[:, None] + pv, m_new, l * old + p.sum(-1)
+      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
+      s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, softmax.MASKED)
+      return softmax.add(run, s, vc)
 
-    init = (
-      jnp.zeros((tiles.rows, vb.shape[-1]), acc),
-      jnp.full((tiles.rows,), MASKED / 2, acc),
-      jnp.zeros((tiles.rows,), acc),
-    )
-    o, m, l = lax.fori_loop(0, _trips(lists, tile), step, init)
-    some = l > 0
-    l = jnp.where(some, l, 1)
-    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)
-    return (o / l[:, None]).astype(v.dtype), lse
+    run = softmax.start(tiles.rows, vb.shape[-1], acc)
+    run = lax.fori_loop(0, _trips(lists, tile), step, run)
+    return softmax.finish(run, v.dtype)
 
   out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
   return tiles.unpack_q(out), tiles.unpack_q(lse)
@@ -148,10 +129,8 @@ def _backward_rule(spec, saved, grads):
   qt = tiles.pack_q(q)
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
-  delta = (d_out.astype(acc) * out.astype(acc)).sum(-1) - d_lse
-  delta = tiles.pack_q(delta)
-  # A row that read nothing has lse = -inf: +inf turns its exp into 0.
-  lse = tiles.pack_q(jnp.where(lse == -jnp.inf, jnp.inf, lse))
+  rows = softmax.Backward.of(out, lse, d_out, d_lse)
+  rows = jax.tree.map(tiles.pack_q, rows)
 
   def tile_grads(carry, tile):
     base = (tile // tiles.nq) * tiles.nk
@@ -162,14 +141,14 @@ def _backward_rule(spec, saved, grads):
       at = base + lists.ids[tile, c]
       kc = kb[at].reshape(-1, kb.shape[-1])
       vc = vb[at].reshape(-1, vb.shape[-1])
-      s = _dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
+      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
       mask = _chunk_mask(spec, tiles, lists, tile, c)
-      p = jnp.where(mask, jnp.exp(s - lse[tile][:, None]), 0)
-      dp = _dot('rh,sh->rs', dot_[tile], vc, acc)
-      ds = (p * (dp - delta[tile][:, None])).astype(q.dtype)
-      dv_c = _dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc)
-      dk_c = _dot('rs,rh->sh', ds, qt[tile], acc)
-      dq = dq + _dot('rs,sh->rh', ds, kc, acc)
+      p = jnp.where(mask, jnp.exp(s - rows.lse[tile][:, None]), 0)
+      dp = softmax.dot('rh,sh->rs', dot_[tile], vc, acc)
+      ds = (p * (dp - rows.delta[tile][:, None])).astype(q.dtype)
+      dv_c = softmax.dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+      dk_c = softmax.dot('rs,rh->sh', ds, qt[tile], acc)
+      dq = dq + softmax.dot('rs,sh->rh', ds, kc, acc)
       dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
       dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
       return dq, dk, dv

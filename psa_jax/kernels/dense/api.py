@@ -5,9 +5,9 @@ Not done here: kernels for one accelerator; `xla` is portable.
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from psa_jax.kernels import arguments
 from psa_jax.kernels.dense import reference, xla
 
 IMPLEMENTATIONS = {
@@ -59,25 +59,8 @@ def dense_attention(
   Raises:
     ValueError: shapes that do not fit, naming them.
   """
-  if q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
-    raise ValueError(f'q {q.shape}, k {k.shape} and v {v.shape} do not fit')
-  if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
-    raise ValueError(
-      f'q {q.shape} and k {k.shape}: batch sizes must agree and query heads '
-      'must be a multiple of kv heads'
-    )
-  if (q_segment_ids is None) != (kv_segment_ids is None):
-    raise ValueError('give both q_segment_ids and kv_segment_ids, or neither')
-  if implementation != 'auto' and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f'unknown implementation {implementation!r}; choose from '
-      f'{["auto", *IMPLEMENTATIONS]}'
-    )
-  run = IMPLEMENTATIONS['xla' if implementation == 'auto' else implementation]
-  segments = None
-  if q_segment_ids is not None:
-    segments = tuple(
-      jnp.asarray(x, jnp.int32) for x in (q_segment_ids, kv_segment_ids)
-    )
-  scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+  arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
+  run = arguments.pick(implementation, IMPLEMENTATIONS)
+  segments = arguments.segments(q_segment_ids, kv_segment_ids)
+  scale = arguments.scale_or_default(q, scale)
   return run(q, k, v, segments, spec=Spec(causal, q_offset, scale))

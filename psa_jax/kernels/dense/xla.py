@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
 # Rows of a score tile over all G heads, and keys of one: a tile of f32 scores
 # of this size fits the second-level cache and is a large product.
 ROWS, KEYS, MIN_BLOCK_Q = 1024, 512, 128
-MASKED = -1e30  # half of it is the initial row maximum, as in block_sparse
 
 
 def dense_attention(q, k, v, segments, *, spec):
@@ -66,10 +66,6 @@ def _mask(spec, tiles, tile, j, segments):
   return mask
 
 
-def _dot(equation, a, b, acc):
-  return jnp.einsum(equation, a, b, preferred_element_type=acc)
-
-
 def _forward(spec, q, k, v, segments):
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = _tiles(q, k)
@@ -79,30 +75,18 @@ def _forward(spec, q, k, v, segments):
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(masked, j, carry):
-      o, m, l = carry
-      s = _dot('rh,sh->rs', qt[tile], kb[base + j], acc) * spec.scale
+    def step(masked, j, run):
+      s = softmax.dot('rh,sh->rs', qt[tile], kb[base + j], acc) * spec.scale
       if masked:
-        s = jnp.where(_mask(spec, tiles, tile, j, packed), s, MASKED)
-      m_new = jnp.maximum(m, s.max(-1))
-      p = jnp.exp(s - m_new[:, None])
-      old = jnp.exp(m - m_new)
-      pv = _dot('rs,sh->rh', p.astype(v.dtype), vb[base + j], acc)
-      return o * old[:, None] + pv, m_new, l * old + p.sum(-1)
+        s = jnp.where(_mask(spec, tiles, tile, j, packed), s, softmax.MASKED)
+      return softmax.add(run, s, vb[base + j])
 
-    init = (
-      jnp.zeros((tiles.rows, vb.shape[-1]), acc),
-      jnp.full((tiles.rows,), MASKED / 2, acc),
-      jnp.zeros((tiles.rows,), acc),
-    )
+    run = softmax.start(tiles.rows, vb.shape[-1], acc)
     plain, stop = _ranges(spec, tiles, tile, segments)
-    carry = lax.fori_loop(0, plain, functools.partial(step, False), init)
+    run = lax.fori_loop(0, plain, functools.partial(step, False), run)
     step_masked = functools.partial(step, True)
-    o, m, l = lax.fori_loop(plain, stop, step_masked, carry)
-    some = l > 0
-    l = jnp.where(some, l, 1)
-    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)
-    return (o / l[:, None]).astype(v.dtype), lse
+    run = lax.fori_loop(plain, stop, step_masked, run)
+    return softmax.finish(run, v.dtype)
 
   out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
   return tiles.unpack_q(out), tiles.unpack_q(lse)
@@ -123,9 +107,8 @@ def _backward_rule(spec, saved, grads):
   packed = None if segments is None else tiles.pack_segments(*segments)
   qt, dot_ = tiles.pack_q(q), tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
-  delta = (d_out.astype(acc) * out.astype(acc)).sum(-1) - d_lse
-  delta = tiles.pack_q(delta)
-  lse = tiles.pack_q(jnp.where(lse == -jnp.inf, jnp.inf, lse))
+  rows = softmax.Backward.of(out, lse, d_out, d_lse)
+  rows = jax.tree.map(tiles.pack_q, rows)
 
   def tile_grads(carry, tile):
     base = (tile // tiles.nq) * tiles.nk
@@ -133,15 +116,17 @@ def _backward_rule(spec, saved, grads):
     def step(masked, j, carry):
       dq, dk, dv = carry
       at = base + j
-      s = _dot('rh,sh->rs', qt[tile], kb[at], acc) * spec.scale
-      p = jnp.exp(s - lse[tile][:, None])
+      s = softmax.dot('rh,sh->rs', qt[tile], kb[at], acc) * spec.scale
+      p = jnp.exp(s - rows.lse[tile][:, None])
       if masked:
         p = jnp.where(_mask(spec, tiles, tile, j, packed), p, 0)
-      dp = _dot('rh,sh->rs', dot_[tile], vb[at], acc)
-      ds = (p * (dp - delta[tile][:, None])).astype(q.dtype)
-      dv = dv.at[at].add(_dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc))
-      dk = dk.at[at].add(_dot('rs,rh->sh', ds, qt[tile], acc))
-      return dq + _dot('rs,sh->rh', ds, kb[at], acc), dk, dv
+      dp = softmax.dot('rh,sh->rs', dot_[tile], vb[at], acc)
+      ds = (p * (dp - rows.delta[tile][:, None])).astype(q.dtype)
+      dv = dv.at[at].add(
+        softmax.dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+      )
+      dk = dk.at[at].add(softmax.dot('rs,rh->sh', ds, qt[tile], acc))
+      return dq + softmax.dot('rs,sh->rh', ds, kb[at], acc), dk, dv
 
     dq = jnp.zeros((tiles.rows, q.shape[-1]), acc)
     plain, stop = _ranges(spec, tiles, tile, segments)

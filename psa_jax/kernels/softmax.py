@@ -1,0 +1,83 @@
+"""The online softmax that the tiled kernels share.
+
+A tile of queries meets its keys in pieces. `start`, `add` and `finish` keep
+the running maximum, sum and output of FlashAttention (Dao et al. 2022, Alg.
+1); `Backward` recomputes the probabilities from the log-sum-exp.
+
+Not done: the polynomial softmax and SAS, which will join here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Masked scores. Half of it is the initial row maximum, so that a row that has
+# read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
+MASKED = -1e30
+
+
+class Running(NamedTuple):
+  """What a tile has read so far; all in the accumulation dtype.
+
+  Attributes:
+    out: [rows, Hv] weighted sum of the values.
+    top: [rows] largest score.
+    total: [rows] sum of exp(score - top).
+  """
+
+  out: jax.Array
+  top: jax.Array
+  total: jax.Array
+
+
+def dot(equation: str, a: jax.Array, b: jax.Array, acc) -> jax.Array:
+  """An einsum of two operands with sums in `acc`."""
+  return jnp.einsum(equation, a, b, preferred_element_type=acc)
+
+
+def start(rows: int, width: int, acc) -> Running:
+  """Nothing was read yet."""
+  return Running(
+    jnp.zeros((rows, width), acc),
+    jnp.full((rows,), MASKED / 2, acc),
+    jnp.zeros((rows,), acc),
+  )
+
+
+def add(run: Running, scores: jax.Array, values: jax.Array) -> Running:
+  """Reads values [keys, Hv] with scores [rows, keys], but not MASKED ones."""
+  top = jnp.maximum(run.top, scores.max(-1))
+  p = jnp.exp(scores - top[:, None])
+  old = jnp.exp(run.top - top)
+  read = dot('rs,sh->rh', p.astype(values.dtype), values, scores.dtype)
+  return Running(
+    run.out * old[:, None] + read, top, run.total * old + p.sum(-1)
+  )
+
+
+def finish(run: Running, dtype) -> tuple[jax.Array, jax.Array]:
+  """Output in `dtype` and log-sum-exp; 0 and -inf where nothing was read."""
+  some = run.total > 0
+  total = jnp.where(some, run.total, 1)
+  lse = jnp.where(some, run.top + jnp.log(total), -jnp.inf)
+  return (run.out / total[:, None]).astype(dtype), lse
+
+
+class Backward(NamedTuple):
+  """What the backward pass knows of every row.
+
+  Attributes:
+    lse: log-sum-exp; +inf where nothing was read, so that its exp is 0.
+    delta: what every score's gradient has in common.
+  """
+
+  lse: jax.Array
+  delta: jax.Array
+
+  @classmethod
+  def of(cls, out, lse, d_out, d_lse) -> 'Backward':
+    """From the forward pass's results [B, T, N, ...] and their gradients."""
+    dtype = lse.dtype
+    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
+    return cls(jnp.where(lse == -jnp.inf, jnp.inf, lse), delta)
