@@ -114,7 +114,7 @@ def test_the_table_of_a_run(capsys):
     'validation 4 windows of 65,536 tokens',
     'bits per byte, psa attention 2.5000',
     'density, dense attention 100.0%',
-    'bits per byte, bigram 3.5000',
+    'bits per byte, bigram, all validation text 3.5000',
     'density, start to end 100.0% -> 50.0%',
     'seconds per step, 65,536 tokens, start to end 0.500 -> 0.250',
     'compile seconds 2.5 + ?',
