@@ -166,7 +166,9 @@ class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism."""
 
   name: str = choice('dense', 'dense', 'psa')
-  implementation: str = choice('auto', 'auto', 'reference', 'xla')
+  implementation: str = choice(
+    'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu'
+  )
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
 

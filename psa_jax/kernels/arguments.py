@@ -1,11 +1,6 @@
 """What every attention kernel asks of its arguments."""
 
-from collections.abc import Mapping
-from typing import TypeVar
-
 import jax
-
-T = TypeVar('T')
 
 
 def check_attention(q, k, v, q_segment_ids, kv_segment_ids) -> None:
@@ -43,19 +38,3 @@ def segments(q_segment_ids, kv_segment_ids) -> tuple[jax.Array, ...] | None:
 def scale_or_default(q: jax.Array, scale: float | None) -> float:
   """The factor on the scores; None means H ** -0.5."""
   return float(q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def pick(implementation: str, known: Mapping[str, T]) -> T:
-  """The implementation of this name; `auto` takes the platform's best.
-
-  Raises:
-    ValueError: an unknown name.
-  """
-  if implementation == 'auto':
-    return known['xla']
-  if implementation not in known:
-    raise ValueError(
-      f'unknown implementation {implementation!r}; choose from '
-      f'{["auto", *known]}'
-    )
-  return known[implementation]

@@ -7,10 +7,12 @@ the running maximum, sum and output of FlashAttention (Dao et al. 2022, Alg.
 Not done: the polynomial softmax and SAS, which will join here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 # Masked scores. Half of it is the initial row maximum, so that a row that has
 # read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
@@ -81,3 +83,37 @@ class Backward(NamedTuple):
     dtype = lse.dtype
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
     return cls(jnp.where(lse == -jnp.inf, jnp.inf, lse), delta)
+
+
+def merge(
+  outs: Sequence[Float[Array, 'B T N Hv']],
+  lses: Sequence[Float[Array, 'B T N']],
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+  """Attention over the union of disjoint sets of keys, from its parts.
+
+  Exact, and differentiable in both arguments: the log-sum-exp of a part is all
+  that its share of the whole softmax depends on.
+
+  Args:
+    outs: outputs over each set.
+    lses: their log-sum-exps; -inf where a query reads nothing of a set.
+
+  Returns:
+    Output in the dtype of the parts, and log-sum-exp; 0 and -inf where a query
+    reads nothing at all.
+  """
+  lse = jnp.stack(list(lses))
+  top = jax.lax.stop_gradient(lse.max(0))
+  top = jnp.where(jnp.isfinite(top), top, 0)
+  # exp(-inf) has a gradient of 0 * inf in some rules: leave those parts out.
+  some = lse > -jnp.inf
+  weight = jnp.where(some, jnp.exp(jnp.where(some, lse, 0) - top[None]), 0)
+  total = weight.sum(0)
+  read = total > 0
+  total = jnp.where(read, total, 1)
+  out = sum(
+    w[..., None] * part.astype(lse.dtype)
+    for w, part in zip(weight / total[None], outs, strict=True)
+  )
+  merged = jnp.where(read, jnp.log(total) + top, -jnp.inf)
+  return jnp.asarray(out).astype(outs[0].dtype), merged

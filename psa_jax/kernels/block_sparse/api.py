@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments
-from psa_jax.kernels.block_sparse import reference, xla
+from psa_jax.kernels import arguments, platform
+from psa_jax.kernels.block_sparse import lists, reference, xla
+from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
-  'reference': reference.block_sparse_attention,
-  'xla': xla.block_sparse_attention,
+  'xla': Implementation(xla.block_sparse_attention),
+  'reference': Implementation(
+    reference.block_sparse_attention, automatic=False
+  ),
 }
 
 
@@ -52,6 +55,8 @@ def block_sparse_attention(
   kv_segment_ids: Int[Array, 'B S'] | None = None,
   q_offset: int = 0,
   scale: float | None = None,
+  softmax: str = 'exact',
+  check_lists: bool = False,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Softmax attention over the keys of the listed blocks.
@@ -75,7 +80,12 @@ def block_sparse_attention(
     kv_segment_ids: see `q_segment_ids`.
     q_offset: position of the first query, for prefill in chunks.
     scale: factor on the scores; None means H ** -0.5.
-    implementation: `reference`, `xla`, or `auto` for the platform's best.
+    softmax: `exact`, the only one so far.
+    check_lists: for debugging: the running program stops with the first list
+      that names a block twice or one that is not there. Costs a copy of the
+      lists to the host.
+    implementation: a key of `IMPLEMENTATIONS`, or `auto` for the platform's
+      best.
 
   Returns:
     The output in the dtype of `v`, and the log-sum-exp of the scores that were
@@ -83,7 +93,8 @@ def block_sparse_attention(
     -inf. Softmax and accumulations are f32 whatever the inputs' dtype.
 
   Raises:
-    ValueError: shapes that do not fit, naming both.
+    ValueError: shapes that do not fit, naming both; an implementation that
+      cannot run here, saying why.
   """
   arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
   _check_lists(q, k, block_ids, block_counts, block_q, block_k)
@@ -97,11 +108,16 @@ def block_sparse_attention(
     q_offset,
     arguments.scale_or_default(q, scale),
   )
-  run = arguments.pick(implementation, IMPLEMENTATIONS)
+  if softmax != 'exact':
+    raise ValueError(f"unknown softmax {softmax!r}; choose from ['exact']")
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
   ids = jax.lax.stop_gradient(block_ids.astype(jnp.int32))
   counts = jax.lax.stop_gradient(block_counts.astype(jnp.int32))
-  return run(q, k, v, ids, counts, segments, spec=spec)
+  if check_lists:
+    lists.check_when_run(ids, counts, -(-k.shape[1] // block_k))
+  args = q, k, v, ids, counts, segments
+  run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
+  return run(*args, spec=spec)
 
 
 def _check_lists(q, k, ids, counts, block_q, block_k):

@@ -7,12 +7,13 @@ import dataclasses
 
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments
+from psa_jax.kernels import arguments, platform
 from psa_jax.kernels.dense import reference, xla
+from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
-  'reference': reference.dense_attention,
-  'xla': xla.dense_attention,
+  'xla': Implementation(xla.dense_attention),
+  'reference': Implementation(reference.dense_attention, automatic=False),
 }
 
 
@@ -60,7 +61,8 @@ def dense_attention(
     ValueError: shapes that do not fit, naming them.
   """
   arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
-  run = arguments.pick(implementation, IMPLEMENTATIONS)
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
-  scale = arguments.scale_or_default(q, scale)
-  return run(q, k, v, segments, spec=Spec(causal, q_offset, scale))
+  spec = Spec(causal, q_offset, arguments.scale_or_default(q, scale))
+  args = q, k, v, segments
+  run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
+  return run(*args, spec=spec)
