@@ -38,6 +38,15 @@ def dot(equation: str, a: jax.Array, b: jax.Array, acc) -> jax.Array:
   return jnp.einsum(equation, a, b, preferred_element_type=acc)
 
 
+def prescale(q: jax.Array, scale: float, acc) -> tuple[jax.Array, float]:
+  """Queries that carry the scale, and the factor that scores still need.
+
+  One product a query instead of one a score; low-precision queries keep theirs
+  for the scores, where it costs no rounding.
+  """
+  return (q * scale, 1.0) if q.dtype == acc else (q, scale)
+
+
 def start(rows: int, width: int, acc) -> Running:
   """Nothing was read yet."""
   return Running(

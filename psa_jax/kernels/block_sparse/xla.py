@@ -6,7 +6,8 @@ list in chunks with a dynamic trip count: work is proportional to the counts
 and nothing larger than one tile of scores exists. The softmax is the online
 one of FlashAttention (Dao et al. 2022, Alg. 1); the backward pass recomputes
 the probabilities from the log-sum-exp and adds into dk and dv block by block,
-in list order, so it is deterministic.
+in list order, so it is deterministic. It holds its tiles keys first, [keys,
+rows]: two of its three products with them are then plain ones.
 
 One tile a step on purpose: on CPU, batching small products with vmap is an
 order of magnitude slower than this loop, which keeps both cores in GEMM.
@@ -89,7 +90,7 @@ def _forward(spec, q, k, v, ids, counts, segments):
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
-  qt = tiles.pack_q(q)
+  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
 
   def tile_out(tile):
@@ -99,7 +100,7 @@ def _forward(spec, q, k, v, ids, counts, segments):
       at = base + lists.ids[tile, c]
       kc = kb[at].reshape(-1, kb.shape[-1])
       vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
+      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * factor
       s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, softmax.MASKED)
       return softmax.add(run, s, vc)
 
@@ -126,7 +127,7 @@ def _backward_rule(spec, saved, grads):
   acc = lse.dtype
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
-  qt = tiles.pack_q(q)
+  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
@@ -141,14 +142,14 @@ def _backward_rule(spec, saved, grads):
       at = base + lists.ids[tile, c]
       kc = kb[at].reshape(-1, kb.shape[-1])
       vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * spec.scale
-      mask = _chunk_mask(spec, tiles, lists, tile, c)
-      p = jnp.where(mask, jnp.exp(s - rows.lse[tile][:, None]), 0)
-      dp = softmax.dot('rh,sh->rs', dot_[tile], vc, acc)
-      ds = (p * (dp - rows.delta[tile][:, None])).astype(q.dtype)
-      dv_c = softmax.dot('rs,rh->sh', p.astype(v.dtype), dot_[tile], acc)
-      dk_c = softmax.dot('rs,rh->sh', ds, qt[tile], acc)
-      dq = dq + softmax.dot('rs,sh->rh', ds, kc, acc)
+      s = softmax.dot('sh,rh->sr', kc, qt[tile], acc) * factor
+      mask = _chunk_mask(spec, tiles, lists, tile, c).T
+      p = jnp.where(mask, jnp.exp(s - rows.lse[tile][None]), 0)
+      dp = softmax.dot('sh,rh->sr', vc, dot_[tile], acc)
+      ds = (p * (dp - rows.delta[tile][None])).astype(q.dtype)
+      dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+      dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
+      dq = dq + softmax.dot('sr,sh->rh', ds, kc, acc)
       dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
       dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
       return dq, dk, dv
@@ -161,7 +162,7 @@ def _backward_rule(spec, saved, grads):
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
   dq = tiles.unpack_q(dq)
-  dk = tiles.unpack_k((dk * spec.scale).astype(k.dtype))
+  dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
   return dq, dk, dv, None, None, None
 
