@@ -99,10 +99,9 @@ def _bad_arg(file: str, arg: str, known: list[str]) -> str:
   listed = ', '.join(f':{k}' if k else '(none)' for k in known)
   if not arg:
     return f'the recipe {file} needs an argument, {file}:arg; it takes {listed}'
-  return (
-    f'the recipe {file} has no argument :{arg}; did you mean '
-    f':{nearest(arg, known)}? it takes {listed}'
-  )
+  names = [k for k in known if k]
+  hint = f'; did you mean :{nearest(arg, names)}?' if names else ';'
+  return f'the recipe {file} has no argument :{arg}{hint} it takes {listed}'
 
 
 def _failed(file: str, error: Exception) -> ConfigError:

@@ -50,6 +50,12 @@ def test_an_edit_counts_at_once(recipe):
   assert load_recipe(recipe(GOOD.replace("'seed': 1", "'seed': 5"))).seed == 5
 
 
+def test_no_argument_is_no_suggestion():
+  message = refusal('configs/lm_64k.py:fast')
+  assert 'did you mean :?' not in message
+  assert 'it takes (none), :quick' in message
+
+
 def test_a_bad_argument_lists_the_valid_ones(recipe):
   path = recipe(GOOD)
   message = refusal(path + ':tyni')
