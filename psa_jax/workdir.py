@@ -49,7 +49,8 @@ def check(
     workdir: the directory of one run.
     config: the configuration that is asked for.
     allow_config_change: go on with keys that a resumed run should not change.
-    must_exist: there has to be a run already (evaluation).
+    must_exist: there has to be a run already, which is only read
+      (evaluation).
 
   Returns:
     Whether the directory holds a run that would be resumed.
@@ -61,7 +62,8 @@ def check(
   path = pathlib.Path(workdir)
   if must_exist and not (path / CONFIG).exists():
     raise ConfigError(f'no run in {path}: there is no {CONFIG}; train first')
-  _make_writable(path)
+  if not must_exist:  # an evaluation writes nothing
+    _make_writable(path)
   changes = _config_changes(path, config)
   if changes is None:
     return False
@@ -102,7 +104,7 @@ def record(
   """
   path = pathlib.Path(workdir)
   resumed = check(path, config, allow_config_change=allow_config_change)
-  _check_manifest(path, manifest, allow_config_change)
+  check_data(path, manifest, allow_config_change=allow_config_change)
   changes = _config_changes(path, config)
   environment = describe_environment(devices)
   _append_command(path, command or sys.orig_argv, changes, environment)
@@ -110,6 +112,40 @@ def record(
   write_json(path / ENVIRONMENT, environment)
   write_json(path / MANIFEST, manifest)
   return resumed
+
+
+def check_data(
+  workdir: str | os.PathLike,
+  manifest: Mapping[str, Any],
+  *,
+  allow_config_change: bool = False,
+) -> None:
+  """Refuses data that is not what the run in the directory began with.
+
+  Args:
+    workdir: the directory of one run.
+    manifest: see `record`.
+    allow_config_change: go on with other data.
+
+  Raises:
+    ConfigError: the data differs, naming where.
+  """
+  path = pathlib.Path(workdir)
+  saved = _read_json(path / MANIFEST)
+  if saved is None or allow_config_change:
+    return
+  old = config_dict.flatten(saved)
+  new = config_dict.flatten(json.loads(json.dumps(manifest)))
+  changed = {
+    key: (old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  }
+  if changed:
+    raise ConfigError(
+      f'the data is not what the run in {path} began with: '
+      f'{_describe(changed)}; {_MEND}'
+    )
 
 
 def describe_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
@@ -191,26 +227,6 @@ def _config_changes(
   """From the run in `path` to `config`; None where there is no run."""
   saved = _read_json(path / CONFIG)
   return None if saved is None else config_dict.diff(saved, config)
-
-
-def _check_manifest(
-  path: pathlib.Path, manifest: Mapping[str, Any], allow: bool
-) -> None:
-  saved = _read_json(path / MANIFEST)
-  if saved is None or allow:
-    return
-  old = config_dict.flatten(saved)
-  new = config_dict.flatten(json.loads(json.dumps(manifest)))
-  changed = {
-    key: (old.get(key), new.get(key))
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-  }
-  if changed:
-    raise ConfigError(
-      f'the data is not what the run in {path} began with: '
-      f'{_describe(changed)}; {_MEND}'
-    )
 
 
 def _append_command(

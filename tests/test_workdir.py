@@ -161,6 +161,18 @@ def test_evaluation_wants_a_run_and_creates_nothing(tmp_path):
   assert workdir.check(tmp_path, Config(), must_exist=True)
 
 
+def test_a_run_that_cannot_be_written_can_be_evaluated(tmp_path, monkeypatch):
+  workdir.record(tmp_path, Config(), manifest=DATA)
+
+  def read_only(dir):
+    raise OSError(errno.EROFS, 'Read-only file system', dir)
+
+  monkeypatch.setattr(workdir.tempfile, 'TemporaryFile', read_only)
+  assert workdir.check(tmp_path, Config(), must_exist=True)
+  with pytest.raises(ConfigError, match='Read-only file system'):
+    workdir.check(tmp_path, Config())
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
   """As an ordinary user: root may write anywhere, so it steps down first."""
   for path in (tmp_path, *tmp_path.parents):

@@ -57,11 +57,16 @@ def train_and_evaluate(
   corpus = corpus or lm.build_corpus(config.data)
   console = _open_console(sum(config.train.steps))
   with contextlib.closing(run_lib.Run(config, folder, corpus, console)) as run:
-    # Only now: what a refused run leaves behind must not bind the next one.
-    _record(folder, config, corpus, allow_config_change)
+    if not jax.process_index():
+      workdir_lib.check_data(
+        folder, corpus.manifest, allow_config_change=allow_config_change
+      )
     with run.interrupt, jax.set_mesh(run.mesh):
       try:
         run.resume()
+        # Only now: a run that is refused, by its checkpoint for instance, must
+        # not bind the next one to its configuration.
+        _record(folder, config, corpus, allow_config_change)
         run.train()
         return run.finish()
       except Stopped:

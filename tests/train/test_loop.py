@@ -104,6 +104,20 @@ def test_a_finished_run_can_be_lengthened(whole, config, tmp_path, capsys):
     loop.train_and_evaluate(dataclasses.replace(config, train=train), folder)
 
 
+def test_a_checkpoint_that_does_not_fit_binds_nothing(whole, config, tmp_path):
+  """After a change that was allowed and failed, the old command goes on."""
+  folder = tmp_path / 'wider'
+  shutil.copytree(whole[0], folder)
+  model = dataclasses.replace(config.model, mlp_dim=64)
+  train = dataclasses.replace(config.train, steps=(4, 4))
+  wider = dataclasses.replace(config, model=model, train=train)
+  before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+  with pytest.raises(RunError, match='no checkpoint in .* can be read'):
+    loop.train_and_evaluate(wider, folder, allow_config_change=True)
+  assert before == {p: p.read_bytes() for p in before}
+  assert loop.train_and_evaluate(config, folder) == whole[1]
+
+
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   whole, config, text, tmp_path
 ):
