@@ -45,8 +45,13 @@ _FLAGS = (
 _CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
-# A full or read-only disk is not a bug, so it gets no traceback either.
+# A full, read-only or forbidden place on disk is not a bug, so it gets no
+# traceback either.
 _DISK = (
+  errno.EACCES,
+  errno.EISDIR,
+  errno.ENOTDIR,
+  errno.EPERM,
   errno.ENOSPC,
   errno.EDQUOT,
   errno.EROFS,

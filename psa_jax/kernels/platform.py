@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from psa_jax.config import ConfigError
+
 log = logging.getLogger(__name__)
 
 
@@ -108,17 +110,17 @@ def pick(
     **kwargs: likewise.
 
   Raises:
-    ValueError: an unknown name, or a named one that cannot run here.
+    ConfigError: an unknown name, or a named one that cannot run here.
   """
   where = current()
   if name != 'auto':
     if name not in known:
-      raise ValueError(
+      raise ConfigError(
         f'unknown implementation {name!r}; choose from {["auto", *known]}'
       )
     reason = known[name].refusal(where, *args, **kwargs)
     if reason:
-      raise ValueError(
+      raise ConfigError(
         f'implementation {name!r} cannot run here: {reason}; use '
         "'xla' or 'auto'"
       )
@@ -132,7 +134,7 @@ def pick(
       _say_once(where, candidate, passed)
       return implementation.run
     passed.append((candidate, reason))
-  raise ValueError(f'no implementation can run on {where.platform}: {passed}')
+  raise ConfigError(f'no implementation can run on {where.platform}: {passed}')
 
 
 def _say_once(where: Target, taken: str, passed: list[tuple[str, str]]) -> None:

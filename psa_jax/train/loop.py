@@ -6,6 +6,7 @@ a run saved.
 """
 
 import contextlib
+import functools
 import pathlib
 from typing import Any
 
@@ -56,7 +57,12 @@ def train_and_evaluate(
     return _show_complete(folder, done)
   corpus = corpus or lm.build_corpus(config.data)
   console = _open_console(sum(config.train.steps))
-  with contextlib.closing(run_lib.Run(config, folder, corpus, console)) as run:
+  record = functools.partial(
+    _record, folder, config, corpus, allow_config_change
+  )
+  with contextlib.closing(
+    run_lib.Run(config, folder, corpus, console, record)
+  ) as run:
     if not jax.process_index():
       workdir_lib.check_data(
         folder, corpus.manifest, allow_config_change=allow_config_change
@@ -64,9 +70,6 @@ def train_and_evaluate(
     with run.interrupt, jax.set_mesh(run.mesh):
       try:
         run.resume()
-        # Only now: a run that is refused, by its checkpoint for instance, must
-        # not bind the next one to its configuration.
-        _record(folder, config, corpus, allow_config_change)
         run.train()
         return run.finish()
       except Stopped:

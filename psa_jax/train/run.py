@@ -14,6 +14,7 @@ Not done: early stopping, and choosing the best checkpoint.
 import contextlib
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +62,19 @@ class Run:
     folder: pathlib.Path,
     corpus: lm.Corpus,
     console: Console,
+    record: Callable[[], None],
   ):
-    """Puts the parts together; nothing is restored or compiled yet."""
+    """Puts the parts together; nothing is restored or compiled yet.
+
+    Args:
+      config: the run.
+      folder: its work directory.
+      corpus: the text.
+      console: where it speaks.
+      record: writes this start down. Called once, when nothing can refuse the
+        run any more: it is restored and its first program is compiled.
+    """
+    self._record: Callable[[], None] | None = record
     self.config, self.folder, self.console = config, folder, console
     self._open = contextlib.ExitStack()
     self._open.callback(console.close)
@@ -123,6 +135,7 @@ class Run:
 
   def finish(self) -> dict[str, Any]:
     """Saves, evaluates at the last step and reports."""
+    self._started()
     self._save()
     self.checkpoints.wait()
     validation = {
@@ -143,6 +156,7 @@ class Run:
 
   def stop(self) -> dict[str, Any]:
     """Saves where a signal stopped the run."""
+    self._started()
     self._save()
     self.checkpoints.wait()
     self.console.say(
@@ -163,6 +177,7 @@ class Run:
     if stage != self._stage:
       self._settle()
       self._enter(stage, batch)
+    self._started()
     if self._pending is None:
       self._timer.start()
     self.state, metrics = self._compiled(self.state, batch)
@@ -171,6 +186,12 @@ class Run:
     self._pending = _Pending(self.step, stage, metrics, data_before)
     if before is not None:
       self._read(before)
+
+  def _started(self) -> None:
+    """Records the start, the first time."""
+    record, self._record = self._record, None
+    if record is not None:
+      record()
 
   def _enter(self, stage: stages_lib.Stage, batch: Any) -> None:
     """Compiles the step for a stage's shape."""

@@ -119,14 +119,26 @@ def test_a_checkpoint_that_does_not_fit_binds_nothing(whole, config, tmp_path):
 
 
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
-  whole, config, text, tmp_path
+  whole, config, text, tmp_path, capsys
 ):
   """In the first stage; the second one starts after the restart."""
   code, _ = interrupted(tmp_path, text, signal.SIGKILL, 3)
   assert code == -signal.SIGKILL
   assert not (tmp_path / 'result.json').exists()
   loop.train_and_evaluate(config, tmp_path)
+  assert 'going on from step' in capsys.readouterr().out
   assert_same_run(config, whole[0], tmp_path)
+
+
+def test_what_only_tracing_refuses_binds_nothing(config, tmp_path):
+  attention = dataclasses.replace(
+    config.model.attention, implementation='pallas_tpu'
+  )
+  model = dataclasses.replace(config.model, attention=attention)
+  bad = dataclasses.replace(config, model=model)
+  with pytest.raises(ConfigError, match='pallas_tpu'):
+    loop.train_and_evaluate(bad, tmp_path)
+  assert not (tmp_path / 'config.json').exists()
 
 
 def test_sigterm_saves_exits_0_and_resumes_inside_the_last_stage(

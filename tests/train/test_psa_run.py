@@ -31,7 +31,7 @@ def run(config, folder):
 
 
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
-  run, config, folder, text, tmp_path
+  run, config, folder, text, tmp_path, capsys
 ):
   """In the middle of the ramp, with moving statistics and remat."""
   code, output = interrupted(
@@ -39,6 +39,7 @@ def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   )
   assert code == -signal.SIGKILL, output
   loop.train_and_evaluate(config, tmp_path)
+  assert 'going on from step' in capsys.readouterr().out
   assert_same_run(config, folder, tmp_path)
 
 
