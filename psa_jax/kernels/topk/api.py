@@ -29,7 +29,6 @@ than `image.DTYPES`, and a kernel for GPUs: they take `xla`.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

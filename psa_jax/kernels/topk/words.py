@@ -142,14 +142,15 @@ def _find_by_product(words, end, width):
   index = jnp.arange(words.shape[1], dtype=jnp.uint32)[None, :, None]
   index = jnp.broadcast_to(index, (R, words.shape[1], 1))
   table = jnp.concatenate([words, start.astype(jnp.uint32), index], -1)
-  shifts = 8 * jnp.arange(4, dtype=jnp.uint32)[None, :, None, None]
+  byte = 8 * jnp.arange(4, dtype=jnp.uint32)
+  table = (table[..., None] >> byte.reshape(1, 1, 1, 4)) & 255
   of_slot = jnp.einsum(
     'Rcs,Rcwb->wbRs',
     holds.astype(jnp.float32),
-    ((table[..., None] >> shifts.reshape(1, 1, 1, 4)) & 255).astype(jnp.float32),
+    table.astype(jnp.float32),
     precision=lax.Precision.DEFAULT,
   ).astype(jnp.uint32)
-  of_slot = (of_slot << shifts).sum(1, dtype=jnp.uint32)
+  of_slot = (of_slot << byte.reshape(1, 4, 1, 1)).sum(1, dtype=jnp.uint32)
   first = of_slot[4:8].astype(jnp.int32)
   later = [first[i] <= slots[0] for i in (1, 2, 3)]
 

@@ -25,9 +25,7 @@ MIN_GROUP = 4  # with smaller groups the maxima cost as much as they save
 GROUPS_PER_K = 4
 
 
-def cut(
-  keys: jax.Array, k: jax.Array, *, spec
-) -> tuple[jax.Array, jax.Array]:
+def cut(keys: jax.Array, k: jax.Array, *, spec) -> tuple[jax.Array, jax.Array]:
   """Image of the k-th largest entry, and where the last equal one is kept.
 
   Args:
@@ -64,7 +62,8 @@ def _by_candidates(keys, k, group, max_k):
   maxima = keys.reshape(len(k), group, -1).max(1)
   high = maxima.max(1)
   low, _ = _bisect(maxima, k, maxima.min(1), high, k + k // 8)
-  room = max_k + max_k // 2 + words.BITS
+  # Half as many again as k, in whole words.
+  room = words.BITS * (max_k * 3 // (2 * words.BITS) + 2)
   low, reached = _bisect(keys, k, low, high, jnp.full_like(k, room))
   where = words.compact(reached, room, n)
   few = jnp.take_along_axis(
