@@ -69,9 +69,9 @@ def _by_candidates(keys, k, group, max_k):
   few = jnp.take_along_axis(
     keys, where, 1, mode='fill', fill_value=image.LOWEST
   )
-  # Where the bound is exact already, the candidates may not all have fitted.
-  exact = words.total(reached) > room
-  return jnp.where(exact, low, _kth_largest(few, k, low, high))
+  # Where more than fit reach the bound, it is the k-th largest already. Any
+  # `room` of them then have it as their k-th largest as well.
+  return _kth_largest(few, k, low, high)
 
 
 def _kth_largest(keys, k, low, high):
