@@ -4,7 +4,7 @@ A block of eight rows is read from HBM once and stays in VMEM while a while
 loop halves the range of their cuts, eight rows side by side. Mosaic has no
 sort. A count is one load, one compare and one add a vector register; the loop
 ends when the counts of all eight rows hit k or their ranges are empty, after
-at most 32 counts, about 20 on normal data. Where more entries equal the cut
+at most 32 counts, 20 to 27 on normal data. Where more entries equal the cut
 than there is room for, a second bisection, over positions, finds the last one.
 
 Only the cut is made here, two numbers a row; mask and compaction are XLA's
