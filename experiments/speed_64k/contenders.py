@@ -91,7 +91,9 @@ def lists(length: int, blocks: int) -> psa_lib.BlockList:
   """The block lists that the whole operation makes for `inputs`."""
   q, k, _, _ = inputs(length)
   cfg = config(blocks).psa
-  select = jax.jit(functools.partial(psa_lib.select_blocks, cfg=cfg, budget=1.0))
+  select = jax.jit(
+    functools.partial(psa_lib.select_blocks, cfg=cfg, budget=1.0)
+  )
   return select(q, k)
 
 
@@ -228,7 +230,7 @@ def select_for_decode(blocks: int, at: Cache) -> tuple[jax.Array, jax.Array]:
   t = at.lengths[:, None, None] - 1
   score = jnp.einsum('btkh,bkjh->bkj', at.q, at.pooled)
   forced = (j == 0) | (j >= jnp.maximum(t - WINDOW + 1, 0) // BLOCK_K)
-  score = jnp.where(forced, psa_lib.FORCED, score)
+  score = jnp.where(forced, jnp.inf, score)
   score = jnp.where(j * BLOCK_K <= t, score, -jnp.inf)
   width = min(blocks, j.shape[-1])
   _, ids = lax.top_k(score, width)
@@ -259,9 +261,7 @@ def decode_jax(at: Cache):
   return jax.nn.dot_product_attention(at.q, at.k, at.v)
 
 
-def all_decodes(
-  length: int, blocks: list[int]
-) -> dict[tuple[str, str], Call]:
+def all_decodes(length: int, blocks: list[int]) -> dict[tuple[str, str], Call]:
   """Everything of ours and of JAX that decodes, by (name, 'decode')."""
 
   def alone(n):

@@ -1,11 +1,11 @@
 """The measurements that `run.py` makes; each adds rows to a book.
 
-  lengths    forward, backward and both in one, every contender and length
-  decode     one query over a full cache, selection included
-  peak       memory of forward and backward at every length
-  attention  one head at the recipe's final setting, one length
-  step       the recipe's whole train step, final density and dense
-  memory     temporary bytes of that step at half the length and at all of it
+lengths    forward, backward and both in one, every contender and length
+decode     one query over a full cache, selection included
+peak       memory of forward and backward at every length
+attention  one head at the recipe's final setting, one length
+step       the recipe's whole train step, final density and dense
+memory     temporary bytes of that step at half the length and at all of it
 """
 
 import contextlib
@@ -85,12 +85,19 @@ def decode(settings, book):
       found = lib.all_decodes(length, list(settings.blocks))
       for peer in peers:
         found[peer.name, 'decode'] = peer.call('decode', length)
+        if peer.name == pipe.NAMES['sdpa']:
+          # Its threads cost more than they bring where the cache is short.
+          found[pipe.ONE_THREAD, 'decode'] = peer.call(
+            'decode', length, threads=1
+          )
       _sweep('decode', settings, book, length, found, peers)
 
 
 def _sweep(what, settings, book, length, found, peers):
   """Times what is not in the book yet, at one length, and adds the rows."""
-  found = {k: call for k, call in found.items() if not _settled(book, what, length, k)}
+  found = {
+    k: call for k, call in found.items() if not _settled(book, what, length, k)
+  }
   most = most_rounds(settings, length)
   timings = timing.interleave(found, most, settings.repeats)
   about = _about(length, settings.blocks, what == 'lengths')
@@ -105,9 +112,8 @@ def _sweep(what, settings, book, length, found, peers):
       **took.row(),
       **about.get(name, {}),
     })  # fmt: skip
-  lib.inputs.cache_clear()
-  lib.lists.cache_clear()
-  lib.cache.cache_clear()
+  for made in (lib.inputs, lib.lists, lib.cache):
+    made.cache_clear()
 
 
 def _settled(book, what, length, key):
@@ -196,13 +202,16 @@ def program_sizes(settings, book):
     for name, attend in lib.compilable(length, settings.blocks).items():
       program = jax.jit(lib.forward_and_backward(attend))
       compiled = program.lower(array, array, array, array).compile()
-      size = compiled.memory_analysis().temp_size_in_bytes
+      size = training.temporary_bytes(compiled)
       row = {'length': length, 'contender': name, 'bytes': size}
       print(json.dumps(row), flush=True)
 
 
 def attention(settings, book):
   """One head of 64 at the recipe's final sparsity, against dense."""
+  # Ratios are of one run, so `--resume` keeps or repeats it as a whole.
+  if book.has('attention', settings.length, 'psa_jax psa', 'forward'):
+    return
   config, T = training.recipe(settings.config), settings.length
   found = training.attention(config, T)
   with started_peers(settings, ('sdpa',)) as peers:
@@ -245,6 +254,8 @@ def step(settings, book):
 def memory(settings, book):
   """Temporary bytes of the compiled train step at two lengths."""
   for length in (settings.length // 2, settings.length):
+    if book.has('memory', length, None, None):
+      continue
     at = dataclasses.replace(settings, length=length)
     size = json.loads(_child(at, 'temporaries')[0])['bytes']
     book.add({'what': 'memory', 'length': length, 'bytes': size})

@@ -4,12 +4,13 @@ Started as `peer.py NAME THREADS GIB`, where NAME is a key of `CONTENDERS` and
 GIB the memory that the process may take. Prints one JSON line with the
 version, then reads one JSON request a line on standard input,
 
-  {"what": "forward", "T": 65536, "H": 64, "calls": 1}
+  {"what": "forward", "T": 65536, "H": 64, "calls": 1, "threads": 2}
 
 and answers with the seconds of one call, or with an error if it cannot be
-made. `what` is `forward`, `backward`, `forward+backward`, `decode` or `peak`
-(bytes of memory that the process has had at most). Inputs stay between
-requests, so that another program can interleave several of these.
+made. `threads` may be left out for THREADS; `what` is `forward`, `backward`,
+`forward+backward`, `decode` or `peak` (bytes of memory that the process has
+had at most). Inputs stay between requests, so that another program can
+interleave several of these.
 """
 
 import importlib.metadata
@@ -168,6 +169,8 @@ def peak_bytes():
 
 def answer(kept, request, make):
   """The reply to a request; `kept` holds the contender of the last length."""
+  if torch.get_num_threads() != request['threads']:
+    torch.set_num_threads(request['threads'])
   if request['what'] == 'peak':
     return {'bytes': peak_bytes()}
   shape = request['T'], request['H']
@@ -183,6 +186,14 @@ def answer(kept, request, make):
     return {'error': (str(error) or repr(error)).splitlines()[0]}
 
 
+def about(make):
+  """Version of the package and what is run."""
+  version = make.name
+  if make is NativeSparse:
+    version += f' {importlib.metadata.version(make.name)}, {Sdpa.name}'
+  return {'version': version, 'sizes': make.sizes}
+
+
 def main():
   """Serves until standard input ends."""
   name, threads, gib = sys.argv[1:]
@@ -190,14 +201,15 @@ def main():
   limit = int(float(gib) * 2**30)
   resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
   make = CONTENDERS[name]
-  about = {'version': make.name, 'sizes': make.sizes}
-  if name == 'nsa':
-    about['version'] += f' {importlib.metadata.version(make.name)}'
-    about['version'] += f', {Sdpa.name}'
-  print(json.dumps(about), flush=True)
+  try:
+    print(json.dumps(about(make)), flush=True)
+  except ImportError as error:
+    print(json.dumps({'error': str(error)}), flush=True)
+    return
   kept = {}
   for line in sys.stdin:
-    print(json.dumps(answer(kept, json.loads(line), make)), flush=True)
+    request = {'threads': int(threads), **json.loads(line)}
+    print(json.dumps(answer(kept, request, make)), flush=True)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,8 @@ The other end is `peer.py`. An error there, or its death, is an `Unavailable`
 with one line that says why; the next question starts a new server.
 """
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -17,10 +19,12 @@ from experiments.speed_64k.timing import Call, Unavailable
 SERVER = pathlib.Path(__file__).with_name('peer.py')
 ROOT = SERVER.parents[2]
 NAMES = {'sdpa': 'PyTorch SDPA', 'nsa': 'native-sparse-attention-pytorch'}
+ONE_THREAD = f'{NAMES["sdpa"]}, one thread'
 
 
+@functools.cache
 def find(python: str) -> pathlib.Path | None:
-  """The interpreter with PyTorch, or None with a line that says how."""
+  """The interpreter with PyTorch; None, with a line that says how to get it."""
   if python and (ROOT / python).exists():
     return ROOT / python
   print('no PyTorch rows: run `make bench-peers` first', file=sys.stderr)
@@ -48,7 +52,7 @@ class Peer:
     """
     self._command = [python, SERVER, kind, str(os.cpu_count()), str(gib)]
     self._gib = gib
-    self._server = None
+    self._server: Any = None
     self.name = NAMES[kind]
     self._start()
 
@@ -59,15 +63,17 @@ class Peer:
     about = self._read()
     self.version, self.sizes = about['version'], about['sizes']
 
-  def ask(self, what: str, length: int = 0, calls: int = 1) -> dict[str, Any]:
-    """The answer to one request; see `peer.py`.
+  def ask(
+    self, what: str, length: int = 0, calls: int = 1, **more: int
+  ) -> dict[str, Any]:
+    """The answer to one request; `more` may set `threads`. See `peer.py`.
 
     Raises:
       Unavailable: the server answers with an error, or dies.
     """
     if self._server is None:
       self._start()
-    request = {'what': what, 'T': length, 'H': HEAD_DIM, 'calls': calls}
+    request = {'what': what, 'T': length, 'H': HEAD_DIM, 'calls': calls, **more}
     try:
       self._server.stdin.write(json.dumps(request) + '\n')
       self._server.stdin.flush()
@@ -75,16 +81,14 @@ class Peer:
       pass  # `_read` says that it died
     return self._read()
 
-  def call(self, what: str, length: int) -> Call:
+  def call(self, what: str, length: int, **more: int) -> Call:
     """A contender; see `timing`."""
-    return lambda calls: self.ask(what, length, calls)['seconds']
+    return lambda calls: self.ask(what, length, calls, **more)['seconds']
 
   def _read(self):
     line = self._server.stdout.readline()
     if not line:
-      code = self._server.wait()
-      self._server = None
-      raise Unavailable(f'{self.name} died, exit code {code}')
+      raise Unavailable(f'{self.name} died, exit code {self.close()}')
     answer = json.loads(line)
     if 'error' in answer:
       reason = answer['error']
@@ -93,20 +97,25 @@ class Peer:
       raise Unavailable(reason)
     return answer
 
-  def close(self) -> None:
-    """Ends the server."""
-    if self._server is not None:
-      self._server.stdin.close()
-      self._server.wait()
-      self._server.stdout.close()
-      self._server = None
+  def close(self) -> int | None:
+    """Ends the server; its exit code if there was one."""
+    server, self._server = self._server, None
+    if server is None:
+      return None
+    with contextlib.suppress(BrokenPipeError):  # it died with a request unread
+      server.stdin.close()
+    code = server.wait()
+    server.stdout.close()
+    return code
 
 
 def start(python: str, gib: float, kinds=tuple(NAMES)) -> list[Peer]:
   """The peers that can be started; what cannot costs one line."""
   interpreter = find(python)
+  if interpreter is None:
+    return []
   peers = []
-  for kind in kinds if interpreter else ():
+  for kind in kinds:
     try:
       peers.append(Peer(interpreter, kind, gib))
     except Unavailable as error:

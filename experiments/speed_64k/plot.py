@@ -61,12 +61,16 @@ def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
           linestyle='-' if name not in OTHERS else '--',
         )
   _label(axes, rows)
-  handles = {}
+  handles: dict[Any, Any] = {}
   for axis in axes:
     for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   figure.legend(
-    handles.values(), handles.keys(), loc='lower center', ncols=7, fontsize=9
+    list(handles.values()),
+    list(handles),
+    loc='lower center',
+    ncols=7,
+    fontsize=9,
   )
   figure.tight_layout(rect=(0, 0.07, 1, 1))
   figure.savefig(target, dpi=120)
@@ -89,9 +93,8 @@ def _label(axes, rows):
     ('decode, one query, selection included', 'milliseconds'),
     ('memory of forward + backward', 'MiB'),
   )
-  lengths = sorted({
-    row['length'] for row in rows if row['what'] in ('lengths', 'peak', 'decode')
-  })  # fmt: skip
+  drawn = [row for row in rows if row['what'] in ('lengths', 'decode', 'peak')]
+  lengths = sorted({row['length'] for row in drawn})
   for axis, (title, unit) in zip(axes, titles, strict=True):
     axis.set(
       xscale='log', yscale='log', title=title, xlabel='tokens', ylabel=unit

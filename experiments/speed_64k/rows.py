@@ -31,8 +31,9 @@ def key(row: Row) -> tuple:
   return tuple(row.get(x) for x in ('what', 'length', 'contender', 'pass'))
 
 
-def read(path: pathlib.Path = RESULTS) -> list[Row]:
-  """All rows of a file, oldest first; none if there is no file."""
+def read(path: pathlib.Path | None = None) -> list[Row]:
+  """All rows of a file (`RESULTS`), oldest first; none if there is no file."""
+  path = RESULTS if path is None else path
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text('utf-8').splitlines()]
@@ -70,7 +71,9 @@ class Book:
       self.rows = [row for row in read() if row['commit'] == commit]
     self._known = {key(row) for row in self.rows}
 
-  def has(self, what: str, length: int, contender: str, which: str) -> bool:
+  def has(
+    self, what: str, length: int, contender: str | None, which: str | None
+  ) -> bool:
     """Whether this was measured already."""
     return (what, length, contender, which) in self._known
 

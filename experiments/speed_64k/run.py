@@ -76,9 +76,7 @@ def main(argv):
   unknown = sorted(set(_WHAT.value) - set(chosen))
   if unknown:
     raise app.UsageError(f'--what={unknown[0]} is none of {list(chosen)}')
-  book = rows.Book(
-    rows.RESULTS if _WRITE.value else None, resume=_RESUME.value
-  )
+  book = rows.Book(rows.RESULTS if _WRITE.value else None, resume=_RESUME.value)
   try:
     for what in _WHAT.value:
       chosen[what](settings(), book)

@@ -159,7 +159,9 @@ def densities(rows: Sequence[Row]) -> str:
   """What the settings read at the longest length."""
   longest = max(row['length'] for row in rows)
   parts = {
-    row['blocks']: f'{row["blocks"]} blocks: {row["density"]:.1%} of the blocks '
+    row[
+      'blocks'
+    ]: f'{row["blocks"]} blocks: {row["density"]:.1%} of the blocks '
     f'that causal attention reads, {row["share_of_square"]:.1%} of all'
     for row in rows
     if row['length'] == longest and 'density' in row
@@ -175,20 +177,21 @@ def shares(rows: Sequence[Row]) -> str:
   took = targets.median(rows, 'lengths', longest, lib.GEMM, 'forward')
   if took is None:
     return ''
-  parts = []
+  lines = {}
   for row in rows:
-    if row['length'] != longest:
-      continue
     read = targets.gemm_share(rows, row, 'pairs_read')
     seen = targets.gemm_share(rows, row, 'pairs_visible')
-    if read is not None and seen is not None:
-      parts.append(f'{row["contender"]}, {row["pass"]} {read:.0%} ({seen:.0%})')
+    if row['length'] == longest and read is not None and seen is not None:
+      line = lines.setdefault(row['contender'], dict.fromkeys(lib.PASSES, ''))
+      line[row['pass']] = f'{read:.0%} ({seen:.0%})'
   size = lib.GEMM_SIZE
   rate = 2 * size**3 / took / 1e9
+  header = (f'share of the GEMM rate at {longest:,}', *lib.PASSES)
+  table = [header, *((name, *line.values()) for name, line in lines.items())]
   return (
-    f'Share of the f32 product of [{size}, {size}] matrices, {rate:.0f} GFLOP/s '
-    f'in the same run, at {longest:,} tokens, of all that is read (and of what '
-    f'causality does not mask): {"; ".join(parts)}.'
+    f'The f32 product of [{size}, {size}] matrices runs at {rate:.0f} GFLOP/s '
+    'in the same run. Shares of it, counting all that is read (and only what '
+    f'causality does not mask):\n\n{report.markdown(table)}'
   )
 
 
@@ -196,8 +199,11 @@ def _by_length(rows, cell, names) -> Table:
   """A line for each combination of the fields `names`, a column a length."""
   lengths = sorted({row['length'] for row in rows})
   lines = {}
+  # By pass; within one as at the longest length, where nobody is left out.
   order = {which: i for i, which in enumerate(lib.PASSES)}
-  for row in sorted(rows, key=lambda row: order.get(row['pass'], 0)):
+  for row in sorted(
+    rows, key=lambda row: (order.get(row['pass'], 0), -row['length'])
+  ):
     subject = row['contender'], row['pass']
     lines.setdefault(subject, {})[row['length']] = row
   table = [(*names, *(f'{length:,}' for length in lengths))]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments.speed_64k import contenders as lib
-from experiments.speed_64k.pipe import NAMES
+from experiments.speed_64k.pipe import NAMES, ONE_THREAD
 
 SDPA = NAMES['sdpa']
-DENSE = (lib.OURS_DENSE, lib.JAX_DENSE, SDPA)
+DENSE = (lib.OURS_DENSE, lib.JAX_DENSE, SDPA, ONE_THREAD)
 BOTH = lib.PASSES[2]
 LENGTH, CROSSOVER = 65_536, 4_096
 # Products of [queries, keys] with a head's width: scores and output forward;

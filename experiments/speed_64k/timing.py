@@ -70,10 +70,10 @@ def rounds_for(took: float, most: int) -> int:
 
 
 def interleave(
-  contenders: Mapping[tuple[str, ...], Call],
+  contenders: Mapping[tuple[str, str], Call],
   most: int = MOST,
   repeats: int = 0,
-) -> dict[tuple[str, ...], Timing]:
+) -> dict[tuple[str, str], Timing]:
   """Times all contenders in turn.
 
   Args:
