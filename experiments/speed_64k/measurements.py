@@ -102,7 +102,10 @@ def _sweep(what, settings, book, length, found, peers):
   timings = timing.interleave(found, most, settings.repeats)
   about = _about(length, settings.blocks, what == 'lengths')
   for peer in peers:
-    about[peer.name] = {'version': peer.version, 'sizes': peer.sizes}
+    fields = {'version': peer.version, 'sizes': peer.sizes}
+    about[peer.name] = fields
+    if peer.name == pipe.NAMES['sdpa']:
+      about[pipe.ONE_THREAD] = fields
   for (name, which), took in timings.items():
     book.add({
       'what': what,

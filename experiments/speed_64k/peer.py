@@ -190,7 +190,7 @@ def about(make):
   """Version of the package and what is run."""
   version = make.name
   if make is NativeSparse:
-    version += f' {importlib.metadata.version(make.name)}, {Sdpa.name}'
+    version = f'{importlib.metadata.version(make.name)} on {Sdpa.name}'
   return {'version': version, 'sizes': make.sizes}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.speed_64k import contenders as lib
 from experiments.speed_64k import targets
-from experiments.speed_64k.pipe import NAMES
+from experiments.speed_64k.pipe import NAMES, ONE_THREAD
 
 Row = dict[str, Any]
 
@@ -19,10 +19,11 @@ OTHERS = {
   lib.OURS_DENSE: ('our dense', '#0072B2', 's'),
   lib.JAX_DENSE: ('jax.nn dense', '#56B4E9', 'D'),
   NAMES['sdpa']: ('PyTorch SDPA', '#009E73', '^'),
+  ONE_THREAD: ('PyTorch SDPA, one thread', '#009E73', '<'),
   NAMES['nsa']: ('NSA module, pip', '#CC79A7', 'v'),
 }
 # Ours, smallest list first.
-OURS = ('#D55E00', '#E69F00', '#000000')
+OURS = (('#D55E00', 'o'), ('#E69F00', 'P'), ('#000000', 'X'))
 
 
 def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
@@ -69,8 +70,8 @@ def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
     list(handles.values()),
     list(handles),
     loc='lower center',
-    ncols=7,
-    fontsize=9,
+    ncols=8,
+    fontsize=8.5,
   )
   figure.tight_layout(rect=(0, 0.07, 1, 1))
   figure.savefig(target, dpi=120)
@@ -80,8 +81,8 @@ def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
 def _styles(rows):
   """{contender: (label, colour, marker)}, ours first."""
   ours = {
-    lib.whole(n): (f'psa, {n} blocks', colour, 'o')
-    for n, colour in zip(targets.settings(rows), OURS, strict=False)
+    lib.whole(n): (f'psa, {n} blocks', *look)
+    for n, look in zip(targets.settings(rows), OURS, strict=False)
   }
   return {**ours, **OTHERS}
 
