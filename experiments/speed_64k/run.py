@@ -57,8 +57,8 @@ _PEER_GIB = flags.DEFINE_float(
 _QUADRATIC_GIB = flags.DEFINE_float(
   'quadratic_gib',
   1,
-  'Largest [T, T] f32 array for jax.nn.dot_product_attention, in GiB; its '
-  'forward and backward passes keep four of them.',
+  'Largest [T, T] f32 array for jax.nn.dot_product_attention, in GiB; at '
+  'worst, in its backward pass, it has six of them at once.',
 )
 _RESUME = flags.DEFINE_bool(
   'resume', False, 'Skip what this commit has measured already.'
