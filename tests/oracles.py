@@ -98,6 +98,24 @@ def list_mask(ids, counts, T, S, block_q, block_k):
   return mask
 
 
+def decode_mask(ids, counts, lengths, T, S, block_k, window=None, starts=None):
+  """[B, K, T, S] bool: the cached keys that each of the newest T tokens reads.
+
+  Token t of row b is at position lengths[b] - T + t; `starts` are the first
+  positions of the rows' documents.
+  """
+  B, K, _ = np.shape(ids)
+  mask = np.zeros((B, K, T, S), bool)
+  for b, h, t in np.ndindex(B, K, T):
+    position = int(lengths[b]) - T + t
+    for j in ids[b, h][: counts[b, h]]:
+      for s in range(j * block_k, min((j + 1) * block_k, S)):
+        near = window is None or s > position - window
+        own = starts is None or s >= starts[b]
+        mask[b, h, t, s] = s <= position and near and own
+  return mask
+
+
 def psa_selection(
   q,
   k,
