@@ -8,18 +8,19 @@ are 2.3 % of the 1024 at 65,536 tokens, and 4.7 % of those that causal attention
 reads, of which the mean tile sees 514.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from experiments.speed_64k.timing import Call, lazily, timed
 from psa_jax.attention import base
 from psa_jax.attention import psa as psa_lib
 from psa_jax.config import AttentionConfig, PsaConfig
+from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.decode import decode_attention
 from psa_jax.kernels.dense import dense_attention
@@ -205,7 +206,7 @@ class Cache(NamedTuple):
   q: jax.Array  # [B, 1, K, H]
   k: jax.Array  # [B, S, K, H]
   v: jax.Array  # [B, S, K, H]
-  pooled: jax.Array  # [B, K, blocks, H]: mean of each block's keys
+  pooled: block_scores.Pooled
   lengths: jax.Array  # [B]
 
 
@@ -213,29 +214,21 @@ class Cache(NamedTuple):
 def cache(length: int) -> Cache:
   """A full cache of `length` tokens; its last query decodes."""
   q, k, v, _ = inputs(length)
-  pad = -length % BLOCK_K
-  pooled = jnp.pad(k[:, :, 0], ((0, 0), (0, pad), (0, 0)))
-  pooled = pooled.reshape(1, 1, -1, BLOCK_K, HEAD_DIM).mean(3)
+  pooled = block_scores.pool(k, block_k=BLOCK_K, bounds=False)
   return Cache(q[:, -1:], k, v, pooled, jnp.full((1,), length, jnp.int32))
 
 
 def select_for_decode(blocks: int, at: Cache) -> tuple[jax.Array, jax.Array]:
   """Ids [B, K, M] and counts [B, K] of the blocks that the query reads.
 
-  The rule of `psa.select_blocks` for a tile of one query: sink, window and own
-  block, then the whole blocks with the best pooled scores, which a cache keeps
-  up to date as tokens arrive.
+  With tiles of one query, so that selection is paid at every step; a model
+  that selects for tiles of 256 pays for it every 256 steps.
   """
-  j = jnp.arange(at.pooled.shape[2])[None, None]
-  t = at.lengths[:, None, None] - 1
-  score = jnp.einsum('btkh,bkjh->bkj', at.q, at.pooled)
-  forced = (j == 0) | (j >= jnp.maximum(t - WINDOW + 1, 0) // BLOCK_K)
-  score = jnp.where(forced, jnp.inf, score)
-  score = jnp.where(j * BLOCK_K <= t, score, -jnp.inf)
-  width = min(blocks, j.shape[-1])
-  _, ids = lax.top_k(score, width)
-  counts = jnp.minimum(t[..., 0] // BLOCK_K + 1, width)
-  return ids, jnp.broadcast_to(counts, ids.shape[:2])
+  psa = dataclasses.replace(config(blocks).psa, block_q=1)
+  made = psa_lib.select_for_decode(
+    at.q, at.pooled, psa, positions=at.lengths - 1, budget=jnp.float32(1)
+  )
+  return made.ids[:, :, 0], made.counts[:, :, 0]
 
 
 def decode_listed(ids, counts, at: Cache):

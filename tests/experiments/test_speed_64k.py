@@ -150,7 +150,7 @@ def test_every_contender_decodes_the_last_query(decode):
 def test_decoding_selects_sink_window_and_the_best_of_the_rest():
   at = lib.cache(2048)
   ids, counts = lib.select_for_decode(14, at)
-  score = np.asarray(at.pooled)[0, 0] @ np.asarray(at.q)[0, 0, 0]
+  score = np.asarray(at.pooled.total)[0, 0] @ np.asarray(at.q)[0, 0, 0]
   near = set(range((2047 - lib.WINDOW + 1) // lib.BLOCK_K, 32))
   free = [j for j in np.argsort(-score) if j not in near | {0}]
   want = near | {0} | set(free[: 14 - len(near) - 1])
