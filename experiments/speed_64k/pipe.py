@@ -60,7 +60,11 @@ class Peer:
     self._server = subprocess.Popen(
       self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    about = self._read()
+    try:
+      about = self._read()
+    except Unavailable:
+      self.close()
+      raise
     self.version, self.sizes = about['version'], about['sizes']
 
   def ask(
