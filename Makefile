@@ -39,7 +39,7 @@ format: $(DEV_STAMP) ## rewrite the code in the house style
 bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -qq --disable-pip-version-check \
-	  torch==2.13.0 numpy
+	  torch==2.13.0 numpy native-sparse-attention-pytorch==0.2.3
 
 clean: ## remove environments and caches; runs/ stays
 	rm -rf $(VENV) .venv-peers .jax_cache .hypothesis .pytest_cache .ruff_cache

@@ -163,12 +163,21 @@ class PsaConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-  """Which mechanism reads the keys; one sub-config per mechanism."""
+  """Which mechanism reads the keys; one sub-config per mechanism.
+
+  Attributes:
+    name: the mechanism.
+    implementation: how its kernels run; `auto` takes the platform's best.
+    check_lists: for debugging: a run stops at the first block list that names
+      a block twice, or one that is not there. Slow.
+    dense, psa: the settings of each mechanism.
+  """
 
   name: str = choice('dense', 'dense', 'psa')
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu'
   )
+  check_lists: bool = runtime(False)
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
 

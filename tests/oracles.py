@@ -98,6 +98,78 @@ def list_mask(ids, counts, T, S, block_q, block_k):
   return mask
 
 
+def decode_mask(ids, counts, lengths, T, S, block_k, window=None, starts=None):
+  """[B, K, T, S] bool: the cached keys that each of the newest T tokens reads.
+
+  Token t of row b is at position lengths[b] - T + t; `starts` are the first
+  positions of the rows' documents.
+  """
+  B, K, _ = np.shape(ids)
+  mask = np.zeros((B, K, T, S), bool)
+  for b, h, t in np.ndindex(B, K, T):
+    position = int(lengths[b]) - T + t
+    for j in ids[b, h][: counts[b, h]]:
+      for s in range(j * block_k, min((j + 1) * block_k, S)):
+        near = window is None or s > position - window
+        own = starts is None or s >= starts[b]
+        mask[b, h, t, s] = s <= position and near and own
+  return mask
+
+
+def pool(k, lengths, block_k, blocks, segments=None):
+  """Sum, minimum, maximum [B, K, blocks, H] and size [B, blocks] of each block.
+
+  Of its keys before `lengths[b]`, those of the last one's document.
+  """
+  k = np.asarray(k, np.float64)
+  B, _, K, H = k.shape
+  found = {x: np.zeros((B, K, blocks, H)) for x in ('total', 'low', 'high')}
+  found['size'] = np.zeros((B, blocks), int)
+  for b, j in np.ndindex(B, blocks):
+    at = list(range(j * block_k, min((j + 1) * block_k, int(lengths[b]))))
+    if segments is not None:
+      at = [s for s in at if segments[b][s] == segments[b][at[-1]]]
+    if at:
+      found['size'][b, j] = len(at)
+      found['total'][b, :, j] = k[b, at].sum(0)
+      found['low'][b, :, j] = k[b, at].min(0)
+      found['high'][b, :, j] = k[b, at].max(0)
+  return found
+
+
+def block_ranking(q, k, block_k, ranges, bounds):
+  """{(b, kv head, tile): (forced blocks ascending, the other visible ranked)}.
+
+  `ranges` are [B, tiles] each: begin, end, scored, sink, near. A block that is
+  visible but does not compete has importance 0.
+  """
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  B, tiles, N, H = q.shape
+  K = k.shape[2]
+  G = N // K
+  result = {}
+  for b, h, i in np.ndindex(B, K, tiles):
+    begin, end, scored, sink, near = (int(x[b, i]) for x in ranges)
+    visible = range(begin, end)
+    forced = [j for j in visible if j < sink or j >= near]
+    importance = {j: 0.0 for j in visible}
+    for g in range(G):
+      x = q[b, i, h * G + g] * H**-0.5
+      mass = {}
+      for j in range(begin, scored):
+        keys = k[b, j * block_k : (j + 1) * block_k, h]
+        score = x @ keys.mean(0)
+        if bounds:
+          score = np.maximum(x * keys.min(0), x * keys.max(0)).sum()
+        mass[j] = len(keys) * math.exp(score)
+      for j in mass:
+        importance[j] += mass[j] / sum(mass.values())
+    rest = [j for j in visible if j not in forced]
+    ranked = sorted(rest, key=lambda j: (-importance[j], j))
+    result[b, h, i] = forced, ranked
+  return result
+
+
 def psa_selection(
   q,
   k,
@@ -115,7 +187,7 @@ def psa_selection(
 
   Section 3 of the specification in loops: the tile's first query scores the
   blocks that lie wholly at or before it; heads of a group are summed after
-  the softmax; the budget is a ratio of the visible blocks or a mass.
+  the softmax; the budget is a ratio of the tile's blocks or a mass.
   """
   q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
   B, T, N, H = q.shape
@@ -160,7 +232,9 @@ def psa_selection(
           (j for j in scored if j not in forced), key=lambda j: (-p[j], j)
         )
         if keep is not None:
-          count = math.ceil(keep * len(visible) - 1e-3)
+          # A tile that the sequence's end cuts counts as a whole one.
+          cut = (t0 + block_q - 1) // block_k - last // block_k
+          count = math.ceil(keep * (len(visible) + cut) - 1e-3) - cut
         else:
           count = 0
           for g in range(G):

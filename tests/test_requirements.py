@@ -144,7 +144,8 @@ def test_what_tests_and_experiments_import_is_pinned():
     for r in pins(name)
   }
   # Benchmarks run PyTorch in an environment of its own: make bench-peers.
-  used = distributions('tests', 'experiments', own_environment={'torch'})
+  peers = {'torch', 'native_sparse_attention_pytorch'}
+  used = distributions('tests', 'experiments', own_environment=peers)
   for providers in used:
     assert providers & both, f'{sorted(providers)} is in no requirements file'
 

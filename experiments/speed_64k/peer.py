@@ -1,11 +1,21 @@
-"""PyTorch's attention as a timing server; runs in its own environment.
+"""PyTorch contenders as a timing server; runs in its own environment.
 
-Reads one JSON request a line on standard input, `{"what": "forward", "T":
-65536, "H": 64}`, and answers with the seconds that one call took. It keeps its
-inputs between requests, so that `run.py` can interleave it with others.
+Started as `peer.py NAME THREADS GIB`, where NAME is a key of `CONTENDERS` and
+GIB the memory that the process may take. Prints one JSON line with the
+version, then reads one JSON request a line on standard input,
+
+  {"what": "forward", "T": 65536, "H": 64, "calls": 1, "threads": 2}
+
+and answers with the seconds of one call, or with an error if it cannot be
+made. `threads` may be left out for THREADS; `what` is `forward`, `backward`,
+`forward+backward`, `decode` or `peak` (bytes of memory that the process has
+had at most). Inputs stay between requests, so that another program can
+interleave several of these.
 """
 
+import importlib.metadata
 import json
+import resource
 import sys
 import time
 
@@ -13,29 +23,193 @@ import torch
 from torch.nn import functional as F
 
 
+class Sdpa:
+  """`scaled_dot_product_attention`, [B, N, T, H] with one head."""
+
+  name = f'PyTorch {torch.__version__}'
+  sizes = 'one head'
+
+  def __init__(self, T, H):
+    """Makes inputs; the graph of a backward pass is kept once it is made."""
+    self.inputs = [torch.randn(1, 1, T, H, requires_grad=True) for _ in 'qkv']
+    self.grad = torch.randn(1, 1, T, H)
+    self.out = None
+
+  def attend(self):
+    """The output, with a graph if gradients are on."""
+    return F.scaled_dot_product_attention(*self.inputs, is_causal=True)
+
+  def forward(self):
+    """Without a graph."""
+    with torch.no_grad():
+      self.attend()
+
+  def backward(self):
+    """Gradients of the kept graph."""
+    torch.autograd.grad(self.out, self.inputs, self.grad, retain_graph=True)
+
+  def prepare_backward(self):
+    """Makes the graph that `backward` uses; not timed."""
+    if self.out is None:
+      self.out = self.attend()
+
+  def both(self):
+    """A forward pass with a graph, and its gradients."""
+    torch.autograd.grad(self.attend(), self.inputs, self.grad)
+
+  def decode(self):
+    """The last query over all keys."""
+    q, k, v = self.inputs
+    with torch.no_grad():
+      F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+
+
+class NativeSparse:
+  """The whole NSA module, projections and gates included.
+
+  The paper's sizes: compression blocks of 32 every 16, selection of 16 blocks
+  of 64, a window of 512; one head, model width = head width.
+  """
+
+  name = 'native-sparse-attention-pytorch'
+  sizes = (
+    'whole module, one head: l=32 d=16, n=16 blocks of 64 (and the own), w=512'
+  )
+  L, D, BLOCK, SELECTED, W = 32, 16, 64, 16, 512
+
+  def __init__(self, T, H):
+    """Makes the module and its input."""
+    import native_sparse_attention_pytorch as nsa
+
+    self.module = nsa.SparseAttention(
+      dim=H,
+      dim_head=H,
+      heads=1,
+      kv_heads=1,
+      causal=True,
+      sliding_window_size=self.W,
+      compress_block_size=self.L,
+      compress_block_sliding_stride=self.D,
+      selection_block_size=self.BLOCK,
+      num_selected_blocks=self.SELECTED,
+    )
+    self.x = torch.randn(1, T, H, requires_grad=True)
+    self.grad = torch.randn(1, T, H)
+    weights = [p for p in self.module.parameters() if p.requires_grad]
+    self.leaves = [self.x, *weights]
+    self.out = None
+
+  def forward(self):
+    """Without a graph."""
+    with torch.no_grad():
+      self.module(self.x)
+
+  def prepare_backward(self):
+    """A graph for one backward pass: keeping it would double the memory."""
+    self.out = self.module(self.x)
+
+  def backward(self):
+    """Gradients of input and weights."""
+    self.both(self.out)
+    self.out = None
+
+  def both(self, out=None):
+    """A forward pass with a graph, and its gradients."""
+    out = self.module(self.x) if out is None else out
+    torch.autograd.grad(out, self.leaves, self.grad, allow_unused=True)
+
+  def decode(self):
+    """One token over a cache of random keys of the right shapes."""
+    with torch.no_grad():
+      self.module(self.x[:, -1:], cache=self.cache(), return_cache=True)
+
+  def cache(self):
+    """All keys but the last; the last window of compression is part full."""
+    if not hasattr(self, 'kept'):
+      T, H = self.x.shape[1:]
+
+      def pair(n):
+        return torch.randn(1, 1, n, H), torch.randn(1, 1, n, H)
+
+      part = self.L - self.D + (T - 1) % self.D
+      self.kept = pair(T - 1), (pair((T - 1) // self.D), pair(part))
+    return self.kept
+
+
+CONTENDERS = {'sdpa': Sdpa, 'nsa': NativeSparse}
+
+
+def seconds(contender, what, calls):
+  """Seconds of one of `calls` calls."""
+  total = 0.0
+  for _ in range(calls):
+    if what == 'backward':
+      contender.prepare_backward()
+    function = contender.both if what == 'forward+backward' else None
+    function = function or getattr(contender, what)
+    began = time.perf_counter()
+    function()
+    total += time.perf_counter() - began
+  return total / calls
+
+
+def peak_bytes():
+  """Most memory this process has had.
+
+  Not `getrusage`: its number is inherited from the process that started this
+  one.
+  """
+  try:
+    with open('/proc/self/status') as file:
+      lines = [s for s in file if s.startswith('VmHWM')]
+    return int(lines[0].split()[1]) * 1024
+  except (OSError, IndexError):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def answer(kept, request, make):
+  """The reply to a request; `kept` holds the contender of the last length."""
+  if torch.get_num_threads() != request['threads']:
+    torch.set_num_threads(request['threads'])
+  if request['what'] == 'peak':
+    return {'bytes': peak_bytes()}
+  shape = request['T'], request['H']
+  try:
+    if shape not in kept:
+      kept.clear()
+      torch.manual_seed(0)
+      kept[shape] = make(*shape)
+    calls = request.get('calls', 1)
+    return {'seconds': seconds(kept[shape], request['what'], calls)}
+  except (RuntimeError, MemoryError) as error:
+    kept.clear()
+    return {'error': (str(error) or repr(error)).splitlines()[0]}
+
+
+def about(make):
+  """Version of the package and what is run."""
+  version = make.name
+  if make is NativeSparse:
+    version = f'{importlib.metadata.version(make.name)} on {Sdpa.name}'
+  return {'version': version, 'sizes': make.sizes}
+
+
 def main():
   """Serves until standard input ends."""
-  torch.set_num_threads(int(sys.argv[1]))
-  print(json.dumps({'version': f'PyTorch {torch.__version__}'}), flush=True)
-  shape, inputs = None, []
+  name, threads, gib = sys.argv[1:]
+  torch.set_num_threads(int(threads))
+  limit = int(float(gib) * 2**30)
+  resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+  make = CONTENDERS[name]
+  try:
+    print(json.dumps(about(make)), flush=True)
+  except ImportError as error:
+    print(json.dumps({'error': str(error)}), flush=True)
+    return
+  kept = {}
   for line in sys.stdin:
-    request = json.loads(line)
-    if shape != (request['T'], request['H']):
-      shape = request['T'], request['H']
-      torch.manual_seed(0)
-      inputs = [torch.randn(1, 1, *shape, requires_grad=True) for _ in range(3)]
-    began = time.perf_counter()
-    if request['what'] == 'forward':
-      with torch.no_grad():
-        F.scaled_dot_product_attention(*inputs, is_causal=True)
-      seconds = time.perf_counter() - began
-    else:
-      out = F.scaled_dot_product_attention(*inputs, is_causal=True)
-      grad = torch.ones_like(out)
-      began = time.perf_counter()
-      torch.autograd.grad(out, inputs, grad)
-      seconds = time.perf_counter() - began
-    print(json.dumps({'seconds': seconds}), flush=True)
+    request = {'threads': int(threads), **json.loads(line)}
+    print(json.dumps(answer(kept, request, make)), flush=True)
 
 
 if __name__ == '__main__':

@@ -11,18 +11,19 @@ Causal selection. What a tile reads depends only on tokens up to the tile's
 when all its keys lie at or before it (nearer keys belong to the window). A
 tile that pooled its own queries would leak the future through the discrete
 choice, which no gradient shows, and could not be repeated when decoding.
+Decoding selects once a tile (`next_blocks`) and reads what prefill reads.
 
-Importance of a block: the first query's softmax over blocks of the pooled
-score, summed over the heads of the group. Pooling is the mean of the keys, or
-Quest's upper bound from their minima and maxima (arXiv 2406.10774). With
-bounds the mass rule is a guarantee for the scoring query: a kept block holds
-at least `n exp(q . mean)` (Jensen), a dropped one at most `n exp(bound)`.
-With means it is an estimate; `retained_mass` in the aux scalars says what was
-really kept on a few sampled queries.
+`kernels/block_scores` ranks the blocks: by their mean key, or with `bounds` by
+Quest's upper bound (arXiv 2406.10774). With bounds the mass rule is a guarantee
+for the scoring query: a kept block holds at least `n exp(q . mean)` (Jensen), a
+dropped one at most `n exp(bound)`. With means it is an estimate;
+`retained_mass` in the aux scalars says what was really kept on a few sampled
+queries.
 
-No gradient flows through the choice. Not done here: decoding from a cache.
+No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,12 +34,11 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
 from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
+from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import AttnOut, Scalar
 
-TILES_AT_ONCE = 64  # query tiles scored together; bounds the score array
 SAMPLES = 8  # queries whose retained mass is measured
-FORCED = 1e6  # importance of a block that is always kept
 
 
 class BlockList(NamedTuple):
@@ -86,6 +86,7 @@ def psa(
     block_k=cfg.block_k,
     q_segment_ids=segment_ids,
     kv_segment_ids=segment_ids,
+    check_lists=config.check_lists,
     implementation=config.implementation,
   )
   # A mean of shares over rows and heads, which is the same on any mesh.
@@ -93,7 +94,8 @@ def psa(
     x.sum(-1).astype(jnp.float32) for x in (blocks.counts, blocks.visible)
   )
   aux = {
-    'density': (read / visible).mean(),
+    # One minus the rest, which is exactly 1 where everything is read.
+    'density': 1 - ((visible - read) / visible).mean(),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
   }
   return AttnOut(out, aux)
@@ -157,70 +159,86 @@ def select_blocks(
     budget of 1 keeps every visible block.
   """
   q, k = lax.stop_gradient((q, k))
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  tiles, blocks = -(-T // cfg.block_q), -(-T // cfg.block_k)
-  pooled = _pool(k, cfg, segment_ids)
-  first = q[:, :: cfg.block_q].reshape(B, tiles, K, N // K, H)
-  start = _document_start(segment_ids, B, T)[:, :: cfg.block_q]
-
-  group = min(TILES_AT_ONCE, tiles)
-  pad = -tiles % group
-  first = jnp.pad(first, [(0, 0), (0, pad)] + [(0, 0)] * 3)
-  start = jnp.pad(start, ((0, 0), (0, pad)))
-
-  def some_tiles(i):
-    at = i * group
-    tile = at + jnp.arange(group)
-    place = _Place.of(
-      cfg, tile, lax.dynamic_slice_in_dim(start, at, group, 1), T, blocks
-    )
-    rows = lax.dynamic_slice_in_dim(first, at, group, 1)
-    return _choose(cfg, rows, pooled, place, budget)
-
-  ids, counts, visible = lax.map(some_tiles, jnp.arange((tiles + pad) // group))
-
-  def join(x):  # [chunks, B, K, group, *] -> [B, K, tiles, *]
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(B, K, -1, *x.shape[4:])[:, :, :tiles]
-
-  return BlockList(join(ids), join(counts), join(visible))
-
-
-class _Pooled(NamedTuple):
-  """Summaries of the whole blocks of keys, [B, K, blocks, H] in f32."""
-
-  mean: jax.Array
-  low: jax.Array
-  high: jax.Array
-  log_size: jax.Array  # [B, K, blocks], keys that were pooled
-
-
-def _pool(k, cfg, segment_ids):
-  """Pools each block over the keys of its last key's document.
-
-  A block that is scored ends before the query, so the query's document is the
-  one of the block's last key, or the block lies outside it altogether.
-  """
-  B, S, K, H = k.shape
-  pad = -S % cfg.block_k
-  k = jnp.pad(k.astype(jnp.float32), ((0, 0), (0, pad), (0, 0), (0, 0)))
-  k = k.reshape(B, -1, cfg.block_k, K, H)
-  if segment_ids is None:
-    same = jnp.ones(k.shape[:3], bool)
-  else:
-    seg = jnp.pad(segment_ids, ((0, 0), (0, pad)), mode='edge')
-    seg = seg.reshape(B, -1, cfg.block_k)
-    same = seg == seg[..., -1:]
-  same = same[..., None, None]
-  n = same.sum(2).astype(jnp.float32)
-  pooled = _Pooled(
-    mean=jnp.where(same, k, 0).sum(2) / n,
-    low=jnp.where(same, k, jnp.inf).min(2),
-    high=jnp.where(same, k, -jnp.inf).max(2),
-    log_size=jnp.broadcast_to(jnp.log(n[..., 0]), (B, n.shape[1], K)),
+  B, T = q.shape[:2]
+  pooled = block_scores.pool(
+    k,
+    block_k=cfg.block_k,
+    bounds=cfg.scoring == 'bounds',
+    segment_ids=segment_ids,
   )
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), pooled)
+  starts = _document_start(segment_ids, B, T)[:, :: cfg.block_q]
+  first = jnp.arange(0, T, cfg.block_q)[None]
+  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
+
+
+def select_for_decode(
+  q: Float[Array, 'B 1 N H'],
+  pooled: block_scores.Pooled,
+  cfg: PsaConfig,
+  *,
+  positions: Int[Array, 'B'],
+  budget: Scalar,
+  starts: Int[Array, 'B'] | None = None,
+) -> BlockList:
+  """What `select_blocks` gives the query tile that begins with `q`.
+
+  Args:
+    q: the first query of each row's tile.
+    pooled: summaries of the cached keys (`block_scores.append`); they may
+      already know later keys of the tile.
+    cfg: as in prefill.
+    positions: positions of `q`, multiples of `cfg.block_q`.
+    budget: as in prefill.
+    starts: position of the first token of the document of `q`; None means 0.
+
+  Returns:
+    Lists of one tile (Tb is 1), for every position of that tile.
+  """
+  positions = positions.astype(jnp.int32)[:, None]
+  starts = jnp.zeros_like(positions) if starts is None else starts[:, None]
+  return _choose(cfg, q, pooled, positions, starts, budget)
+
+
+def next_blocks(
+  previous: BlockList,
+  q: Float[Array, 'B 1 N H'],
+  pooled: block_scores.Pooled,
+  cfg: PsaConfig,
+  *,
+  lengths: Int[Array, 'B'],
+  budget: Scalar,
+  starts: Int[Array, 'B'] | None = None,
+) -> BlockList:
+  """The lists for one more token a row.
+
+  Rows whose newest token begins a query tile select anew, the others keep
+  what they have; if none does, nothing is scored.
+
+  Args:
+    previous: what the last step returned. Before the first one, the list of
+      the tile that the prompt ends in (`select_for_decode` with that tile's
+      first query); any of that shape if the prompt ends with a whole tile.
+    q: queries of the newest tokens.
+    pooled: summaries of the cached keys.
+    cfg: as in prefill.
+    lengths: tokens of each row, the newest included; 0 is an idle row.
+    budget: as in prefill.
+    starts: position of the first token of each row's document; None means 0.
+  """
+  newest = lengths.astype(jnp.int32) - 1
+  begins = (newest >= 0) & (newest % cfg.block_q == 0)
+
+  def renew():
+    new = select_for_decode(
+      q, pooled, cfg, positions=newest, budget=budget, starts=starts
+    )
+
+    def take(new, old):
+      return jnp.where(begins.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(take, new, previous)
+
+  return lax.cond(begins.any(), renew, lambda: previous)
 
 
 def _document_start(segment_ids, B, T):
@@ -232,78 +250,67 @@ def _document_start(segment_ids, B, T):
   return lax.cummax(jnp.pad(at, ((0, 0), (1, 0))), axis=1)
 
 
-class _Place(NamedTuple):
-  """Where the blocks lie as seen from each tile, [B, 1, tiles, blocks]."""
+def _choose(cfg, q, pooled, first, starts, budget):
+  """The lists of tiles whose first queries `q` are at positions `first`.
 
-  eligible: jax.Array  # whole, at or before the first query: may be scored
-  forced: jax.Array  # sink, window or own block: always read
-  visible: jax.Array  # read by dense attention
-
-  @classmethod
-  def of(cls, cfg, tile, start, T, blocks):
-    """For tiles `tile` [n] whose documents begin at `start` [B, n]."""
-    j = jnp.arange(blocks).reshape(1, 1, 1, -1)
-    t0 = (tile * cfg.block_q).reshape(1, 1, -1, 1)
-    last = jnp.minimum(t0 + cfg.block_q, T) - 1
-    begin = start[:, None, :, None] // cfg.block_k
-    visible = (j >= begin) & (j <= last // cfg.block_k)
-    near = j >= jnp.maximum(t0 - cfg.window + 1, 0) // cfg.block_k
-    sink = j < begin + cfg.sink_blocks
-    eligible = (j >= begin) & ((j + 1) * cfg.block_k - 1 <= t0)
-    return cls(eligible, visible & (near | sink), visible)
-
-
-def _choose(cfg, first, pooled, place, budget):
-  """The lists of some tiles; `first` is [B, tiles, K, G, H]."""
-  estimate, bound = _block_scores(cfg, first, pooled)
-  eligible = place.eligible[..., None, :]  # beside [B, K, tiles, G, blocks]
-  blocks = estimate.shape[-1]
-  p = jax.nn.softmax(
-    jnp.where(eligible, bound, -jnp.inf), axis=-1, where=eligible
-  )
-  importance = jnp.where(eligible, p, 0).sum(-2)
-  rank = FORCED + jnp.arange(blocks, dtype=jnp.float32).reshape(1, 1, 1, -1)
-  importance = jnp.where(place.forced, rank, importance)
-  importance = jnp.where(place.visible, importance, -1)
-
-  width = list_width(cfg, blocks)
-  _, order = lax.top_k(importance, blocks if cfg.budget == 'mass' else width)
-  visible = jnp.broadcast_to(place.visible.sum(-1), importance.shape[:3])
-  if cfg.budget == 'mass':
-    counts = _mass_counts(estimate, bound, eligible, order, budget)
-    counts = jnp.where(jnp.asarray(budget) >= 1, visible, counts)
-  else:
-    # The small constant keeps rounding in f32 from adding a block.
-    wanted = jnp.ceil(budget * visible.astype(jnp.float32) - 1e-3)
-    counts = wanted.astype(jnp.int32)
-  counts = jnp.maximum(counts, place.forced.sum(-1))
-  counts = jnp.minimum(jnp.minimum(counts, visible), width)
-  return order[..., :width].astype(jnp.int32), counts, visible
-
-
-def _block_scores(cfg, first, pooled):
-  """Logits of the mass of each block: an estimate, and what ranks it.
-
-  Both are [B, K, tiles, G, blocks] and include the log of the block's size.
-  With `bounds` the first is a lower and the second an upper bound.
+  Args:
+    cfg: the mechanism's settings.
+    q: [B, Tb, N, H].
+    pooled: the summaries of all blocks.
+    first: [1 or B, Tb].
+    starts: [B, Tb] first positions of the documents of `q`.
+    budget: traced.
   """
-  scale = first.shape[-1] ** -0.5
-  first = first.astype(jnp.float32) * scale
-  size = pooled.log_size[:, :, None, None]
-  mean = jnp.einsum('btkgh,bkjh->bktgj', first, pooled.mean) + size
-  if cfg.scoring == 'mean':
-    return mean, mean
-  high = jnp.einsum('btkgh,bkjh->bktgj', jnp.maximum(first, 0), pooled.high)
-  low = jnp.einsum('btkgh,bkjh->bktgj', jnp.minimum(first, 0), pooled.low)
-  return mean, high + low + size
+  blocks = pooled.size.shape[1]
+  begin = starts // cfg.block_k
+  first = jnp.broadcast_to(first, begin.shape)
+  # A tile reads up to its end, though the last one may be cut by the end of
+  # the sequence: how much it keeps of the rest must not depend on that, for
+  # decoding does not know yet where the sequence ends.
+  end = (first + cfg.block_q - 1) // cfg.block_k + 1
+  cut = jnp.maximum(end - blocks, 0)
+  ranges = block_scores.Ranges(
+    begin=begin,
+    end=end - cut,
+    scored=(first + 1) // cfg.block_k,
+    sink=begin + cfg.sink_blocks,
+    near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
+  )
+  mass = functools.partial(_mass_counts, budget=budget)
+  width = list_width(cfg, blocks)
+  ids, counts = block_scores.top_blocks(
+    q,
+    pooled,
+    ranges,
+    width=width,
+    bounds=cfg.scoring == 'bounds',
+    stop=mass if cfg.budget == 'mass' else None,
+  )
+  visible, forced, cut = (
+    jnp.broadcast_to(x[:, None], ids.shape[:3])
+    for x in (ranges.visible(), ranges.forced(), cut)
+  )
+  if counts is None:
+    # The small constant keeps rounding in f32 from adding a block.
+    wanted = jnp.ceil(budget * (visible + cut).astype(jnp.float32) - 1e-3)
+    counts = wanted.astype(jnp.int32) - cut
+  else:
+    counts = jnp.where(jnp.asarray(budget) >= 1, visible, counts)
+  counts = jnp.minimum(jnp.maximum(counts, forced), visible)
+  if (
+    cfg.max_blocks
+  ):  # blocks that a cut tile lacks take their room all the same
+    counts = jnp.minimum(counts, cfg.max_blocks - cut)
+  return BlockList(ids, jnp.minimum(counts, width), visible)
 
 
-def _mass_counts(estimate, bound, eligible, order, budget):
+def _mass_counts(scores, order, budget):
   """Smallest prefix of `order` whose mass is at least `budget`, every head.
 
   Blocks that are read but not whole have mass >= 0 in truth and are taken as
   0 here, so the true share is at least the one that stops.
   """
+  estimate, bound, eligible = scores
   top = jnp.max(jnp.where(eligible, bound, -jnp.inf), -1, keepdims=True)
   top = jnp.where(jnp.isfinite(top), top, 0)
   kept = jnp.where(eligible, jnp.exp(estimate - top), 0)

@@ -16,6 +16,7 @@ from psa_jax.config import (
   PsaConfig,
   ScheduleConfig,
 )
+from psa_jax.kernels.block_scores import xla as block_scores_xla
 from tests import oracles
 
 B, T, N, K, H = 2, 100, 4, 2, 8
@@ -57,7 +58,7 @@ def documents():
 def test_selection_is_the_definition(
   config, budget, tiles_at_once, cut, monkeypatch
 ):
-  monkeypatch.setattr(module, 'TILES_AT_ONCE', tiles_at_once)
+  monkeypatch.setattr(block_scores_xla, 'TILES_AT_ONCE', tiles_at_once)
   q, k = arrays()
   seg = documents() if cut else None
   config = dataclasses.replace(config, max_blocks=T)

@@ -5,6 +5,7 @@ gradients of keys and values a key block at a time walk it, and need no atomic
 additions.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -74,4 +75,6 @@ def check(block_ids, block_counts, blocks: int) -> None:
 
 def check_when_run(block_ids, block_counts, blocks: int) -> None:
   """`check` at run time, inside a traced program."""
-  jax.debug.callback(check, block_ids, block_counts, blocks)
+  jax.debug.callback(
+    functools.partial(check, blocks=blocks), block_ids, block_counts
+  )

@@ -4,7 +4,9 @@ Decoding reads every cached key once a step, so its cost is bytes: what is not
 listed is not read. Each sequence of the batch has its own length; the cache
 has room for more.
 
-Not done here: choosing the blocks, and writing new keys into the cache.
+Not done here: choosing the blocks (see `psa_jax/attention`), writing new keys
+into the cache, and a backward pass, which decoding has no use for: `xla` and
+the accelerators' kernels refuse to be differentiated.
 """
 
 import dataclasses

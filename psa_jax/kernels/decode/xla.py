@@ -1,54 +1,88 @@
-"""Decoding by block list in plain XLA: gathered chunks and an online softmax.
+"""Decoding by block list in plain XLA: sliced blocks and an online softmax.
 
-One pass over the list of each kv head with a dynamic trip count, as in
-`block_sparse/xla.py`; the T queries of the G heads of a group are the rows of
-one small tile.
+One pass over the list of each kv head with a dynamic trip count; the T queries
+of the G heads of a group are the rows of one small tile. Listed blocks are
+sliced straight out of the cache [B, S, K, H]: a step that repacks or pads the
+cache reads all of it, which is what the list is there to avoid. A few blocks
+are joined for each product, since on CPU a product costs more to start than
+one block's work (and a gather twice as much as these slices).
 """
 
 import jax.numpy as jnp
 from jax import lax
 
 from psa_jax.kernels import softmax
-from psa_jax.kernels.tiles import Tiles
 
-CHUNK_KEYS = 512  # keys gathered at a time
+CHUNK_KEYS = 512  # keys read at a time, and
+CHUNK_BLOCKS = 8  # most slices that they may come in
 
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   """See `api.decode_attention`."""
+  B, T, N, _ = q.shape
+  S, K = k.shape[1:3]
   acc = jnp.promote_types(q.dtype, jnp.float32)
-  tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
-  chunk = max(1, min(CHUNK_KEYS // spec.block_k, ids.shape[-1]))
-  pad = -ids.shape[-1] % chunk
   counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
-  ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), ((0, 0), (0, 0), (0, pad)))
-  ids = ids.reshape(len(counts), -1, chunk)
-  qt, kb, vb = tiles.pack_q(q), tiles.pack_k(k), tiles.pack_k(v)
+  ids = _in_chunks(ids, spec.block_k, S)
+  chunk = ids.shape[-1]
+  width = min(spec.block_k, S)
+  rows = _pack(q, K)
 
   def one_head(i):
-    b = i // tiles.K
-    t = lengths[b] - tiles.T + jnp.arange(tiles.T)
-    t = jnp.tile(t, tiles.G)[:, None]
+    b, head = i // K, i % K
+    t = jnp.tile(lengths[b] - T + jnp.arange(T), N // K)[:, None]
 
     def step(c, run):
-      listed = ids[i, c]
-      at = i * tiles.nk + listed
-      slot = c * chunk + jnp.arange(chunk)
-      pos = listed[:, None] * spec.block_k + jnp.arange(spec.block_k)[None]
-      used = (slot < counts[i])[:, None] & (pos >= starts[b])
-      pos = jnp.where(used, pos, jnp.iinfo(jnp.int32).max).reshape(1, -1)
+      begin = ids[i, c] * spec.block_k
+      # A partial last block is sliced where it still fits: the keys before it
+      # belong to its neighbour.
+      at = jnp.minimum(begin, S - width)
+      pos = at[:, None] + jnp.arange(width)[None]
+      listed = (c * chunk + jnp.arange(chunk) < counts[i])[:, None]
+      listed = listed & (pos >= jnp.maximum(begin, starts[b])[:, None])
+      pos = jnp.where(listed, pos, jnp.iinfo(jnp.int32).max).reshape(1, -1)
       mask = pos <= t
       if spec.window is not None:
         mask = mask & (pos > t - spec.window)
-      kc = kb[at].reshape(-1, kb.shape[-1])
-      s = softmax.dot('rh,sh->rs', qt[i], kc, acc) * spec.scale
-      s = jnp.where(mask, s, softmax.MASKED)
-      return softmax.add(run, s, vb[at].reshape(-1, vb.shape[-1]))
+      s = softmax.dot('rh,sh->rs', rows[i], _read(k, b, at, head, width), acc)
+      s = jnp.where(mask, s * spec.scale, softmax.MASKED)
+      return softmax.add(run, s, _read(v, b, at, head, width))
 
-    run = softmax.start(tiles.rows, vb.shape[-1], acc)
-    trips = (counts[i] + chunk - 1) // chunk
-    run = lax.fori_loop(0, trips, step, run)
+    run = softmax.start(rows.shape[1], v.shape[-1], acc)
+    run = lax.fori_loop(0, (counts[i] + chunk - 1) // chunk, step, run)
     return softmax.finish(run, v.dtype)
 
-  out, lse = lax.map(one_head, jnp.arange(len(counts)))
-  return tiles.unpack_q(out), tiles.unpack_q(lse)
+  out, lse = lax.map(one_head, jnp.arange(B * K))
+  return _unpack(out, B, T), _unpack(lse, B, T)
+
+
+def _in_chunks(ids, block_k, S):
+  """[B, K, M] -> [B * K, chunks, chunk], every entry a block of the cache."""
+  most = min(CHUNK_BLOCKS, CHUNK_KEYS // block_k, ids.shape[-1])
+  chunk = max(1, most)
+  ids = jnp.clip(ids, 0, -(-S // block_k) - 1)
+  ids = jnp.pad(ids, ((0, 0), (0, 0), (0, -ids.shape[-1] % chunk)))
+  return ids.reshape(ids.shape[0] * ids.shape[1], -1, chunk)
+
+
+def _read(cache, b, at, head, width):
+  """[len(at) * width, H]: the keys from every position of `at` on."""
+  sizes = (1, width, 1, cache.shape[-1])
+  blocks = [
+    lax.dynamic_slice(cache, (b, first, head, 0), sizes)[0, :, 0]
+    for first in at
+  ]
+  return jnp.concatenate(blocks)
+
+
+def _pack(q, K):
+  """[B, T, N, H] -> [B * K, G * T, H]."""
+  B, T, N, H = q.shape
+  q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+  return q.reshape(B * K, -1, H)
+
+
+def _unpack(x, B, T):
+  """[B * K, G * T, *] -> [B, T, N, *]."""
+  x = x.reshape(B, -1, T, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 2)

@@ -1,0 +1,62 @@
+"""Block scores in plain XLA, streamed over chunks of queries."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psa_jax.kernels.block_scores.ranges import Scores
+
+TILES_AT_ONCE = 64  # queries scored together; bounds the score array
+ALWAYS = 1e6  # importance of a block that comes first whatever its score
+
+
+def top_blocks(queries, pooled, ranges, *, spec):
+  """See `api.top_blocks`."""
+  B, tiles, N, H = queries.shape
+  K = pooled.total.shape[1]
+  queries = queries.reshape(B, tiles, K, N // K, H)
+  group = min(TILES_AT_ONCE, tiles)
+
+  def split(x):  # [B, tiles, *] -> [chunks, B, group, *]
+    rest = [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, [(0, 0), (0, -tiles % group), *rest])
+    return jnp.moveaxis(x.reshape(B, -1, group, *x.shape[2:]), 1, 0)
+
+  def join(x):  # [chunks, B, K, group, *] -> [B, K, tiles, *]
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(B, K, -1, *x.shape[4:])[:, :, :tiles]
+
+  chunks = jax.tree.map(split, (queries, ranges))
+  found = lax.map(lambda chunk: _rank(*chunk, pooled, spec), chunks)
+  return jax.tree.map(join, found)
+
+
+def _rank(queries, ranges, pooled, spec):
+  """The lists of some queries [B, n, K, G, H], and their counts."""
+  blocks = pooled.size.shape[1]
+  eligible, forced, visible = ranges.masks(blocks)
+  estimate, bound = _scores(queries, pooled, spec)
+  scores = Scores(estimate, bound, eligible[..., None, :])
+  p = jnp.where(scores.eligible, bound, -jnp.inf)
+  p = jax.nn.softmax(p, axis=-1, where=scores.eligible)
+  importance = jnp.where(scores.eligible, p, 0).sum(-2)
+  rank = ALWAYS + jnp.arange(blocks, dtype=jnp.float32).reshape(1, 1, 1, -1)
+  importance = jnp.where(forced, rank, importance)
+  importance = jnp.where(visible, importance, -1)
+  order = lax.top_k(importance, blocks if spec.stop else spec.width)[1]
+  counts = spec.stop(scores, order) if spec.stop else None
+  return order[..., : spec.width].astype(jnp.int32), counts
+
+
+def _scores(queries, pooled, spec):
+  """Estimate and bound, [B, K, n, G, blocks]; see `Scores`."""
+  queries = queries.astype(jnp.float32) * spec.scale
+  size = jnp.maximum(pooled.size, 1).astype(jnp.float32)
+  size = size[:, None, None, None]
+  dot = 'bnkgh,bkjh->bkngj'
+  estimate = jnp.einsum(dot, queries, pooled.total) / size + jnp.log(size)
+  if not spec.bounds:
+    return estimate, estimate
+  high = jnp.einsum(dot, jnp.maximum(queries, 0), pooled.high)
+  low = jnp.einsum(dot, jnp.minimum(queries, 0), pooled.low)
+  return estimate, high + low + jnp.log(size)
