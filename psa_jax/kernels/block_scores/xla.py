@@ -7,6 +7,7 @@ from jax import lax
 from psa_jax.kernels.block_scores.ranges import Scores
 
 TILES_AT_ONCE = 64  # queries scored together; bounds the score array
+FEW_ROWS = 8  # queries a kv head that are scored one by one
 ALWAYS = 1e6  # importance of a block that comes first whatever its score
 
 
@@ -53,10 +54,26 @@ def _scores(queries, pooled, spec):
   queries = queries.astype(jnp.float32) * spec.scale
   size = jnp.maximum(pooled.size, 1).astype(jnp.float32)
   size = size[:, None, None, None]
-  dot = 'bnkgh,bkjh->bkngj'
-  estimate = jnp.einsum(dot, queries, pooled.total) / size + jnp.log(size)
+  estimate = _dot(queries, pooled.total) / size + jnp.log(size)
   if not spec.bounds:
     return estimate, estimate
-  high = jnp.einsum(dot, jnp.maximum(queries, 0), pooled.high)
-  low = jnp.einsum(dot, jnp.minimum(queries, 0), pooled.low)
+  high = _dot(jnp.maximum(queries, 0), pooled.high)
+  low = _dot(jnp.minimum(queries, 0), pooled.low)
   return estimate, high + low + jnp.log(size)
+
+
+def _dot(queries, keys):
+  """[B, n, K, G, H] times [B, K, blocks, H] -> [B, K, n, G, blocks]."""
+  B, n, K, G, H = queries.shape
+  if n * G > FEW_ROWS:
+    return jnp.einsum('bnkgh,bkjh->bkngj', queries, keys)
+  # A decoding step: on CPU a batched product costs more to start than this
+  # many products with a vector take.
+  rows = jnp.moveaxis(queries, 1, 2).reshape(B * K, n * G, H)
+
+  def one_head(head):
+    rows, keys = head
+    return jnp.stack([keys @ row for row in rows])
+
+  out = lax.map(one_head, (rows, keys.reshape(B * K, -1, H)))
+  return out.reshape(B, K, n, G, -1)

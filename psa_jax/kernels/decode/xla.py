@@ -15,6 +15,7 @@ from psa_jax.kernels import softmax
 
 CHUNK_KEYS = 512  # keys read at a time, and
 CHUNK_BLOCKS = 8  # most slices that they may come in
+FEW_ROWS = 4  # products with so few vectors start faster one by one (CPU)
 
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
@@ -44,7 +45,7 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
       mask = pos <= t
       if spec.window is not None:
         mask = mask & (pos > t - spec.window)
-      s = softmax.dot('rh,sh->rs', rows[i], _read(k, b, at, head, width), acc)
+      s = _scores(rows[i], _read(k, b, at, head, width), acc)
       s = jnp.where(mask, s * spec.scale, softmax.MASKED)
       return softmax.add(run, s, _read(v, b, at, head, width))
 
@@ -54,6 +55,13 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
 
   out, lse = lax.map(one_head, jnp.arange(B * K))
   return _unpack(out, B, T), _unpack(lse, B, T)
+
+
+def _scores(rows, keys, acc):
+  """[rows, H] times [keys, H] -> [rows, keys]."""
+  if len(rows) > FEW_ROWS:
+    return softmax.dot('rh,sh->rs', rows, keys, acc)
+  return jnp.stack([softmax.dot('h,sh->s', row, keys, acc) for row in rows])
 
 
 def _in_chunks(ids, block_k, S):
