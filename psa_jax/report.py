@@ -6,9 +6,14 @@ gamma and step time from its `metrics.jsonl`.
 Not done: LaTeX tables, and tables over a sweep.
 """
 
+import datetime
 import json
+import os
 import pathlib
+import platform
+import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from absl import app, flags
@@ -23,6 +28,49 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
   header, *body = rows
   lines = [header, ['---'] * len(header), *body]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def provenance(
+  root: pathlib.Path, sources: Sequence[str] = ('psa_jax',)
+) -> dict[str, str]:
+  """Date, commit, versions and machine of a measurement, for its rows.
+
+  Args:
+    root: of the repository.
+    sources: what the measurement depends on, as git paths; the commit gets a
+      `+` where they differ from it.
+  """
+  return {
+    'date': datetime.date.today().isoformat(),
+    'commit': _commit(root, sources),
+    'jax': metadata.version('jax'),
+    'jaxlib': metadata.version('jaxlib'),
+    'python': platform.python_version(),
+    'machine': f'{os.cpu_count()} cores, {_cpu_name()}',
+  }
+
+
+def _commit(root, sources) -> str:
+  short = _git(root, 'rev-parse', '--short', 'HEAD')
+  changed = _git(root, 'status', '--porcelain', '--', *sources)
+  return (short or 'unknown') + ('+' if short and changed else '')
+
+
+def _git(root, *words) -> str:
+  done = subprocess.run(
+    ['git', *words], cwd=root, capture_output=True, text=True, check=False
+  )
+  return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+  """The processor's model, where Linux tells."""
+  try:
+    text = pathlib.Path('/proc/cpuinfo').read_text()
+  except OSError:
+    return platform.machine()
+  names = [s for s in text.splitlines() if s.startswith('model name')]
+  return names[0].split(':')[1].strip() if names else platform.machine()
 
 
 def replace_section(path: pathlib.Path, name: str, text: str) -> None:

@@ -1,6 +1,7 @@
 """Tables, generated sections and the plot of a run."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -52,3 +53,23 @@ def test_plot_of_a_run(tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
   with pytest.raises(ConfigError, match='give the work directory of a run'):
     report.plot_run(tmp_path, tmp_path / 'run.png')
+
+
+def test_provenance_marks_what_differs_from_the_commit(tmp_path):
+  def git(*words):
+    name = ['-c', 'user.name=a', '-c', 'user.email=a@b.c']
+    subprocess.run(['git', *name, *words], cwd=tmp_path, check=True)
+
+  assert report.provenance(tmp_path)['commit'] == 'unknown'
+  (tmp_path / 'code').mkdir()
+  (tmp_path / 'code/a.py').write_text('1')
+  git('init', '-q')
+  git('add', '.')
+  git('commit', '-qm', 'one')
+  clean = report.provenance(tmp_path, ['code'])
+  assert not clean['commit'].endswith('+') and 'cores' in clean['machine']
+  (tmp_path / 'other.txt').write_text('not code')
+  assert report.provenance(tmp_path, ['code']) == clean
+  (tmp_path / 'code/a.py').write_text('2')
+  changed = report.provenance(tmp_path, ['code'])
+  assert changed['commit'] == clean['commit'] + '+'

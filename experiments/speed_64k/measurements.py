@@ -37,7 +37,7 @@ class Settings:
     peer_gib: memory that a PyTorch process may take.
     quadratic_gib: largest [T, T] f32 array that `jax.nn` may want.
     length: of the measurements of the recipe.
-    config: the recipe.
+    recipe: of `attention`, `step` and `memory`.
   """
 
   lengths: tuple[int, ...]
@@ -47,7 +47,7 @@ class Settings:
   peer_gib: float
   quadratic_gib: float
   length: int
-  config: str
+  recipe: str
 
 
 @contextlib.contextmanager
@@ -215,7 +215,7 @@ def attention(settings, book):
   # Ratios are of one run, so `--resume` keeps or repeats it as a whole.
   if book.has('attention', settings.length, 'psa_jax psa', 'forward'):
     return
-  config, T = training.recipe(settings.config), settings.length
+  config, T = training.recipe(settings.recipe), settings.length
   found = training.attention(config, T)
   with started_peers(settings, ('sdpa',)) as peers:
     for peer in peers:
@@ -234,7 +234,7 @@ def attention(settings, book):
 
 def step(settings, book):
   """The whole train step of the recipe, at its final density and dense."""
-  config = training.recipe(settings.config)
+  config = training.recipe(settings.recipe)
   which = 'whole train step'
   with jax.set_mesh(training.mesh(config)):
     found = {
@@ -266,7 +266,7 @@ def memory(settings, book):
 
 def temporaries(settings, book):
   """Prints the temporary bytes at the length; the child side of `memory`."""
-  config = training.recipe(settings.config)
+  config = training.recipe(settings.recipe)
   size = training.temporaries(config, settings.length)
   print(json.dumps({'bytes': size}))
 
@@ -279,7 +279,7 @@ def _child(settings, what):
   )
   command = [sys.executable, rows.HERE / 'run.py', f'--what={what}']
   command += [f'--lengths={lengths}', f'--blocks={blocks}', '--nowrite']
-  command += [f'--config={settings.config}', f'--length={settings.length}']
+  command += [f'--recipe={settings.recipe}', f'--length={settings.length}']
   done = subprocess.run(
     command,
     env={**os.environ, 'XLA_FLAGS': flagged.strip()},

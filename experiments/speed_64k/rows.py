@@ -9,13 +9,10 @@ import functools
 import json
 import os
 import pathlib
-import platform
-import subprocess
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jaxlib
+from psa_jax import report
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -90,38 +87,5 @@ class Book:
 @functools.cache
 def environment() -> Row:
   """Start, commit, versions and machine of this run's results."""
-  now = datetime.datetime.now()
-  return {
-    'date': now.date().isoformat(),
-    'began': now.isoformat(timespec='seconds'),
-    'commit': _commit(),
-    'jax': jax.__version__,
-    'jaxlib': jaxlib.__version__,
-    'python': platform.python_version(),
-    'machine': f'{os.cpu_count()} cores, {_cpu_name()}',
-  }
-
-
-def _commit():
-  """Short hash, with a + if what is measured differs from it."""
-  short = _git('rev-parse', '--short', 'HEAD').stdout.strip()
-  if not short:
-    return 'unknown'
-  changed = _git('status', '--porcelain', '--', *SOURCES).stdout.strip()
-  return f'{short}+' if changed else short
-
-
-def _git(*words):
-  return subprocess.run(
-    ['git', *words], cwd=ROOT, capture_output=True, text=True, check=False
-  )
-
-
-def _cpu_name():
-  """The processor's model, where Linux tells."""
-  try:
-    text = pathlib.Path('/proc/cpuinfo').read_text()
-  except OSError:
-    return platform.machine()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
-  return names[0].split(':')[1].strip() if names else platform.machine()
+  began = datetime.datetime.now().isoformat(timespec='seconds')
+  return {'began': began, **report.provenance(ROOT, SOURCES)}

@@ -45,8 +45,8 @@ _REPEATS = flags.DEFINE_integer(
 _LENGTH = flags.DEFINE_integer(
   'length', 65_536, 'Tokens, for `attention`, `step` and `memory`.'
 )
-_CONFIG = flags.DEFINE_string(
-  'config', 'configs/lm_64k.py', 'Recipe of `attention`, `step` and `memory`.'
+_RECIPE = flags.DEFINE_string(
+  'recipe', 'configs/lm_64k.py', 'Recipe of `attention`, `step` and `memory`.'
 )
 _PEERS = flags.DEFINE_string(
   'peers', '.venv-peers/bin/python', 'Python with PyTorch; empty for none.'
@@ -94,7 +94,7 @@ def settings():
     peer_gib=_PEER_GIB.value,
     quadratic_gib=_QUADRATIC_GIB.value,
     length=_LENGTH.value,
-    config=_CONFIG.value,
+    recipe=_RECIPE.value,
   )
 
 

@@ -10,13 +10,9 @@ taken of every call, and the table shows medians. Rows are appended to
 `results.jsonl` and the table in `README.md` is made from the newest of them.
 """
 
-import datetime
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
@@ -44,6 +40,7 @@ CASES = {
   'one row': (1, 65_536, 64, 'normal'),
   'short rows': (4_096, 1_024, 32, 'normal'),
 }
+SOURCES = ['psa_jax', ':(glob)experiments/topk/*.py']
 OURS, SORTED = 'psa_jax top_k', 'jax.lax.top_k'
 
 
@@ -57,7 +54,7 @@ def main(argv):
   for name, (R, n, k, entries) in CASES.items():
     x = make(entries, max(1, R // _SCALE.value), n)
     rows += measure(name, x, k)
-  stamp = environment()
+  stamp = report.provenance(ROOT, SOURCES)
   rows = [{**row, **stamp} for row in rows]
   text = report.markdown(table(rows))
   print(text)
@@ -147,36 +144,6 @@ def table(rows):
       )
     )
   return lines
-
-
-def environment():
-  """Date, commit, versions and machine of a result."""
-  import jax
-
-  commit = subprocess.run(
-    ['git', 'rev-parse', '--short', 'HEAD'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  ).stdout.strip()
-  return {
-    'date': datetime.date.today().isoformat(),
-    'commit': commit or 'unknown',
-    'jax': jax.__version__,
-    'python': platform.python_version(),
-    'machine': f'{os.cpu_count()} cores, {cpu_name()}',
-  }
-
-
-def cpu_name():
-  """The processor's model, where Linux tells."""
-  try:
-    text = pathlib.Path('/proc/cpuinfo').read_text()
-  except OSError:
-    return platform.machine()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
-  return names[0].split(':')[1].strip() if names else platform.machine()
 
 
 if __name__ == '__main__':

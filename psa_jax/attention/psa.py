@@ -297,9 +297,8 @@ def _choose(cfg, q, pooled, first, starts, budget):
   else:
     counts = jnp.where(jnp.asarray(budget) >= 1, visible, counts)
   counts = jnp.minimum(jnp.maximum(counts, forced), visible)
-  if (
-    cfg.max_blocks
-  ):  # blocks that a cut tile lacks take their room all the same
+  if cfg.max_blocks:
+    # Blocks that a cut tile lacks take their room all the same.
     counts = jnp.minimum(counts, cfg.max_blocks - cut)
   return BlockList(ids, jnp.minimum(counts, width), visible)
 
