@@ -88,7 +88,7 @@ def sweep(book, contenders, length):
     peer_gib=8,
     quadratic_gib=1,
     length=0,
-    config='',
+    recipe='',
   )
   measurements._sweep('decode', settings, book, length, contenders, [])
 
