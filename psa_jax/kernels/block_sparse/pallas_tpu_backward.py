@@ -1,0 +1,2 @@
+def backward(spec, interpret, saved, grads):
+  raise NotImplementedError
