@@ -116,12 +116,13 @@ class Shape(NamedTuple):
     return self._pad(x, self.rows, self.v_lane, self.v_width)
 
   def pack_stat(self, x, fill):
-    """[B, T, N] -> [B * K * nq, 1, lanes]; what is padded is `fill`."""
+    """[B, T, N] -> [B * K * nq, 1, lanes]; padded rows get `fill`."""
     tiles = self.tiles._replace(T=self.tiles.nq * self.tiles.block_q)
     pad = [(0, 0), (0, tiles.T - self.tiles.T), (0, 0)]
     x = tiles.pack_q(jnp.pad(x, pad, constant_values=fill))
-    pad = [(0, 0), (0, lanes_of(self.rows) - x.shape[1])]
-    return jnp.pad(x, pad, constant_values=fill)[:, None]
+    pad = [(0, 0), (0, self.rows - x.shape[1])]
+    x = jnp.pad(x, pad, constant_values=fill)
+    return jnp.pad(x, [(0, 0), (0, lanes_of(self.rows) - self.rows)])[:, None]
 
   def pack_segments(self, q_seg, kv_seg):
     """[B, T], [B, S] -> [B * nq, 1, lanes], [B * nk, 1, lanes]."""
