@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
 LANES = 128
@@ -167,6 +168,11 @@ class Shape(NamedTuple):
     return jnp.pad(x, [(0, 0), (0, rows - x.shape[1]), (lane, after)])
 
 
+def compiler_params() -> pltpu.CompilerParams:
+  """The first axis may go to several cores; the second runs in order."""
+  return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'))
+
+
 def lanes_of(rows: int) -> int:
   """Lanes that a row of one number for each of `rows` takes."""
   return round_up(rows, LANES)
@@ -209,26 +215,48 @@ class Gather(NamedTuple):
   buffers: tuple[Any, ...]
   sems: Any
 
-  def start(self, half, index: Callable[[int], tuple[Any, ...]]) -> None:
-    """Starts copies; `index(i)` is the i-th item's row in every source."""
-    for i in range(self.buffers[0].shape[1]):
-      for source, buffer, at in zip(
-        self.sources, self.buffers, index(i), strict=True
-      ):
-        pltpu.make_async_copy(
-          source.at[at], buffer.at[half, i], self.sems.at[half]
-        ).start()
+  def start(
+    self, half, index: Callable[[Any], tuple[Any, ...]], items=None
+  ) -> None:
+    """Starts copies.
 
-  def wait(self, half) -> None:
-    """Waits for all the copies into a half."""
-    for i in range(self.buffers[0].shape[1]):
-      for source, buffer in zip(self.sources, self.buffers, strict=True):
-        pltpu.make_async_copy(
-          source.at[0], buffer.at[half, i], self.sems.at[half]
-        ).wait()
+    Args:
+      half: of the buffers.
+      index: from an item's number to its row in every source.
+      items: how many to copy; None means as many as fit.
+    """
+
+    def one(i, carry):
+      for n, at in enumerate(index(i)):
+        self._copy(n, at, half, i).start()
+      return carry
+
+    self._each(one, items)
+
+  def wait(self, half, items=None) -> None:
+    """Waits for the copies into a half."""
+
+    def one(i, carry):
+      for n in range(len(self.sources)):
+        self._copy(n, 0, half, i).wait()
+      return carry
+
+    self._each(one, items)
+
+  def _copy(self, n, at, half, i):
+    return pltpu.make_async_copy(
+      self.sources[n].at[at], self.buffers[n].at[half, i], self.sems.at[half]
+    )
+
+  def _each(self, one, items):
+    most = self.buffers[0].shape[1]
+    if items is None:
+      lax.fori_loop(0, most, one, 0, unroll=most <= 8)
+    else:
+      lax.fori_loop(0, items, one, 0)
 
 
-def pipeline(parity, first, trips, gather, start, start_next, body) -> None:
+def pipeline(parity, first, trips, start, start_next, wait, body) -> None:
   """Calls `body(c, half)` for every chunk, the next one being fetched.
 
   The first chunk of a grid step is fetched by the step before it, so that no
@@ -239,9 +267,9 @@ def pipeline(parity, first, trips, gather, start, start_next, body) -> None:
     parity: SMEM scratch [1], kept between steps.
     first: whether no step came before this one.
     trips: chunks of this step.
-    gather: what `start` copies with.
     start: starts the copies of chunk c into a half.
     start_next: the same for the next step's chunk 0, if it has one.
+    wait: waits for chunk c in a half.
     body: reads a half.
   """
 
@@ -270,7 +298,7 @@ def pipeline(parity, first, trips, gather, start, start_next, body) -> None:
     def _():
       start_next(1 - half)
 
-    gather.wait(half)
+    wait(c, half)
     body(c, half)
     return carry
 
@@ -323,6 +351,10 @@ class Listed(NamedTuple):
     """Chunks to read."""
     return lax.div(self.count + (chunk - 1), chunk)
 
+  def left(self, c, chunk: int):
+    """Blocks of chunk c."""
+    return jnp.minimum(self.count - c * chunk, chunk)
+
   def block(self, i):
     """The i-th block; past the end the last one, which does no harm."""
     return self.ref[0, jnp.minimum(i, self.count - 1)]
@@ -358,7 +390,44 @@ def row(column) -> jax.Array:
   return jnp.transpose(wide)[:1]
 
 
-def row_in_tile(rows: int, block_q: int) -> jax.Array:
-  """[rows, 1] number of every row's query within its tile."""
-  r = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-  return r if rows <= block_q else lax.rem(r, block_q)
+class Running(NamedTuple):
+  """The online softmax of `softmax.Running` in VMEM, f32.
+
+  Attributes:
+    out: [rows, width].
+    top: [rows, 1].
+    total: [rows, 1].
+  """
+
+  out: Any
+  top: Any
+  total: Any
+
+  @classmethod
+  def scratch(cls, rows: int, width: int) -> 'Running':
+    """What to allocate."""
+    stat = pltpu.VMEM((rows, 1), jnp.float32)
+    return cls(pltpu.VMEM((rows, width), jnp.float32), stat, stat)
+
+  def start(self) -> None:
+    """Nothing was read yet."""
+    self.out[...] = jnp.zeros_like(self.out)
+    self.top[...] = jnp.full_like(self.top, softmax.MASKED / 2)
+    self.total[...] = jnp.zeros_like(self.total)
+
+  def add(self, rows, scores, values) -> None:
+    """Rows read values [keys, *] with scores [rows, keys]."""
+    top = jnp.maximum(self.top[rows], scores.max(1, keepdims=True))
+    p = jnp.exp(scores - top)
+    old = jnp.exp(self.top[rows] - top)
+    read = dot(p.astype(values.dtype), values, (1, 0))
+    self.out[rows] = self.out[rows] * old + read
+    self.total[rows] = self.total[rows] * old + p.sum(1, keepdims=True)
+    self.top[rows] = top
+
+  def finish(self, out, lse) -> None:
+    """Writes the output [rows, width] and the log-sum-exp [1, lanes]."""
+    some = self.total[...] > 0
+    total = jnp.where(some, self.total[...], 1)
+    out[...] = (self.out[...] / total).astype(out.dtype)
+    lse[...] = row(jnp.where(some, self.top[...] + jnp.log(total), -jnp.inf))

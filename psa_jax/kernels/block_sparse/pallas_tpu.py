@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import mosaic, platform, softmax
 from psa_jax.kernels.block_sparse import pallas_tpu_backward
 from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   Call,
   Walk,
-  compiler_params,
   stats,
 )
+from psa_jax.kernels.mosaic import Running
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
@@ -66,51 +65,38 @@ def _forward(spec, interpret, q, k, v, ids, counts, segments):
       (None, *x.shape[1:]), lambda bh, i: (bh * shape.tiles.nq + i, 0, 0)
     )
 
-  acc = pltpu.VMEM((shape.rows, shape.v_width), jnp.float32)
-  stat = pltpu.VMEM((shape.rows, 1), jnp.float32)
   out, lse = pl.pallas_call(
     functools.partial(_kernel, call),
     grid=call.grid,
     in_specs=(*walk_specs, tile(qt)),
     out_specs=tuple(map(tile, results)),
     out_shape=results,
-    scratch_shapes=(*Walk.scratch(call, k.dtype), acc, stat, stat),
+    scratch_shapes=(
+      *Walk.scratch(call, k.dtype),
+      *Running.scratch(shape.rows, shape.v_width),
+    ),
     cost_estimate=call.cost(
       shape.H + shape.Hv, call.gathered_keys(k.dtype), (qt, *results)
     ),
-    compiler_params=compiler_params(),
+    compiler_params=mosaic.compiler_params(),
     interpret=interpret,
     name='block_sparse_forward',
   )(*walk, qt)
   return shape.unpack_out(out), shape.unpack_stat(lse)
 
 
-def _kernel(
-  call, listed, following, known, kv, kv_seg, q, out, lse, *scratch
-):
+def _kernel(call, listed, following, known, kv, kv_seg, q, out, lse, *scratch):
   *scratch, acc, top, total = scratch
   walk = Walk(listed, following, known, kv, kv_seg, *scratch)
-  acc[...] = jnp.zeros_like(acc)
-  top[...] = jnp.full_like(top, softmax.MASKED / 2)
-  total[...] = jnp.zeros_like(total)
+  run = Running(acc, top, total)
+  run.start()
 
   def add(rows, k, v, mask):
     s = mosaic.dot(q[rows], k, (1, 1)) * call.spec.scale
-    s = jnp.where(mask, s, softmax.MASKED)
-    highest = jnp.maximum(top[rows], s.max(1, keepdims=True))
-    p = jnp.exp(s - highest)
-    old = jnp.exp(top[rows] - highest)
-    read = mosaic.dot(p.astype(v.dtype), v, (1, 0))
-    acc[rows] = acc[rows] * old + read
-    total[rows] = total[rows] * old + p.sum(1, keepdims=True)
-    top[rows] = highest
+    run.add(rows, jnp.where(mask, s, softmax.MASKED), v)
 
   walk.run(call, add)
-  some = total[...] > 0
-  each = jnp.where(some, total[...], 1)
-  out[...] = (acc[...] / each).astype(out.dtype)
-  column = jnp.where(some, top[...] + jnp.log(each), -jnp.inf)
-  lse[...] = mosaic.row(column)
+  run.finish(out, lse)
 
 
 def _forward_rule(spec, interpret, q, k, v, ids, counts, segments):

@@ -29,7 +29,6 @@ from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   SEGMENT,
   Call,
   Walk,
-  compiler_params,
   stats,
 )
 from psa_jax.kernels.mosaic import FAR, Gather
@@ -84,7 +83,7 @@ def _queries(call, ids, counts, known, qd, kv, kv_seg):
     cost_estimate=call.cost(
       2 * shape.H + shape.Hv, call.gathered_keys(kv.dtype), (qd, known, result)
     ),
-    compiler_params=compiler_params(),
+    compiler_params=mosaic.compiler_params(),
     interpret=call.interpret,
     name='block_sparse_dq',
   )(*walk, qd)
@@ -158,7 +157,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg):
       pltpu.VMEM((shape.keys, shape.v_width), jnp.float32),
     ),
     cost_estimate=call.cost(2 * (shape.H + shape.Hv), moved, (kv, kv)),
-    compiler_params=compiler_params(),
+    compiler_params=mosaic.compiler_params(),
     interpret=call.interpret,
     name='block_sparse_dkv',
   )(spans, spans, kv, kv_seg, stream, qd, known)
@@ -282,9 +281,9 @@ def _keys_kernel(
     parity,
     j == 0,
     lax.div(count + (chunk - 1), chunk),
-    gather,
     lambda c, half: start(span, c, half),
     start_next,
+    lambda c, half: gather.wait(half),
     lambda c, half: _add_keys(
       call, j, count - c * chunk, kv, kv_seg, qd_buffer.at[half],
       known_buffer.at[half], dk, dv,

@@ -101,11 +101,6 @@ class Call(NamedTuple):
     return mask if same_segment is None else mask & same_segment
 
 
-def compiler_params():
-  """Heads may go to several cores; a head's steps follow each other."""
-  return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'))
-
-
 def stats(call: Call, segments, lse=None, delta=None) -> jax.Array:
   """[B * K * nq, 8, lanes] what the kernels know of every query.
 
@@ -237,9 +232,9 @@ class Walk(NamedTuple):
       self.parity,
       i == 0,
       listed.trips(call.chunk),
-      gather,
       lambda c, half: start(listed, c, half),
       start_next,
+      lambda c, half: gather.wait(half),
       lambda c, half: self._chunk(call, listed, c, half, body),
     )
 
