@@ -71,9 +71,7 @@ def check(args, call, mask, dtype='float32'):
   some = np.isfinite(want_lse)
   assert some.any()
   assert (np.asarray(lse)[~some] == -np.inf).all()
-  oracles.check_close(
-    np.asarray(lse)[some], want_lse[some], dtype, what='lse'
-  )
+  oracles.check_close(np.asarray(lse)[some], want_lse[some], dtype, what='lse')
 
 
 @pytest.mark.parametrize('name', list(CASES))
