@@ -10,6 +10,7 @@ queries are zero where the values are, so the products see only the keys, and
 half the bytes are read.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -386,23 +387,33 @@ def column(row, rows: int) -> jax.Array:
   return jnp.transpose(full)[:rows, :1]
 
 
-def row(column) -> jax.Array:
-  """[rows, 1] -> [1, lanes_of(rows)]."""
-  rows = column.shape[0]
-  wide = jnp.broadcast_to(column, (rows, LANES))
+def row(x) -> jax.Array:
+  """[rows, 128] with equal lanes -> [1, lanes_of(rows)]."""
+  rows = x.shape[0]
   if rows < LANES:
-    blank = jnp.zeros((LANES - rows, LANES), column.dtype)
-    wide = jnp.concatenate([wide, blank], 0)
-  return jnp.transpose(wide)[:1]
+    x = jnp.concatenate([x, jnp.zeros((LANES - rows, LANES), x.dtype)], 0)
+  return jnp.transpose(x)[:1]
+
+
+def spread(x, width: int) -> jax.Array:
+  """[rows, 128] with equal lanes -> [rows, width]."""
+  return jnp.concatenate([x] * -(-width // LANES), 1)[:, :width]
+
+
+LOG2_E = math.log2(math.e)
 
 
 class Running(NamedTuple):
-  """The online softmax of `softmax.Running` in VMEM, f32.
+  """The online softmax of `softmax.Running` in VMEM, f32, to the base of 2.
+
+  A column of one number a row costs a register for each 8 rows as a full row
+  of lanes does, and has to be spread over the lanes at every use. So numbers a
+  row are kept spread; the sums are kept by lane and added up once at the end.
 
   Attributes:
     out: [rows, width].
-    top: [rows, 1].
-    total: [rows, 1].
+    top: [rows, 128], equal lanes.
+    total: [rows, 128], whose sum is that of the probabilities.
   """
 
   out: Any
@@ -412,7 +423,7 @@ class Running(NamedTuple):
   @classmethod
   def scratch(cls, rows: int, width: int) -> 'Running':
     """What to allocate."""
-    stat = pltpu.VMEM((rows, 1), jnp.float32)
+    stat = pltpu.VMEM((rows, LANES), jnp.float32)
     return cls(pltpu.VMEM((rows, width), jnp.float32), stat, stat)
 
   def start(self) -> None:
@@ -422,18 +433,22 @@ class Running(NamedTuple):
     self.total[...] = jnp.zeros_like(self.total)
 
   def add(self, rows, scores, values) -> None:
-    """Rows read values [keys, *] with scores [rows, keys]."""
+    """Rows read values [keys, *] with scores * LOG2_E [rows, keys]."""
+    keys = scores.shape[1]
     top = jnp.maximum(self.top[rows], scores.max(1, keepdims=True))
-    p = jnp.exp(scores - top)
-    old = jnp.exp(self.top[rows] - top)
+    p = jnp.exp2(scores - spread(top, keys))
+    old = jnp.exp2(self.top[rows] - top)
     read = dot(p.astype(values.dtype), values, (1, 0))
-    self.out[rows] = self.out[rows] * old + read
-    self.total[rows] = self.total[rows] * old + p.sum(1, keepdims=True)
+    self.out[rows] = self.out[rows] * spread(old, read.shape[1]) + read
+    parts = [p[:, i : i + LANES] for i in range(0, keys, LANES)]
+    self.total[rows] = self.total[rows] * old + sum(parts[1:], parts[0])
     self.top[rows] = top
 
   def finish(self, out, lse) -> None:
     """Writes the output [rows, width] and the log-sum-exp [1, lanes]."""
-    some = self.total[...] > 0
-    total = jnp.where(some, self.total[...], 1)
+    total = self.total[...].sum(1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1)
     out[...] = (self.out[...] / total).astype(out.dtype)
-    lse[...] = row(jnp.where(some, self.top[...] + jnp.log(total), -jnp.inf))
+    log = self.top[...] * (1 / LOG2_E) + jnp.log(total)
+    lse[...] = row(jnp.where(some, log, -jnp.inf))

@@ -92,7 +92,7 @@ def _kernel(call, listed, following, known, kv, kv_seg, q, out, lse, *scratch):
   run.start()
 
   def add(rows, k, v, mask):
-    s = mosaic.dot(q[rows], k, (1, 1)) * call.spec.scale
+    s = mosaic.dot(q[rows], k, (1, 1)) * (call.spec.scale * mosaic.LOG2_E)
     run.add(rows, jnp.where(mask, s, softmax.MASKED), v)
 
   walk.run(call, add)

@@ -31,7 +31,7 @@ from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   Walk,
   stats,
 )
-from psa_jax.kernels.mosaic import FAR, Gather
+from psa_jax.kernels.mosaic import FAR, LOG2_E, Gather
 
 CHUNK_ROWS = 512  # query rows fetched and multiplied at a time
 RING = 4  # rows of 128 entries of the stream that are kept
@@ -44,7 +44,7 @@ def backward(spec, interpret, saved, grads):
   call = Call.of(spec, q, k, v, ids, segments, interpret)
   shape = call.shape
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
-  known = stats(call, segments, rows.lse, rows.delta)
+  known = stats(call, segments, rows.lse * LOG2_E, rows.delta)
   qd = jnp.concatenate([shape.pack_q(q), shape.pack_out(d_out)], -1)
   kv = shape.pack_kv(k, v)
   kv_seg = None
@@ -100,8 +100,8 @@ def _queries_kernel(
   def add(rows, k, v, mask):
     lse = _float(walk.columns[rows, LSE : LSE + 1])
     delta = _float(walk.columns[rows, DELTA : DELTA + 1])
-    s = mosaic.dot(qd[rows, :at], k, (1, 1)) * call.spec.scale
-    p = jnp.where(mask, jnp.exp(s - lse), 0)
+    s = mosaic.dot(qd[rows, :at], k, (1, 1)) * (call.spec.scale * LOG2_E)
+    p = jnp.where(mask, jnp.exp2(s - lse), 0)
     dp = mosaic.dot(qd[rows, at:], v, (1, 1))
     ds = (p * (dp - delta)).astype(k.dtype)
     acc[rows] += mosaic.dot(ds, k, (1, 0))
@@ -320,8 +320,8 @@ def _add_keys(call, j, left, kv, kv_seg, qd, known, dk, dv):
     mask = call.mask(position, row[POSITION : POSITION + 1], same)
     lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
     mask = mask & (lane < left * shape.rows)
-    s = mosaic.dot(k, q, (1, 1)) * call.spec.scale
-    p = jnp.where(mask, jnp.exp(s - _float(row[LSE : LSE + 1])), 0)
+    s = mosaic.dot(k, q, (1, 1)) * (call.spec.scale * LOG2_E)
+    p = jnp.where(mask, jnp.exp2(s - _float(row[LSE : LSE + 1])), 0)
     dv[...] += mosaic.dot(p.astype(v.dtype), d_out, (1, 0))
     dp = mosaic.dot(v, d_out, (1, 1))
     ds = p * (dp - _float(row[DELTA : DELTA + 1]))

@@ -107,7 +107,7 @@ def stats(call: Call, segments, lse=None, delta=None) -> jax.Array:
   Args:
     call: the static part.
     segments: see `api.block_sparse_attention`, or None.
-    lse: [B, T, N] f32, or None.
+    lse: [B, T, N] f32 to the base of 2, or None.
     delta: likewise.
   """
   shape, tiles = call.shape, call.shape.tiles

@@ -154,7 +154,7 @@ def _kernel(
   def add(c, half):
     k = k_buffer[half].reshape(chunk * shape.keys, -1)
     v = v_buffer[half].reshape(chunk * shape.keys, -1)
-    s = mosaic.dot(q[...], k, (1, 1)) * spec.scale
+    s = mosaic.dot(q[...], k, (1, 1)) * (spec.scale * mosaic.LOG2_E)
     mask = _mask(spec, shape, bounds, listed.positions(c, chunk, shape))
     run.add(slice(None), jnp.where(mask, s, softmax.MASKED), v)
 
