@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from psa_jax.kernels import mosaic, platform, softmax
 from psa_jax.kernels.block_sparse import pallas_tpu_backward
 from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
+  POSITION,
   Call,
   Walk,
   stats,
@@ -72,7 +73,7 @@ def _forward(spec, interpret, q, k, v, ids, counts, segments):
     out_specs=tuple(map(tile, results)),
     out_shape=results,
     scratch_shapes=(
-      *Walk.scratch(call, k.dtype),
+      *Walk.scratch(call, k.dtype, POSITION + 1),
       *Running.scratch(shape.rows, shape.v_width),
     ),
     cost_estimate=call.cost(

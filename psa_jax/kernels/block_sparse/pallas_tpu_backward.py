@@ -33,7 +33,7 @@ from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
 )
 from psa_jax.kernels.mosaic import FAR, LOG2_E, Gather
 
-CHUNK_ROWS = 512  # query rows fetched and multiplied at a time
+CHUNK_ROWS = 1024  # query rows fetched and multiplied at a time
 RING = 4  # rows of 128 entries of the stream that are kept
 
 
@@ -79,7 +79,7 @@ def _queries(call, ids, counts, known, qd, kv, kv_seg):
     in_specs=(*walk_specs, tile(qd)),
     out_specs=tile(result),
     out_shape=result,
-    scratch_shapes=(*Walk.scratch(call, kv.dtype), acc),
+    scratch_shapes=(*Walk.scratch(call, kv.dtype, DELTA + 1), acc),
     cost_estimate=call.cost(
       2 * shape.H + shape.Hv, call.gathered_keys(kv.dtype), (qd, known, result)
     ),
@@ -98,8 +98,8 @@ def _queries_kernel(
   acc[...] = jnp.zeros_like(acc)
 
   def add(rows, k, v, mask):
-    lse = _float(walk.columns[rows, LSE : LSE + 1])
-    delta = _float(walk.columns[rows, DELTA : DELTA + 1])
+    lse = mosaic.spread(_float(walk.columns[LSE, rows]), len(k))
+    delta = mosaic.spread(_float(walk.columns[DELTA, rows]), len(k))
     s = mosaic.dot(qd[rows, :at], k, (1, 1)) * (call.spec.scale * LOG2_E)
     p = jnp.where(mask, jnp.exp2(s - lse), 0)
     dp = mosaic.dot(qd[rows, at:], v, (1, 1))

@@ -144,7 +144,7 @@ class Walk(NamedTuple):
     kv_seg: segments of the keys in HBM.
     buffer: two chunks of `kv`.
     seg_buffer: two chunks of `kv_seg`.
-    columns: [rows, 8], `stats` with a query a row.
+    columns: [known, rows, 128], `stats` with a query a row, equal lanes.
     sems: one for each half of the buffers.
     parity: which half comes first.
   """
@@ -184,15 +184,15 @@ class Walk(NamedTuple):
     return (lists, lists, stats, kv, kv_seg), specs
 
   @staticmethod
-  def scratch(call: Call, dtype):
-    """Shapes of the last five."""
+  def scratch(call: Call, dtype, known: int):
+    """Shapes of the last five; the first `known` statistics are used."""
     shape = call.shape
     half = (2, call.chunk)
     seg = pltpu.VMEM((*half, 1, mosaic.lanes_of(shape.keys)), jnp.int32)
     return (
       pltpu.VMEM((*half, shape.keys, shape.kv_width), dtype),
       seg if call.segmented else None,
-      pltpu.VMEM((shape.rows, 8), jnp.int32),
+      pltpu.VMEM((known, shape.rows, mosaic.LANES), jnp.int32),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SMEM((1,), jnp.int32),
     )
@@ -206,7 +206,11 @@ class Walk(NamedTuple):
     """
     tiles = call.shape.tiles
     bh, i = pl.program_id(0), pl.program_id(1)
-    self.columns[...] = jnp.transpose(self.stats[...])[: call.shape.rows]
+    columns = jnp.transpose(self.stats[...])[: call.shape.rows]
+    for n in range(self.columns.shape[0]):
+      self.columns[n] = jnp.broadcast_to(
+        columns[:, n : n + 1], self.columns.shape[1:]
+      )
     gather = Gather(
       (self.kv,) if self.kv_seg is None else (self.kv, self.kv_seg),
       (self.buffer,) if self.kv_seg is None else (self.buffer, self.seg_buffer),
@@ -250,10 +254,10 @@ class Walk(NamedTuple):
     def piece(n, carry):
       at = pl.multiple_of(n * call.piece, call.piece)
       rows = pl.ds(at, call.piece)
-      t = self.columns[rows, POSITION : POSITION + 1]
+      t = mosaic.spread(self.columns[POSITION, rows], len(k))
       same = None
       if segment is not None:
-        same = self.columns[rows, SEGMENT : SEGMENT + 1] == segment
+        same = mosaic.spread(self.columns[SEGMENT, rows], len(k)) == segment
       body(rows, k, v, call.mask(position, t, same))
       return carry
 
