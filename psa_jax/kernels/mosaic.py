@@ -25,7 +25,7 @@ from psa_jax.kernels.tiles import Tiles
 
 LANES = 128
 FAR = 2**30  # position of a key that must not be read
-VMEM = 14 * 2**20  # what a kernel may use of the 16 MiB that every TPU grants
+VMEM = 31 * 2**19  # bytes a kernel may count on, of 16 MiB by default
 
 
 def refusal(where, q, k, v) -> str | None:
@@ -38,6 +38,16 @@ def refusal(where, q, k, v) -> str | None:
   if dtypes not in ({'float32'}, {'bfloat16'}):
     return f'q, k and v must be all float32 or all bfloat16, not {dtypes}'
   return None
+
+
+def too_large(need: int) -> str | None:
+  """Why a kernel that needs so much fast memory is not run."""
+  if need <= VMEM:
+    return None
+  return (
+    f'tiles and blocks of this size need about {need / 2**20:.0f} MiB of VMEM, '
+    f'more than {VMEM / 2**20} MiB; take a smaller block_q or block_k'
+  )
 
 
 def round_up(x: int, to: int) -> int:

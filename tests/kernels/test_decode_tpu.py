@@ -147,3 +147,15 @@ def test_refusals_say_why():
   half = [x.astype(jnp.float16) for x in args]
   with platform.target('tpu'), pytest.raises(ValueError, match='float16'):
     call(*half)
+  with platform.target('tpu'), pytest.raises(ValueError, match='VMEM'):
+    wide = jnp.zeros((1, 512, 16, 128))
+    decode_attention(
+      wide,
+      wide[:, :, :1],
+      wide[:, :, :1],
+      jnp.zeros((1, 1, 8), jnp.int32),
+      jnp.zeros((1, 1), jnp.int32),
+      jnp.zeros((1,), jnp.int32),
+      block_k=64,
+      implementation='pallas_tpu',
+    )

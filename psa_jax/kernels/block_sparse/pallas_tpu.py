@@ -37,7 +37,12 @@ def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
 
 def refusal(where, q, k, v, ids, counts, segments, *, spec) -> str | None:
   """Why these arguments cannot run on the target; None if they can."""
-  return mosaic.refusal(where, q, k, v)
+  reason = mosaic.refusal(where, q, k, v)
+  if reason:
+    return reason
+  call = Call.of(spec, q, k, v, ids, segments, where.interpret)
+  need = max(call.vmem(q.dtype), pallas_tpu_backward.vmem(call, q.dtype))
+  return mosaic.too_large(need)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

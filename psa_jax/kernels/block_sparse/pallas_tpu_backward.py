@@ -55,6 +55,20 @@ def backward(spec, interpret, saved, grads):
   return shape.unpack_q(dq), *shape.unpack_kv(d_kv), None, None, None
 
 
+def vmem(call, dtype) -> int:
+  """About how many bytes the kernel of dk and dv needs."""
+  shape, item = call.shape, jnp.dtype(dtype).itemsize
+  total = _chunk(call) * shape.rows
+  width = shape.q_width + shape.v_width
+  block = shape.keys * 4 * (shape.kv_width * item + width)
+  scores = 24 * shape.keys * _piece(total)
+  return block + 2 * total * (width * item + 32) + scores
+
+
+def _piece(total):
+  return total if total % CHUNK_ROWS else CHUNK_ROWS
+
+
 def _float(x):
   return lax.bitcast_convert_type(x, jnp.float32)
 
@@ -308,7 +322,7 @@ def _add_keys(call, j, left, kv, kv_seg, qd, known, dk, dv):
   every = mosaic.side_by_side(known[...], shape.rows)
   total = every.shape[1]
   qd = qd[...].reshape(total, -1)
-  piece = total if total % CHUNK_ROWS else CHUNK_ROWS
+  piece = _piece(total)
   for at in range(0, total, piece):
     row = every[:, at : at + piece]
     q = qd[at : at + piece, : shape.q_width]

@@ -93,6 +93,16 @@ class Call(NamedTuple):
     block = self.shape.keys * self.shape.kv_width * jnp.dtype(dtype).itemsize
     return self.tile_count * self.M * block
 
+  def vmem(self, dtype) -> int:
+    """About how many bytes the kernel of dq needs, the larger of the two."""
+    shape, item = self.shape, jnp.dtype(dtype).itemsize
+    keys = self.chunk * shape.keys
+    # Inputs and outputs twice; the sum and five registers a row of statistics.
+    row = 2 * item * (2 * shape.q_width + shape.v_width)
+    row += 4 * (shape.q_width + 5 * mosaic.LANES)
+    buffers = 2 * keys * shape.kv_width * item
+    return shape.rows * row + buffers + 24 * self.piece * keys
+
   def mask(self, position, t, same_segment):
     """Who reads whom: key positions, query positions, equality of segments."""
     mask = position <= t if self.spec.causal else position < FAR

@@ -6,9 +6,9 @@ turn, as in `block_sparse/pallas_tpu.py`, but never one more than the count:
 here bytes are all the cost.
 
 The kernel reads keys as [B, K, S, *]. A cache that is stored so and passed as
-`cache.swapaxes(1, 2)`, with S a multiple of `block_k` and `block_k` a power of
-two of at least 8 (f32) or 16 (bf16) or a multiple of 128, is read in place;
-any other one is copied first.
+`cache.swapaxes(1, 2)` is read in place where H and Hv are multiples of 128, S
+one of `block_k`, and `block_k` a multiple of 128 or a power of two of at least
+8 (f32) or 16 (bf16). Any other cache is copied first, at every call.
 """
 
 import functools
@@ -30,7 +30,16 @@ def refusal(
   where, q, k, v, ids, counts, lengths, starts, *, spec
 ) -> str | None:
   """Why these arguments cannot run on the target; None if they can."""
-  return mosaic.refusal(where, q, k, v)
+  reason = mosaic.refusal(where, q, k, v)
+  if reason:
+    return reason
+  shape = Shape.of(Tiles.of(q, k, q.shape[1], spec.block_k), q, v)
+  keys = shape.keys * mosaic.chunk_of(shape.keys, CHUNK_KEYS, ids.shape[-1])
+  width = shape.q_width + shape.v_width
+  row = 24 * keys + 4 * (3 * width + 2 * mosaic.LANES)
+  return mosaic.too_large(
+    shape.rows * row + 2 * keys * width * q.dtype.itemsize
+  )
 
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
