@@ -26,7 +26,7 @@ from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   Walk,
   stats,
 )
-from psa_jax.kernels.mosaic import Running
+from psa_jax.kernels.mosaic_softmax import Running
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):

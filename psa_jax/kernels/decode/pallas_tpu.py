@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import mosaic, platform, softmax
-from psa_jax.kernels.mosaic import Gather, Listed, Running, Shape
+from psa_jax.kernels.mosaic import Gather, Listed, Shape
+from psa_jax.kernels.mosaic_softmax import Running
 from psa_jax.kernels.tiles import Tiles
 
 CHUNK_KEYS = 512  # keys fetched and multiplied at a time
