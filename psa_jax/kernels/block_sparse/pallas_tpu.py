@@ -1,0 +1,116 @@
+"""Block-list attention on TPU: only the listed blocks leave HBM.
+
+One grid step is one tile of queries, the G heads of a kv head stacked as rows.
+Its list comes through a small block of scalar memory (a whole array of lists
+does not fit there at 64k tokens), and drives copies of several key blocks at a
+time into one of two buffers, while the other one is multiplied: wide products
+for the matrix unit, and traffic proportional to the counts. The softmax is the
+online one of FlashAttention (Dao et al. 2022, Alg. 1). The backward pass is in
+`pallas_tpu_backward.py`.
+
+Not done: skipping the mask for chunks that no row cuts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+
+from psa_jax.kernels import mosaic, platform, softmax
+from psa_jax.kernels.block_sparse import pallas_tpu_backward
+from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
+  POSITION,
+  Call,
+  Walk,
+  stats,
+)
+from psa_jax.kernels.mosaic_softmax import Running
+
+
+def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+  """See `api.block_sparse_attention`."""
+  interpret = platform.current().interpret
+  return _attention(spec, interpret, q, k, v, ids, counts, segments)
+
+
+def refusal(where, q, k, v, ids, counts, segments, *, spec) -> str | None:
+  """Why these arguments cannot run on the target; None if they can."""
+  reason = mosaic.refusal(where, q, k, v)
+  if reason:
+    return reason
+  call = Call.of(spec, q, k, v, ids, segments, where.interpret)
+  need = max(call.vmem(q.dtype), pallas_tpu_backward.vmem(call, q.dtype))
+  return mosaic.too_large(need)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(spec, interpret, q, k, v, ids, counts, segments):
+  return _forward(spec, interpret, q, k, v, ids, counts, segments)
+
+
+def _forward(spec, interpret, q, k, v, ids, counts, segments):
+  call = Call.of(spec, q, k, v, ids, segments, interpret)
+  shape = call.shape
+  kv_seg = None
+  if segments is not None:
+    kv_seg = shape.pack_segments(*segments)[1]
+  walk, walk_specs = Walk.inputs(
+    call, ids, counts, stats(call, segments), shape.pack_kv(k, v), kv_seg
+  )
+  qt = shape.pack_q(q)
+  lanes = mosaic.lanes_of(shape.rows)
+  results = (
+    jax.ShapeDtypeStruct((call.tile_count, shape.rows, shape.v_width), v.dtype),
+    jax.ShapeDtypeStruct((call.tile_count, 1, lanes), jnp.float32),
+  )
+
+  def tile(x):
+    return pl.BlockSpec(
+      (None, *x.shape[1:]), lambda bh, i: (bh * shape.tiles.nq + i, 0, 0)
+    )
+
+  out, lse = pl.pallas_call(
+    functools.partial(_kernel, call),
+    grid=call.grid,
+    in_specs=(*walk_specs, tile(qt)),
+    out_specs=tuple(map(tile, results)),
+    out_shape=results,
+    scratch_shapes=(
+      *Walk.scratch(call, k.dtype, POSITION + 1),
+      *Running.scratch(shape.rows, shape.v_width),
+    ),
+    cost_estimate=call.cost(
+      shape.H + shape.Hv, call.gathered_keys(k.dtype), (qt, *results)
+    ),
+    compiler_params=mosaic.compiler_params(),
+    interpret=interpret,
+    name='block_sparse_forward',
+  )(*walk, qt)
+  return shape.unpack_out(out), shape.unpack_stat(lse)
+
+
+def _kernel(call, listed, following, known, kv, kv_seg, q, out, lse, *scratch):
+  *scratch, acc, top, total = scratch
+  walk = Walk(listed, following, known, kv, kv_seg, *scratch)
+  run = Running(acc, top, total)
+  run.start()
+
+  def add(rows, k, v, mask):
+    s = mosaic.dot(q[rows], k, (1, 1)) * (call.spec.scale * mosaic.LOG2_E)
+    run.add(rows, jnp.where(mask, s, softmax.MASKED), v)
+
+  walk.run(call, add)
+  run.finish(out, lse)
+
+
+def _forward_rule(spec, interpret, q, k, v, ids, counts, segments):
+  out, lse = _forward(spec, interpret, q, k, v, ids, counts, segments)
+  # Named so that a rematerialisation policy can keep them.
+  out = checkpoint_name(out, 'attn_out')
+  lse = checkpoint_name(lse, 'attn_lse')
+  return (out, lse), (q, k, v, ids, counts, segments, out, lse)
+
+
+_attention.defvjp(_forward_rule, pallas_tpu_backward.backward)

@@ -1,0 +1,352 @@
+"""Gradients of block-list attention on TPU, without atomic additions.
+
+Two kernels recompute the probabilities from the log-sum-exp. That of dq walks
+the list of every query tile, as the forward pass does. That of dk and dv takes
+a key block a grid step and walks the tiles that read it (`lists.transpose`):
+each sum has one owner and one order, so the result is deterministic. Its
+scores are transposed, keys down and queries across, so that what is known of a
+query is a row and no product needs a transposed left side.
+
+The transposed lists have no fixed width. They are one stream a head, read
+from front to back over the grid steps through a small ring in scalar memory.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from psa_jax.kernels import mosaic, softmax
+from psa_jax.kernels.block_sparse import lists
+from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
+  DELTA,
+  LSE,
+  POSITION,
+  SEGMENT,
+  Call,
+  Walk,
+  stats,
+)
+from psa_jax.kernels.mosaic import FAR, LOG2_E, Gather
+
+CHUNK_ROWS = 1024  # query rows fetched and multiplied at a time
+RING = 4  # rows of 128 entries of the stream that are kept
+
+
+def backward(spec, interpret, saved, grads):
+  """Gradients of the arguments of `pallas_tpu._attention`."""
+  q, k, v, ids, counts, segments, out, lse = saved
+  d_out, d_lse = grads
+  call = Call.of(spec, q, k, v, ids, segments, interpret)
+  shape = call.shape
+  rows = softmax.Backward.of(out, lse, d_out, d_lse)
+  known = stats(call, segments, rows.lse * LOG2_E, rows.delta)
+  qd = jnp.concatenate([shape.pack_q(q), shape.pack_out(d_out)], -1)
+  kv = shape.pack_kv(k, v)
+  kv_seg = None
+  if segments is not None:
+    kv_seg = shape.pack_segments(*segments)[1]
+  dq = _queries(call, ids, counts, known, qd, kv, kv_seg)
+  d_kv = _keys(call, ids, counts, known, qd, kv, kv_seg)
+  return shape.unpack_q(dq), *shape.unpack_kv(d_kv), None, None, None
+
+
+def vmem(call, dtype) -> int:
+  """About how many bytes the kernel of dk and dv needs."""
+  shape, item = call.shape, jnp.dtype(dtype).itemsize
+  total = _chunk(call) * shape.rows
+  width = shape.q_width + shape.v_width
+  block = shape.keys * 4 * (shape.kv_width * item + width)
+  scores = 24 * shape.keys * _piece(total)
+  return block + 2 * total * (width * item + 32) + scores
+
+
+def _piece(total):
+  return total if total % CHUNK_ROWS else CHUNK_ROWS
+
+
+def _float(x):
+  return lax.bitcast_convert_type(x, jnp.float32)
+
+
+def _queries(call, ids, counts, known, qd, kv, kv_seg):
+  """[B * K * nq, rows, q_width] gradient of the queries."""
+  shape = call.shape
+  walk, walk_specs = Walk.inputs(call, ids, counts, known, kv, kv_seg)
+  result = jax.ShapeDtypeStruct(
+    (call.tile_count, shape.rows, shape.q_width), qd.dtype
+  )
+
+  def tile(x):
+    return pl.BlockSpec(
+      (None, *x.shape[1:]), lambda bh, i: (bh * shape.tiles.nq + i, 0, 0)
+    )
+
+  acc = pltpu.VMEM(result.shape[1:], jnp.float32)
+  return pl.pallas_call(
+    functools.partial(_queries_kernel, call),
+    grid=call.grid,
+    in_specs=(*walk_specs, tile(qd)),
+    out_specs=tile(result),
+    out_shape=result,
+    scratch_shapes=(*Walk.scratch(call, kv.dtype, DELTA + 1), acc),
+    cost_estimate=call.cost(
+      2 * shape.H + shape.Hv, call.gathered_keys(kv.dtype), (qd, known, result)
+    ),
+    compiler_params=mosaic.compiler_params(),
+    interpret=call.interpret,
+    name='block_sparse_dq',
+  )(*walk, qd)
+
+
+def _queries_kernel(
+  call, listed, following, known, kv, kv_seg, qd, dq, *scratch
+):
+  *scratch, acc = scratch
+  walk = Walk(listed, following, known, kv, kv_seg, *scratch)
+  at = call.shape.q_width
+  acc[...] = jnp.zeros_like(acc)
+
+  def add(rows, k, v, mask):
+    lse = mosaic.spread(_float(walk.columns[LSE, rows]), len(k))
+    delta = mosaic.spread(_float(walk.columns[DELTA, rows]), len(k))
+    s = mosaic.dot(qd[rows, :at], k, (1, 1)) * (call.spec.scale * LOG2_E)
+    p = jnp.where(mask, jnp.exp2(s - lse), 0)
+    dp = mosaic.dot(qd[rows, at:], v, (1, 1))
+    ds = (p * (dp - delta)).astype(k.dtype)
+    acc[rows] += mosaic.dot(ds, k, (1, 0))
+
+  walk.run(call, add)
+  dq[...] = (acc[...] * call.spec.scale).astype(dq.dtype)
+
+
+def _keys(call, ids, counts, known, qd, kv, kv_seg):
+  """[B * K * nk, keys, kv_width] gradient of the keys and values."""
+  shape, tiles = call.shape, call.shape.tiles
+  spans, stream = _readers(call, ids, counts)
+  chunk = _chunk(call)
+
+  def this(bh, j):
+    return bh * tiles.nk + j, 0, 0
+
+  def after(bh, j):
+    return bh * tiles.nk + jnp.minimum(j + 1, tiles.nk - 1), 0, 0
+
+  def segments(bh, j):
+    return lax.div(bh, tiles.K) * tiles.nk + j, 0, 0
+
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  block = pl.BlockSpec((None, *kv.shape[1:]), this)
+  seg_spec = None
+  if kv_seg is not None:
+    seg_spec = pl.BlockSpec((None, *kv_seg.shape[1:]), segments)
+  moved = call.tile_count * call.M * (qd[0].nbytes + known[0].nbytes)
+  return pl.pallas_call(
+    functools.partial(_keys_kernel, call, chunk),
+    grid=(tiles.B * tiles.K, tiles.nk),
+    in_specs=(
+      pl.BlockSpec((None, 1, 2), this, memory_space=pltpu.SMEM),
+      pl.BlockSpec((None, 1, 2), after, memory_space=pltpu.SMEM),
+      block,
+      seg_spec,
+      anywhere,
+      anywhere,
+      anywhere,
+    ),
+    out_specs=block,
+    out_shape=jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+    scratch_shapes=(
+      pltpu.VMEM((2, chunk, *qd.shape[1:]), qd.dtype),
+      pltpu.VMEM((2, chunk, *known.shape[1:]), jnp.int32),
+      pltpu.SemaphoreType.DMA((2,)),
+      pltpu.SMEM((1,), jnp.int32),
+      pltpu.SMEM((RING, mosaic.LANES), jnp.int32),
+      pltpu.SemaphoreType.DMA,
+      pltpu.SMEM((1,), jnp.int32),
+      pltpu.VMEM((shape.keys, shape.q_width), jnp.float32),
+      pltpu.VMEM((shape.keys, shape.v_width), jnp.float32),
+    ),
+    cost_estimate=call.cost(2 * (shape.H + shape.Hv), moved, (kv, kv)),
+    compiler_params=mosaic.compiler_params(),
+    interpret=call.interpret,
+    name='block_sparse_dkv',
+  )(spans, spans, kv, kv_seg, stream, qd, known)
+
+
+def _chunk(call):
+  return mosaic.chunk_of(call.shape.rows, CHUNK_ROWS, call.shape.tiles.nq)
+
+
+def _readers(call, ids, counts):
+  """The transposed lists: [B * K * nk, 1, 2], [B * K, rows, 128]."""
+  tiles = call.shape.tiles
+  counts = jnp.clip(counts, 0, call.M)
+  readers = lists.transpose(jnp.clip(ids, 0, tiles.nk - 1), counts, tiles.nk)
+  offsets = readers.offsets
+  spans = jnp.stack([offsets[..., :-1], offsets[..., 1:]], -1)
+  stream = readers.tiles.reshape(tiles.B * tiles.K, -1)
+  # One row more than there are entries, as the ring runs ahead by one.
+  room = mosaic.round_up(stream.shape[1], mosaic.LANES) + mosaic.LANES
+  stream = jnp.pad(stream, [(0, 0), (0, room - stream.shape[1])])
+  return (
+    spans.reshape(-1, 1, 2),
+    stream.reshape(len(stream), -1, mosaic.LANES),
+  )
+
+
+class _Stream(NamedTuple):
+  """The entries of one head, read once from front to back.
+
+  Attributes:
+    source: [rows, 128] in HBM.
+    ring: [RING, 128] in SMEM.
+    sem: of the one copy that is always under way.
+    have: [1] the last row that has arrived.
+  """
+
+  source: Any
+  ring: Any
+  sem: Any
+  have: Any
+
+  def open(self):
+    """Before the first step of a head."""
+    self.have[0] = -1
+    self._copy(0).start()
+
+  def close(self):
+    """After the last one."""
+    self._copy(self.have[0] + 1).wait()
+
+  def _copy(self, row):
+    return pltpu.make_async_copy(
+      self.source.at[row], self.ring.at[lax.rem(row, RING)], self.sem
+    )
+
+  def fetch(self, entry):
+    """Makes an entry readable that is at most 128 behind the last one."""
+    row = lax.div(entry, mosaic.LANES)
+
+    @pl.when(row > self.have[0])
+    def _():
+      self._copy(row).wait()
+      self._copy(row + 1).start()
+      self.have[0] = row
+
+  def __getitem__(self, entry):
+    row = lax.rem(lax.div(entry, mosaic.LANES), RING)
+    return self.ring[row, lax.rem(entry, mosaic.LANES)]
+
+
+def _keys_kernel(
+  call,
+  chunk,
+  span,
+  after,
+  kv,
+  kv_seg,
+  source,
+  qd_source,
+  known_source,
+  d_kv,
+  qd_buffer,
+  known_buffer,
+  sems,
+  parity,
+  ring,
+  ring_sem,
+  have,
+  dk,
+  dv,
+):
+  tiles = call.shape.tiles
+  bh, j = pl.program_id(0), pl.program_id(1)
+  stream = _Stream(source.at[bh], ring, ring_sem, have)
+  gather = Gather((qd_source, known_source), (qd_buffer, known_buffer), sems)
+  dk[...] = jnp.zeros_like(dk)
+  dv[...] = jnp.zeros_like(dv)
+
+  @pl.when(j == 0)
+  def _():
+    stream.open()
+
+  def start(span, c, half):
+    last = span[0, 1] - 1
+    first = span[0, 0] + c * chunk
+    stream.fetch(jnp.minimum(first + chunk - 1, last))
+
+    def index(n):
+      tile = stream[jnp.minimum(first + n, last)]
+      return (bh * tiles.nq + tile,) * 2
+
+    gather.start(half, index)
+
+  def start_next(half):
+    @pl.when((j + 1 < tiles.nk) & (after[0, 1] > after[0, 0]))
+    def _():
+      start(after, 0, half)
+
+  count = span[0, 1] - span[0, 0]
+  mosaic.pipeline(
+    parity,
+    j == 0,
+    lax.div(count + (chunk - 1), chunk),
+    lambda c, half: start(span, c, half),
+    start_next,
+    lambda c, half: gather.wait(half),
+    lambda c, half: _add_keys(
+      call, j, count - c * chunk, kv, kv_seg, qd_buffer.at[half],
+      known_buffer.at[half], dk, dv,
+    ),
+  )  # fmt: skip
+
+  @pl.when(j == tiles.nk - 1)
+  def _():
+    stream.close()
+
+  _write_keys(call, dk, dv, d_kv)
+
+
+def _add_keys(call, j, left, kv, kv_seg, qd, known, dk, dv):
+  """Adds what a chunk of query tiles, `left` of them real, gives."""
+  shape = call.shape
+  k, v = shape.split(kv[...])
+  key = lax.broadcasted_iota(jnp.int32, (shape.keys, 1), 0)
+  position = key + j * call.spec.block_k
+  there = (key < call.spec.block_k) & (position < shape.tiles.S)
+  position = jnp.where(there, position, FAR)
+  every = mosaic.side_by_side(known[...], shape.rows)
+  total = every.shape[1]
+  qd = qd[...].reshape(total, -1)
+  piece = _piece(total)
+  for at in range(0, total, piece):
+    row = every[:, at : at + piece]
+    q = qd[at : at + piece, : shape.q_width]
+    d_out = qd[at : at + piece, shape.q_width :]
+    same = None
+    if kv_seg is not None:
+      segment = mosaic.column(kv_seg[...], shape.keys)
+      same = segment == row[SEGMENT : SEGMENT + 1]
+    mask = call.mask(position, row[POSITION : POSITION + 1], same)
+    lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
+    mask = mask & (lane < left * shape.rows)
+    s = mosaic.dot(k, q, (1, 1)) * (call.spec.scale * LOG2_E)
+    p = jnp.where(mask, jnp.exp2(s - _float(row[LSE : LSE + 1])), 0)
+    dv[...] += mosaic.dot(p.astype(v.dtype), d_out, (1, 0))
+    dp = mosaic.dot(v, d_out, (1, 1))
+    ds = p * (dp - _float(row[DELTA : DELTA + 1]))
+    dk[...] += mosaic.dot(ds.astype(q.dtype), q, (1, 0))
+
+
+def _write_keys(call, dk, dv, d_kv):
+  scaled = dk[...] * call.spec.scale
+  if call.shape.shared:
+    d_kv[...] = (scaled + dv[...]).astype(d_kv.dtype)
+    return
+  at = call.shape.q_width
+  d_kv[:, :at] = scaled.astype(d_kv.dtype)
+  d_kv[:, at:] = dv[...].astype(d_kv.dtype)

@@ -1,0 +1,192 @@
+"""Decoding by block list on TPU: only the listed blocks leave HBM.
+
+One grid step is a kv head of a sequence; the T queries of its G heads are the
+rows of one small tile. The blocks of its list are copied into two buffers in
+turn, as in `block_sparse/pallas_tpu.py`, but never one more than the count:
+here bytes are all the cost.
+
+The kernel reads keys as [B, K, S, *]. A cache that is stored so and passed as
+`cache.swapaxes(1, 2)` is read in place where H and Hv are multiples of 128, S
+one of `block_k`, and `block_k` a multiple of 128 or a power of two of at least
+8 (f32) or 16 (bf16). Any other cache is copied first, at every call.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from psa_jax.kernels import mosaic, platform, softmax
+from psa_jax.kernels.mosaic import Gather, Listed, Shape
+from psa_jax.kernels.mosaic_softmax import Running
+from psa_jax.kernels.tiles import Tiles
+
+CHUNK_KEYS = 512  # keys fetched and multiplied at a time
+
+
+def refusal(
+  where, q, k, v, ids, counts, lengths, starts, *, spec
+) -> str | None:
+  """Why these arguments cannot run on the target; None if they can."""
+  reason = mosaic.refusal(where, q, k, v)
+  if reason:
+    return reason
+  shape = Shape.of(Tiles.of(q, k, q.shape[1], spec.block_k), q, v)
+  keys = shape.keys * mosaic.chunk_of(shape.keys, CHUNK_KEYS, ids.shape[-1])
+  width = shape.q_width + shape.v_width
+  row = 24 * keys + 4 * (3 * width + 2 * mosaic.LANES)
+  return mosaic.too_large(
+    shape.rows * row + 2 * keys * width * q.dtype.itemsize
+  )
+
+
+def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
+  """See `api.decode_attention`."""
+  tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
+  shape = Shape.of(tiles, q, v)
+  chunk = mosaic.chunk_of(shape.keys, CHUNK_KEYS, ids.shape[-1])
+  counts = jnp.where(lengths[:, None] > 0, counts, 0)
+  listed = Listed.pack(ids, counts, tiles.nk)
+  bounds = jnp.stack([lengths, starts], -1)[:, None]
+  qt = _pad(tiles.pack_q(q), shape.rows)
+  kb, vb = (_pad(tiles.pack_k(x), shape.keys) for x in (k, v))
+  heads = tiles.B * tiles.K
+  results = (
+    jax.ShapeDtypeStruct((heads, shape.rows, shape.Hv), v.dtype),
+    jax.ShapeDtypeStruct((heads, 1, mosaic.lanes_of(shape.rows)), jnp.float32),
+  )
+  smem = pltpu.SMEM
+
+  def of_head(b, h):
+    return b * tiles.K + h, 0, 0
+
+  def after(b, h):
+    return b * tiles.K + jnp.minimum(h + 1, tiles.K - 1), 0, 0
+
+  def block(x, where=of_head, space=None):
+    return pl.BlockSpec((None, *x.shape[1:]), where, memory_space=space)
+
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  out, lse = pl.pallas_call(
+    functools.partial(_kernel, spec, shape),
+    grid=(tiles.B, tiles.K),
+    in_specs=(
+      block(listed, space=smem),
+      block(listed, after, smem),
+      block(bounds, lambda b, h: (b, 0, 0), smem),
+      block(qt),
+      anywhere,
+      anywhere,
+    ),
+    out_specs=tuple(map(block, results)),
+    out_shape=results,
+    scratch_shapes=(
+      pltpu.VMEM((2, chunk, *kb.shape[1:]), k.dtype),
+      pltpu.VMEM((2, chunk, *vb.shape[1:]), v.dtype),
+      pltpu.SemaphoreType.DMA((2,)),
+      pltpu.SMEM((1,), jnp.int32),
+      *Running.scratch(shape.rows, shape.Hv),
+    ),
+    cost_estimate=_cost(shape, ids.shape[-1], qt, results),
+    compiler_params=mosaic.compiler_params(),
+    interpret=platform.current().interpret,
+    name='decode',
+  )(listed, listed, bounds, qt, kb, vb)
+  return (
+    tiles.unpack_q(out[:, : tiles.rows]),
+    tiles.unpack_q(lse[:, 0, : tiles.rows]),
+  )
+
+
+def _pad(x, rows):
+  """[n, r, H] -> [n, rows, H]."""
+  return jnp.pad(x, [(0, 0), (0, rows - x.shape[1]), (0, 0)])
+
+
+def _cost(shape, M, q, results):
+  """From full lists: counts are not known when compiling."""
+  heads, width = len(q), shape.H + shape.Hv
+  keys = heads * M * shape.keys
+  once = sum(x.size * jnp.dtype(x.dtype).itemsize for x in (q, *results))
+  return pl.CostEstimate(
+    flops=2 * keys * shape.tiles.rows * width,
+    transcendentals=keys * shape.tiles.rows,
+    bytes_accessed=keys * width * q.dtype.itemsize + once,
+  )
+
+
+def _kernel(
+  spec,
+  shape,
+  listed,
+  following,
+  bounds,
+  q,
+  kb,
+  vb,
+  out,
+  lse,
+  k_buffer,
+  v_buffer,
+  sems,
+  parity,
+  *running,
+):
+  b, h = pl.program_id(0), pl.program_id(1)
+  tiles, chunk = shape.tiles, k_buffer.shape[1]
+  listed, following = Listed(listed), Listed(following)
+  gather = Gather((kb, vb), (k_buffer, v_buffer), sems)
+  run = Running(*running)
+  run.start()
+
+  @pl.when(h == 0)
+  def _():
+    # What the last chunk of a list leaves unwritten has a probability of 0;
+    # with a number there, not whatever memory held, the product is 0 too.
+    v_buffer[...] = jnp.zeros_like(v_buffer)
+
+  def start(listed, c, half, h):
+    base = (b * tiles.K + h) * tiles.nk
+    gather.start(
+      half,
+      lambda n: (base + listed.block(c * chunk + n),) * 2,
+      listed.left(c, chunk),
+    )
+
+  def start_next(half):
+    @pl.when((h + 1 < tiles.K) & (following.count > 0))
+    def _():
+      start(following, 0, half, h + 1)
+
+  def add(c, half):
+    k = k_buffer[half].reshape(chunk * shape.keys, -1)
+    v = v_buffer[half].reshape(chunk * shape.keys, -1)
+    s = mosaic.dot(q[...], k, (1, 1)) * (spec.scale * mosaic.LOG2_E)
+    mask = _mask(spec, shape, bounds, listed.positions(c, chunk, shape))
+    run.add(slice(None), jnp.where(mask, s, softmax.MASKED), v)
+
+  mosaic.pipeline(
+    parity,
+    h == 0,
+    listed.trips(chunk),
+    lambda c, half: start(listed, c, half, h),
+    start_next,
+    lambda c, half: gather.wait(half, listed.left(c, chunk)),
+    add,
+  )
+  run.finish(out, lse)
+
+
+def _mask(spec, shape, bounds, position):
+  """[rows, keys] bool: which query reads which key."""
+  T = shape.tiles.T
+  length, start = bounds[0, 0], bounds[0, 1]
+  row = lax.broadcasted_iota(jnp.int32, (shape.rows, 1), 0)
+  t = length - T + (lax.rem(row, T) if T > 1 else 0 * row)
+  mask = (position <= t) & (position >= start)
+  if spec.window is not None:
+    mask = mask & (position > t - spec.window)
+  return mask
