@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
-from psa_jax.kernels.block_sparse import lists, reference, xla
+from psa_jax.kernels.block_sparse import lists, pallas_gpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
+  'pallas_gpu': Implementation(
+    pallas_gpu.block_sparse_attention, pallas_gpu.refusal
+  ),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(
     reference.block_sparse_attention, automatic=False
