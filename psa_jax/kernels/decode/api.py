@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
-from psa_jax.kernels.decode import reference, xla
+from psa_jax.kernels.decode import pallas_gpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
+  'pallas_gpu': Implementation(pallas_gpu.decode_attention, pallas_gpu.refusal),
   'xla': Implementation(xla.decode_attention),
   'reference': Implementation(reference.decode_attention, automatic=False),
 }
