@@ -27,8 +27,8 @@ from psa_jax.kernels import platform
 
 AXIS, BLOCK = 'warpgroup', 'block'
 # Registers a thread of a computing warpgroup may have, and of the copying one,
-# when two compute: 128 * (2 * 240 + 24) of the 65536 of a multiprocessor.
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+# when two compute: 128 * (2 * 232 + 40) of the 65536 of a multiprocessor.
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 
 
 def launch(

@@ -60,6 +60,7 @@ def _forward(spec, q, k, v, ids, counts, segments):
     block_k=spec.block_k,
     scale=spec.scale,
     dtype=v.dtype,
+    computing=hopper.warpgroups(tiles.rows),
   )
   out = unpack_rows(tiles, out)[..., : v.shape[-1]]
   return out, unpack_rows(tiles, lse)

@@ -68,7 +68,8 @@ def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
   """[tiles, rows, H]; the lists are [B, K, Tb, M] and [B, K, Tb]."""
   q, k, v = inputs.q, inputs.k, inputs.v
   lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
-  plan = forward.Plan.of(q, k, v, lists, inputs.rows, block_k, scale, q.dtype)
+  n = hopper.warpgroups(q.shape[1])
+  plan = forward.Plan.of(q, k, v, lists, inputs.rows, block_k, scale, q.dtype, n)
   pairs = plan.lists * plan.rows * plan.M * block_k
   read = plan.parts * plan.lists * plan.M * block_k * (plan.H + plan.Hv)
   kernel = wg.launch(

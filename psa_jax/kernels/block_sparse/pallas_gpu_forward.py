@@ -23,7 +23,6 @@ from psa_jax.kernels import hopper, platform, softmax
 from psa_jax.kernels import warpgroups as wg
 from psa_jax.kernels.hopper import ROWS, Rows
 
-STAGES = 2  # buffers of keys and values
 LOG2E = math.log2(math.e)
 
 
@@ -53,12 +52,13 @@ def forward(
   block_k: int,
   scale: float,
   dtype,
+  computing: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Output [lists, rows, Hv] in `dtype` and log-sum-exp [lists, rows].
 
   Args:
     q: [tiles, rows, H]; tile `(b * K + head) * nq + i`. Rows are a multiple
-      of 64 * `hopper.warpgroups(rows)`.
+      of 64 * `computing`.
     k: [B, S, K, H], S a multiple of `block_k`.
     v: [B, S, K, Hv].
     lists: see `Lists`.
@@ -67,8 +67,9 @@ def forward(
     block_k: keys a block.
     scale: factor on the scores.
     dtype: of the output.
+    computing: warpgroups that compute in a block of threads, 1 or 2.
   """
-  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype)
+  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, computing)
   kernel = wg.launch(
     functools.partial(_kernel, plan),
     [
@@ -104,9 +105,10 @@ class Plan(NamedTuple):
   lowest: bool
   segmented: bool
   hardware: bool
+  computing: int
 
   @classmethod
-  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype):
+  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, computing):
     """The numbers of a call of `forward`."""
     return cls(
       *lists.ids.shape,
@@ -123,12 +125,13 @@ class Plan(NamedTuple):
       lowest=rows.low is not None,
       segmented=rows.segment is not None,
       hardware=not platform.current().interpret,
+      computing=computing,
     )
 
   @property
-  def computing(self):
-    """Warpgroups that compute."""
-    return hopper.warpgroups(self.rows)
+  def stages(self):
+    """Buffers of keys and values; shared memory has room for so many."""
+    return 3 if self.block_k <= 64 else 2
 
   @property
   def parts(self):
@@ -163,13 +166,13 @@ class Plan(NamedTuple):
   def ring(self):
     """Buffers of key blocks, and the barriers of their coming and going."""
     buffers = dict(
-      k=self.tile(STAGES, self.block_k, self.H),
-      v=self.tile(STAGES, self.block_k, self.Hv),
+      k=self.tile(self.stages, self.block_k, self.H),
+      v=self.tile(self.stages, self.block_k, self.Hv),
     )
     if self.segmented:
-      buffers['segment'] = plgpu.SMEM((STAGES, self.block_k), jnp.int32)
-    full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=STAGES)
-    free = plgpu.Barrier(num_arrivals=self.computing, num_barriers=STAGES)
+      buffers['segment'] = plgpu.SMEM((self.stages, self.block_k), jnp.int32)
+    full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.stages)
+    free = plgpu.Barrier(num_arrivals=self.computing, num_barriers=self.stages)
     return buffers, full, free
 
   def where(self):
@@ -280,7 +283,7 @@ def copy_blocks(plan, inputs, where, count, ring) -> None:
       source = inputs['kv_segment'].at[where.batch, keys]
       plgpu.copy_gmem_to_smem(source, buffers['segment'].at[slot], arrived)
 
-  wg.copy_loop(count, STAGES, copy, free)
+  wg.copy_loop(count, plan.stages, copy, free)
 
 
 def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
@@ -309,7 +312,7 @@ def walk(plan, inputs, where, count, ring, step, carry):
     block, carry = carry
     # Known one step ahead: the way to global memory is long.
     following = inputs['ids'][where.at, i + 1]
-    slot = lax.rem(i, jnp.int32(STAGES))
+    slot = lax.rem(i, jnp.int32(plan.stages))
     plgpu.barrier_wait(full.at[slot])
     carry = step(slot, block, carry)
     plgpu.barrier_arrive(free.at[slot])

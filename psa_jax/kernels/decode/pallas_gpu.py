@@ -47,6 +47,7 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
     block_k=spec.block_k,
     scale=spec.scale,
     dtype=jnp.float32,
+    computing=1,
   )
 
   def part(x, i):
