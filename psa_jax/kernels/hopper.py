@@ -21,6 +21,7 @@ from psa_jax.kernels.platform import Target
 ROWS = 64  # rows of a warpgroup's product
 WIDEST = 128  # head width: what f32 sums in registers leave room for
 STEP = 16  # head widths and key blocks are multiples of this
+VECTOR = 32  # int32 that are copied at once, or a multiple: 128 bytes
 
 
 def refusal(where: Target, q, k, v, block_k: int) -> str | None:

@@ -50,7 +50,9 @@ def launch(
       num_threads=computing + 1,
       thread_name=AXIS,
     ),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
     interpret=platform.current().interpret,
     cost_estimate=cost,
     name=name,
@@ -98,7 +100,7 @@ def load_vector(ref, hardware: bool, axis: int) -> jax.Array:
   """A vector along `axis` of a tile, from shared memory."""
   if not hardware:
     return ref[...]
-  return plgpu.load(ref, (), layout=_layout(axis))
+  return plgpu.layout_cast(ref[...], _layout(axis))
 
 
 def _layout(axis: int | None):
@@ -131,7 +133,7 @@ def product(
     made = jnp.dot(read, other, preferred_element_type=jnp.float32)
     return made if total is None else total + made
   if b_transposed:
-    b = plgpu.transpose_ref(b, (1, 0))
+    b = b.transpose((1, 0))
   shape = (a.shape[0], b.shape[1])
 
   def fresh(sums):
@@ -144,6 +146,19 @@ def product(
   if total is None:
     return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
   return pl.run_state(on_top)(plgpu.ACC.init(total))
+
+
+def release(free, *, loaded: bool) -> None:
+  """Says that this warpgroup reads a buffer no more.
+
+  Args:
+    free: its barrier.
+    loaded: whether it was read by loads, which copies do not wait for unless
+      told to; products are waited for anyway.
+  """
+  if loaded:
+    plgpu.commit_smem()
+  plgpu.barrier_arrive(free)
 
 
 def copy_loop(

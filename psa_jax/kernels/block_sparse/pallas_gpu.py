@@ -56,7 +56,7 @@ def _forward(spec, q, k, v, ids, counts, segments):
     pack_keys(tiles, v),
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1)),
     row_limits(tiles, spec, segments),
-    key_segments(tiles, segments),
+    key_segments(tiles, segments, hopper.VECTOR),
     block_k=spec.block_k,
     scale=spec.scale,
     dtype=v.dtype,
@@ -113,11 +113,11 @@ def row_limits(tiles: Tiles, spec, segments) -> Rows:
   return Rows(high, low, segment)
 
 
-def key_segments(tiles: Tiles, segments, behind: int = 0):
-  """[B, S] as in `pack_keys`, or None."""
+def key_segments(tiles: Tiles, segments, multiple: int):
+  """[B, S] with S up to a `multiple` behind the last block's first, or None."""
   if segments is None:
     return None
-  size = tiles.nk * tiles.block_k + behind
+  size = (tiles.nk - 1) * tiles.block_k + hopper.up(tiles.block_k, multiple)
   return hopper.pad_axis(segments[1].astype(jnp.int32), 1, size)
 
 
@@ -145,7 +145,7 @@ def _backward_rule(spec, saved, grads):
     lse=pack_rows(tiles, known.lse),
     delta=pack_rows(tiles, known.delta),
     rows=row_limits(tiles, spec, segments),
-    kv_segment=key_segments(tiles, segments, behind),
+    kv_segment=key_segments(tiles, segments, ROWS),
   )
   static = dict(block_k=spec.block_k, scale=spec.scale)
   dq = kernel.query_gradient(inputs, ids, counts, **static)

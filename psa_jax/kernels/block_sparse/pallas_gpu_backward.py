@@ -361,7 +361,7 @@ def _key_walk(plan, count, block, first, own, segment, ring):
     dp = wg.product(own['v'], d_out, hardware=on, b_transposed=True)
     ds = (p * (dp - column('delta'))).astype(plan.dtype)
     dk = wg.product(ds, q, dk, hardware=on)
-    plgpu.barrier_arrive(free.at[slot])
+    wg.release(free.at[slot], loaded=True)
     return dk, dv
 
   start = tuple(

@@ -63,7 +63,8 @@ def forward(
     v: [B, S, K, Hv].
     lists: see `Lists`.
     rows: of [B * nq, rows].
-    kv_segment: [B, S] if `rows` has segments.
+    kv_segment: [B, S] if `rows` has segments, S a multiple of
+      `hopper.VECTOR` behind the first key of the last block.
     block_k: keys a block.
     scale: factor on the scores.
     dtype: of the output.
@@ -170,7 +171,8 @@ class Plan(NamedTuple):
       v=self.tile(self.stages, self.block_k, self.Hv),
     )
     if self.segmented:
-      buffers['segment'] = plgpu.SMEM((self.stages, self.block_k), jnp.int32)
+      shape = (self.stages, hopper.up(self.block_k, hopper.VECTOR))
+      buffers['segment'] = plgpu.SMEM(shape, jnp.int32)
     full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.stages)
     free = plgpu.Barrier(num_arrivals=self.computing, num_barriers=self.stages)
     return buffers, full, free
@@ -274,12 +276,14 @@ def copy_blocks(plan, inputs, where, count, ring) -> None:
   buffers, full, free = ring
 
   def copy(i, slot):
-    keys = pl.ds(inputs['ids'][where.at, i] * plan.block_k, plan.block_k)
+    first = inputs['ids'][where.at, i] * plan.block_k
+    keys = pl.ds(first, plan.block_k)
     arrived = full.at[slot]
     for name in ('k', 'v'):
       source = inputs[name].at[where.batch, keys, where.head]
       plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], arrived)
     if plan.segmented:
+      keys = pl.ds(first, hopper.up(plan.block_k, hopper.VECTOR))
       source = inputs['kv_segment'].at[where.batch, keys]
       plgpu.copy_gmem_to_smem(source, buffers['segment'].at[slot], arrived)
 
@@ -299,7 +303,8 @@ def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
   if plan.lowest:
     may = may & (key >= row('low'))
   if plan.segmented:
-    keys = wg.load_vector(segment_ref, plan.hardware, axis=1)
+    keys = segment_ref.at[pl.ds(0, plan.block_k)]
+    keys = wg.load_vector(keys, plan.hardware, axis=1)
     may = may & (wg.spread(keys, shape, 1) == row('segment'))
   return may
 
@@ -315,7 +320,8 @@ def walk(plan, inputs, where, count, ring, step, carry):
     slot = lax.rem(i, jnp.int32(plan.stages))
     plgpu.barrier_wait(full.at[slot])
     carry = step(slot, block, carry)
-    plgpu.barrier_arrive(free.at[slot])
+    loaded = plan.segmented or not plan.hardware
+    wg.release(free.at[slot], loaded=loaded)
     return following, carry
 
   first = inputs['ids'][where.at, 0]
