@@ -118,7 +118,7 @@ def positions(shape: tuple[int, int], axis: int, hardware: bool) -> jax.Array:
 def product(
   a, b, total: jax.Array | None = None, *, hardware: bool, b_transposed=False
 ) -> jax.Array:
-  """total + a @ b in f32, or a @ b.T; waits for the result.
+  """The f32 sum total + a @ b, or a @ b.T; waits for the result.
 
   Args:
     a: shared memory [rows, n], or an array in registers.

@@ -153,8 +153,7 @@ def _backward_rule(spec, saved, grads):
   dk, dv = kernel.key_gradients(inputs, readers, **static)
   dq = unpack_rows(tiles, dq)[..., : q.shape[-1]]
   dk, dv = (
-    x[:, : tiles.S, :, : like.shape[-1]]
-    for x, like in ((dk, k), (dv, v))
+    x[:, : tiles.S, :, : like.shape[-1]] for x, like in ((dk, k), (dv, v))
   )
   return dq, dk, dv, None, None, None
 

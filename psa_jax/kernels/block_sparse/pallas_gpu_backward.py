@@ -65,11 +65,13 @@ class Inputs(NamedTuple):
 
 
 def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
-  """[tiles, rows, H]; the lists are [B, K, Tb, M] and [B, K, Tb]."""
+  """Gradient [tiles, rows, H]; lists are [B, K, Tb, M] and [B, K, Tb]."""
   q, k, v = inputs.q, inputs.k, inputs.v
   lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
   n = hopper.warpgroups(q.shape[1])
-  plan = forward.Plan.of(q, k, v, lists, inputs.rows, block_k, scale, q.dtype, n)
+  plan = forward.Plan.of(
+    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, n
+  )
   pairs = plan.lists * plan.rows * plan.M * block_k
   read = plan.parts * plan.lists * plan.M * block_k * (plan.H + plan.Hv)
   kernel = wg.launch(
@@ -81,8 +83,7 @@ def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
     cost=pl.CostEstimate(
       flops=2 * pairs * (2 * plan.H + plan.Hv),
       transcendentals=pairs,
-      bytes_accessed=q.dtype.itemsize
-      * (read + 2 * q.size + inputs.d_out.size),
+      bytes_accessed=q.dtype.itemsize * (read + 2 * q.size + inputs.d_out.size),
     ),
   )
   ids = jnp.pad(lists.ids, ((0, 0), (0, 1)))
@@ -124,9 +125,7 @@ def _query_kernel(plan, inputs, dq_ref):
   n = plan.computing
   vectors = plan.vectors()
   sums = {x: plgpu.SMEM((n, ROWS), jnp.float32) for x in ('lse', 'delta')}
-  tiles = dict(
-    q=plan.tile(n, ROWS, plan.H), d_out=plan.tile(n, ROWS, plan.Hv)
-  )
+  tiles = dict(q=plan.tile(n, ROWS, plan.H), d_out=plan.tile(n, ROWS, plan.Hv))
   arrivals = len(tiles) + len(sums) + len(vectors)
   ready = plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
   wg.scoped(body, tiles, sums, vectors, ready, plan.ring())
@@ -225,7 +224,7 @@ class KeyPlan(NamedTuple):
 def key_gradients(
   inputs: Inputs, readers: Readers, *, block_k, scale
 ) -> tuple[jax.Array, jax.Array]:
-  """dk [B, S, K, H] and dv [B, S, K, Hv], S up to the end of the last block."""
+  """Of keys and values, [B, S, K, H] and [B, S, K, Hv]; S ends with a block."""
   q, k, v, rows = inputs.q, inputs.k, inputs.v, inputs.rows
   B, _, K, H = k.shape
   plan = KeyPlan(

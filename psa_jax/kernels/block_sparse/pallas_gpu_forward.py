@@ -85,7 +85,8 @@ def forward(
   # One more column, because the next entry is read ahead.
   ids = jnp.pad(lists.ids, ((0, 0), (0, 1)))
   inputs = dict(q=q, k=k, v=v, ids=ids, counts=lists.counts)
-  return kernel(inputs | plan.optional(rows, kv_segment))
+  out, lse = kernel(inputs | plan.optional(rows, kv_segment))
+  return out, lse
 
 
 class Plan(NamedTuple):
