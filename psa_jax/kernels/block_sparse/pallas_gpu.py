@@ -10,11 +10,16 @@ kv head become rows of one tile, whose number is padded to a multiple of 64;
 head widths are padded to a multiple of 16. Keys and values are read where they
 are, unless S has to be padded.
 
-What was and was not executed: the kernels compile for sm_90a, and they run in
-the simulator of Mosaic GPU kernels, where the tensor-core products are
-replaced (`warpgroups.py`); no run on a GPU has been made.
+What was and was not executed: the kernels compile for sm_90a without spilled
+registers, and they run in the simulator of Mosaic GPU kernels, which checks
+copies, barriers and shared memory for races. There the tensor-core products
+and the layouts of registers are replaced (`warpgroups.py`); no run on a GPU
+has been made, and no speed was measured.
 
-Not done: Blackwell (`hopper.py`), float32, heads wider than 128.
+Inside `shard_map` they need `check_vma=False`, as `attention/base.py` sets it.
+
+Not done: Blackwell (`hopper.py`), float32, heads wider than 128, leaving the
+mask out where a block lies wholly in the past.
 """
 
 import functools
