@@ -6,8 +6,7 @@ important first, no duplicates) and `block_counts` says how many of them are
 read. Counts are traced, so they may change at every step without compiling
 again, and the work done is proportional to them.
 
-Not done here: choosing the blocks (see `psa_jax/attention`), and kernels
-written for one accelerator; `xla` is portable.
+Not done here: choosing the blocks; see `psa_jax/attention`.
 """
 
 import dataclasses
@@ -17,12 +16,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
-from psa_jax.kernels.block_sparse import lists, pallas_tpu, reference, xla
+from psa_jax.kernels.block_sparse import (
+  lists,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
   'pallas_tpu': Implementation(
     pallas_tpu.block_sparse_attention, pallas_tpu.refusal
+  ),
+  'pallas_gpu': Implementation(
+    pallas_gpu.block_sparse_attention, pallas_gpu.refusal
   ),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
-from psa_jax.kernels.decode import pallas_tpu, reference, xla
+from psa_jax.kernels.decode import pallas_gpu, pallas_tpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
   'pallas_tpu': Implementation(pallas_tpu.decode_attention, pallas_tpu.refusal),
+  'pallas_gpu': Implementation(pallas_gpu.decode_attention, pallas_gpu.refusal),
   'xla': Implementation(xla.decode_attention),
   'reference': Implementation(reference.decode_attention, automatic=False),
 }

@@ -1,0 +1,166 @@
+"""Block-list attention on Hopper GPUs, by Pallas Mosaic GPU kernels.
+
+Three kernels: forward, the gradient of the queries (a query tile against its
+list) and the gradients of keys and values (a key block against the tiles that
+read it, from the transposed lists). Each writes its own results once: no
+atomic additions, so results repeat bit by bit.
+
+Here the arrays are brought into the kernels' shapes: the G query heads of a
+kv head become rows of one tile, whose number is padded to a multiple of 64;
+head widths are padded to a multiple of 16. Keys and values are read where they
+are, unless S has to be padded.
+
+What was and was not executed: the kernels compile for sm_90a without spilled
+registers, and they run in the simulator of Mosaic GPU kernels, which checks
+copies, barriers and shared memory for races. There the tensor-core products
+and the layouts of registers are replaced (`warpgroups.py`); no run on a GPU
+has been made, and no speed was measured.
+
+Inside `shard_map` they need `check_vma=False`, as `attention/base.py` sets it.
+
+Not done: Blackwell (`hopper.py`), float32, heads wider than 128, leaving the
+mask out where a block lies wholly in the past.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from psa_jax.kernels import hopper, softmax
+from psa_jax.kernels.block_sparse.lists import transpose
+from psa_jax.kernels.hopper import ROWS, Rows
+from psa_jax.kernels.tiles import Tiles
+
+
+def refusal(where, q, k, v, ids, counts, segments, *, spec) -> str | None:
+  """Why the call cannot run on `where`, or None."""
+  del ids, counts, segments
+  return hopper.refusal(where, q, k, v, spec.block_k)
+
+
+def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+  """See `api.block_sparse_attention`."""
+  return _attention(spec, q, k, v, ids, counts, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, ids, counts, segments):
+  return _forward(spec, q, k, v, ids, counts, segments)
+
+
+def _forward(spec, q, k, v, ids, counts, segments):
+  from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
+
+  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  ids, counts = clip_lists(tiles, ids, counts)
+  out, lse = kernel.forward(
+    pack_rows(tiles, hopper.pad_width(q)),
+    pack_keys(tiles, k),
+    pack_keys(tiles, v),
+    kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1)),
+    row_limits(tiles, spec, segments),
+    key_segments(tiles, segments, hopper.VECTOR),
+    block_k=spec.block_k,
+    scale=spec.scale,
+    dtype=v.dtype,
+    computing=hopper.warpgroups(tiles.rows),
+  )
+  out = unpack_rows(tiles, out)[..., : v.shape[-1]]
+  return out, unpack_rows(tiles, lse)
+
+
+def clip_lists(tiles: Tiles, ids, counts):
+  """Lists in which every entry names a block, and counts are possible."""
+  return jnp.clip(ids, 0, tiles.nk - 1), jnp.clip(counts, 0, ids.shape[-1])
+
+
+def padded_rows(tiles: Tiles) -> int:
+  """Rows of a tile as the kernels take it."""
+  return hopper.up(tiles.rows, ROWS * hopper.warpgroups(tiles.rows))
+
+
+def pack_rows(tiles: Tiles, x, value=0):
+  """[B, T, N, *] -> [tiles, padded rows, *]."""
+  return hopper.pad_axis(tiles.pack_q(x), 1, padded_rows(tiles), value)
+
+
+def unpack_rows(tiles: Tiles, x):
+  """The inverse of `pack_rows`."""
+  return tiles.unpack_q(x[:, : tiles.rows])
+
+
+def pack_keys(tiles: Tiles, x, behind: int = 0):
+  """[B, S, K, H] with S up to the end of the last block, or `behind` it."""
+  size = tiles.nk * tiles.block_k + behind
+  return hopper.pad_axis(hopper.pad_width(x), 1, size)
+
+
+def row_limits(tiles: Tiles, spec, segments) -> Rows:
+  """`Rows` of [B * nq, padded rows]."""
+  t = jnp.arange(tiles.nq * tiles.block_q) + spec.q_offset
+  high = jnp.minimum(t, tiles.S - 1) if spec.causal else tiles.S - 1
+  real = jnp.arange(tiles.nq * tiles.block_q) < tiles.T
+  low = None if spec.window is None else t - spec.window + 1
+
+  def pack(x, value):
+    x = jnp.broadcast_to(x.astype(jnp.int32), (tiles.B, real.shape[0]))
+    x = x.reshape(-1, 1, tiles.block_q)
+    x = jnp.tile(x, (1, tiles.G, 1)).reshape(-1, tiles.rows)
+    return hopper.pad_axis(x, 1, padded_rows(tiles), value)
+
+  high = pack(jnp.where(real, high, -1)[None], -1)
+  low = None if low is None else pack(low[None], 0)
+  segment = None
+  if segments is not None:
+    segment = pack(hopper.pad_axis(segments[0], 1, real.shape[0]), 0)
+  return Rows(high, low, segment)
+
+
+def key_segments(tiles: Tiles, segments, multiple: int):
+  """[B, S] with S up to a `multiple` behind the last block's first, or None."""
+  if segments is None:
+    return None
+  size = (tiles.nk - 1) * tiles.block_k + hopper.up(tiles.block_k, multiple)
+  return hopper.pad_axis(segments[1].astype(jnp.int32), 1, size)
+
+
+def _forward_rule(spec, q, k, v, ids, counts, segments):
+  out, lse = _forward(spec, q, k, v, ids, counts, segments)
+  # Named as in `xla.py`, for the same rematerialisation policies.
+  out = checkpoint_name(out, 'attn_out')
+  lse = checkpoint_name(lse, 'attn_lse')
+  return (out, lse), (q, k, v, ids, counts, segments, out, lse)
+
+
+def _backward_rule(spec, saved, grads):
+  from psa_jax.kernels.block_sparse import pallas_gpu_backward as kernel
+
+  q, k, v, ids, counts, segments, out, lse = saved
+  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  ids, counts = clip_lists(tiles, ids, counts)
+  known = softmax.Backward.of(out, lse, *grads)
+  behind = hopper.up(spec.block_k, ROWS) - spec.block_k
+  inputs = kernel.Inputs(
+    q=pack_rows(tiles, hopper.pad_width(q)),
+    d_out=pack_rows(tiles, hopper.pad_width(grads[0])),
+    k=pack_keys(tiles, k, behind),
+    v=pack_keys(tiles, v, behind),
+    lse=pack_rows(tiles, known.lse),
+    delta=pack_rows(tiles, known.delta),
+    rows=row_limits(tiles, spec, segments),
+    kv_segment=key_segments(tiles, segments, ROWS),
+  )
+  static = dict(block_k=spec.block_k, scale=spec.scale)
+  dq = kernel.query_gradient(inputs, ids, counts, **static)
+  readers = transpose(ids, counts, tiles.nk)
+  dk, dv = kernel.key_gradients(inputs, readers, **static)
+  dq = unpack_rows(tiles, dq)[..., : q.shape[-1]]
+  dk, dv = (
+    x[:, : tiles.S, :, : like.shape[-1]] for x, like in ((dk, k), (dv, v))
+  )
+  return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_forward_rule, _backward_rule)

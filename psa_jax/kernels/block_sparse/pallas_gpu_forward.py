@@ -1,0 +1,379 @@
+"""The forward kernel for Hopper: a tile of queries against its listed blocks.
+
+One block of threads takes up to 128 rows of a query tile, 64 a computing
+warpgroup; one more warpgroup walks the list and copies the named blocks of
+keys and values into a ring of shared-memory buffers. Scores, probabilities
+and the output's sums stay in registers; the softmax is the online one of
+FlashAttention (Dao et al. 2022, Alg. 1), in powers of two.
+
+The trip count is the list's traced count, so the work is proportional to it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from psa_jax.kernels import hopper, platform, softmax
+from psa_jax.kernels import warpgroups as wg
+from psa_jax.kernels.hopper import ROWS, Rows
+
+LOG2E = math.log2(math.e)
+
+
+class Lists(NamedTuple):
+  """Who reads what.
+
+  Attributes:
+    ids: [lists, M] key blocks, all in range.
+    counts: [lists] how many of them are read.
+    per_tile: consecutive lists that share a query tile, each with its own
+      result; 1 unless lists were cut to be walked side by side.
+  """
+
+  ids: jax.Array
+  counts: jax.Array
+  per_tile: int = 1
+
+
+def forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lists: Lists,
+  rows: Rows,
+  kv_segment: jax.Array | None,
+  *,
+  block_k: int,
+  scale: float,
+  dtype,
+  computing: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Output [lists, rows, Hv] in `dtype` and log-sum-exp [lists, rows].
+
+  Args:
+    q: [tiles, rows, H]; tile `(b * K + head) * nq + i`. Rows are a multiple
+      of 64 * `computing`.
+    k: [B, S, K, H], S a multiple of `block_k`.
+    v: [B, S, K, Hv].
+    lists: see `Lists`.
+    rows: of [B * nq, rows].
+    kv_segment: [B, S] if `rows` has segments, S a multiple of
+      `hopper.VECTOR` behind the first key of the last block.
+    block_k: keys a block.
+    scale: factor on the scores.
+    dtype: of the output.
+    computing: warpgroups that compute in a block of threads, 1 or 2.
+  """
+  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, computing)
+  kernel = wg.launch(
+    functools.partial(_kernel, plan),
+    [
+      jax.ShapeDtypeStruct((plan.lists, plan.rows, plan.Hv), dtype),
+      jax.ShapeDtypeStruct((plan.lists, plan.rows), jnp.float32),
+    ],
+    blocks=plan.lists * plan.parts,
+    computing=plan.computing,
+    name='block_sparse_forward',
+    cost=_cost(plan, q, k, v, dtype),
+  )
+  # One more column, because the next entry is read ahead.
+  ids = jnp.pad(lists.ids, ((0, 0), (0, 1)))
+  inputs = dict(q=q, k=k, v=v, ids=ids, counts=lists.counts)
+  out, lse = kernel(inputs | plan.optional(rows, kv_segment))
+  return out, lse
+
+
+class Plan(NamedTuple):
+  """The static numbers of a call."""
+
+  lists: int
+  M: int
+  per_tile: int
+  nq: int
+  K: int
+  rows: int
+  H: int
+  Hv: int
+  block_k: int
+  scale: float
+  dtype: jnp.dtype
+  out_dtype: jnp.dtype
+  lowest: bool
+  segmented: bool
+  hardware: bool
+  computing: int
+
+  @classmethod
+  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, computing):
+    """The numbers of a call of `forward`."""
+    return cls(
+      *lists.ids.shape,
+      per_tile=lists.per_tile,
+      nq=q.shape[0] // (k.shape[0] * k.shape[2]),
+      K=k.shape[2],
+      rows=q.shape[1],
+      H=q.shape[2],
+      Hv=v.shape[3],
+      block_k=block_k,
+      scale=scale,
+      dtype=q.dtype,
+      out_dtype=jnp.dtype(out_dtype),
+      lowest=rows.low is not None,
+      segmented=rows.segment is not None,
+      hardware=not platform.current().interpret,
+      computing=computing,
+    )
+
+  @property
+  def stages(self):
+    """Buffers of keys and values; shared memory has room for so many."""
+    return 3 if self.block_k <= 64 else 2
+
+  @property
+  def parts(self):
+    """Blocks of threads a query tile."""
+    return self.rows // (ROWS * self.computing)
+
+  @property
+  def elements(self):
+    """Of a swizzled row; one number for all tiles, as products ask."""
+    return hopper.tile_elements(self.H, self.Hv, self.block_k)
+
+  @property
+  def row_names(self):
+    """The vectors of int32 that say what a row may read."""
+    low = ['low'] if self.lowest else []
+    return ['high', *low, *(['segment'] if self.segmented else [])]
+
+  def optional(self, rows, kv_segment):
+    """The inputs that say what a row may read."""
+    given = dict(rows._asdict(), kv_segment=kv_segment)
+    return {name: x for name, x in given.items() if x is not None}
+
+  def tile(self, *shape, dtype=None):
+    """Shared memory for a tile that products read."""
+    return wg.tile_memory(shape, dtype or self.dtype, self.elements)
+
+  def vectors(self):
+    """Shared memory for what a row may read, of all warpgroups."""
+    shape = (self.computing, ROWS)
+    return {name: plgpu.SMEM(shape, jnp.int32) for name in self.row_names}
+
+  def ring(self):
+    """Buffers of key blocks, and the barriers of their coming and going."""
+    buffers = dict(
+      k=self.tile(self.stages, self.block_k, self.H),
+      v=self.tile(self.stages, self.block_k, self.Hv),
+    )
+    if self.segmented:
+      shape = (self.stages, hopper.up(self.block_k, hopper.VECTOR))
+      buffers['segment'] = plgpu.SMEM(shape, jnp.int32)
+    full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.stages)
+    free = plgpu.Barrier(num_arrivals=self.computing, num_barriers=self.stages)
+    return buffers, full, free
+
+  def where(self):
+    """Where a block of threads works."""
+    block = lax.axis_index(wg.BLOCK)
+    at = lax.div(block, jnp.int32(self.parts))
+    part = lax.rem(block, jnp.int32(self.parts))
+    tile = lax.div(at, jnp.int32(self.per_tile))
+    head = lax.div(tile, jnp.int32(self.nq))
+    batch = lax.div(head, jnp.int32(self.K))
+    info = batch * self.nq + lax.rem(tile, jnp.int32(self.nq))
+    return Where(at, tile, batch, lax.rem(head, jnp.int32(self.K)), info, part)
+
+
+class Where(NamedTuple):
+  """Where a block of threads works.
+
+  Attributes:
+    at: number of the list.
+    tile: of the query tile.
+    batch: batch row.
+    head: kv head.
+    info: row of the arrays in `Rows`.
+    part: of the tile's rows.
+  """
+
+  at: jax.Array
+  tile: jax.Array
+  batch: jax.Array
+  head: jax.Array
+  info: jax.Array
+  part: jax.Array
+
+  def slice(self, me, computing: int):
+    """The rows of computing warpgroup `me`."""
+    return pl.ds((self.part * computing + me) * ROWS, ROWS)
+
+
+def _kernel(plan, inputs, out_ref, lse_ref):
+  def body(q, out, lse, vectors, ready, ring):
+    me = lax.axis_index(wg.AXIS)
+    where = plan.where()
+    count = inputs['counts'][where.at]
+
+    @pl.when(me < plan.computing)
+    def _compute():
+      if plan.computing > 1:
+        plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
+      rows = where.slice(me, plan.computing)
+      load_rows(
+        [(inputs['q'].at[where.tile, rows], q.at[me])]
+        + row_copies(plan, inputs, vectors, where, me),
+        ready.at[me],
+      )
+      result = _walk(plan, inputs, where, count, q.at[me], vectors, ring, me)
+      out.at[me][...], lse.at[me][...] = _finish(plan, *result)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(out.at[me], out_ref.at[where.at, rows])
+      plgpu.copy_smem_to_gmem(lse.at[me], lse_ref.at[where.at, rows])
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(me == plan.computing)
+    def _copy():
+      if plan.computing > 1:
+        plgpu.set_max_registers(wg.COPY_REGISTERS, action='decrease')
+      copy_blocks(plan, inputs, where, count, ring)
+
+  n = plan.computing
+  vectors = plan.vectors()
+  wg.scoped(
+    body,
+    plan.tile(n, ROWS, plan.H),
+    plan.tile(n, ROWS, plan.Hv, dtype=plan.out_dtype),
+    plgpu.SMEM((n, ROWS), jnp.float32),
+    vectors,
+    plgpu.Barrier(num_arrivals=1 + len(vectors), num_barriers=n),
+    plan.ring(),
+  )
+
+
+def load_rows(pairs, ready) -> None:
+  """Copies what a computing warpgroup keeps, and waits for it."""
+  for source, target in pairs:
+    plgpu.copy_gmem_to_smem(source, target, ready)
+  plgpu.barrier_wait(ready)
+
+
+def row_copies(plan, inputs, vectors, where, me):
+  """(source, target) of the vectors that say what a row may read."""
+  rows = where.slice(me, plan.computing)
+  return [
+    (inputs[name].at[where.info, rows], target.at[me])
+    for name, target in vectors.items()
+  ]
+
+
+def copy_blocks(plan, inputs, where, count, ring) -> None:
+  """The copying warpgroup: the listed blocks, in the list's order."""
+  buffers, full, free = ring
+
+  def copy(i, slot):
+    first = inputs['ids'][where.at, i] * plan.block_k
+    keys = pl.ds(first, plan.block_k)
+    arrived = full.at[slot]
+    for name in ('k', 'v'):
+      source = inputs[name].at[where.batch, keys, where.head]
+      plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], arrived)
+    if plan.segmented:
+      keys = pl.ds(first, hopper.up(plan.block_k, hopper.VECTOR))
+      source = inputs['kv_segment'].at[where.batch, keys]
+      plgpu.copy_gmem_to_smem(source, buffers['segment'].at[slot], arrived)
+
+  wg.copy_loop(count, plan.stages, copy, free)
+
+
+def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
+  """[rows, block_k] bool: which row may read which key of a block."""
+  shape = (ROWS, plan.block_k)
+
+  def row(name):
+    vector = wg.load_vector(vectors[name].at[me], plan.hardware, axis=0)
+    return wg.spread(vector, shape, 0)
+
+  key = wg.positions(shape, 1, plan.hardware) + block * plan.block_k
+  may = key <= row('high')
+  if plan.lowest:
+    may = may & (key >= row('low'))
+  if plan.segmented:
+    keys = segment_ref.at[pl.ds(0, plan.block_k)]
+    keys = wg.load_vector(keys, plan.hardware, axis=1)
+    may = may & (wg.spread(keys, shape, 1) == row('segment'))
+  return may
+
+
+def walk(plan, inputs, where, count, ring, step, carry):
+  """A computing warpgroup's loop: `step(slot, block, carry)` a listed block."""
+  _, full, free = ring
+
+  def body(i, carry):
+    block, carry = carry
+    # Known one step ahead: the way to global memory is long.
+    following = inputs['ids'][where.at, i + 1]
+    slot = lax.rem(i, jnp.int32(plan.stages))
+    plgpu.barrier_wait(full.at[slot])
+    carry = step(slot, block, carry)
+    loaded = plan.segmented or not plan.hardware
+    wg.release(free.at[slot], loaded=loaded)
+    return following, carry
+
+  first = inputs['ids'][where.at, 0]
+  return lax.fori_loop(jnp.int32(0), count, body, (first, carry))[1]
+
+
+def _walk(plan, inputs, where, count, q, vectors, ring, me):
+  """(weighted values, largest score, sum) of 64 rows; scores times log2(e)."""
+  on = plan.hardware
+  buffers = ring[0]
+  shape = (ROWS, plan.block_k)
+
+  def step(slot, block, carry):
+    out, top, total = carry
+    s = wg.product(q, buffers['k'].at[slot], hardware=on, b_transposed=True)
+    segment = buffers['segment'].at[slot] if plan.segmented else None
+    may = may_read(plan, vectors, me, block, segment)
+    s = jnp.where(may, s * (plan.scale * LOG2E), softmax.MASKED)
+    higher = jnp.maximum(top, s.max(1))
+    p = jnp.exp2(s - wg.spread(higher, shape, 0))
+    old = jnp.exp2(top - higher)
+    total = total * old + p.sum(1)
+    out = out * wg.spread(old, out.shape, 0)
+    values = buffers['v'].at[slot]
+    out = wg.product(p.astype(plan.dtype), values, out, hardware=on)
+    return out, higher, total
+
+  start = (
+    wg.in_layout(jnp.zeros((ROWS, plan.Hv), jnp.float32), on),
+    wg.in_layout(jnp.full((ROWS,), softmax.MASKED / 2, jnp.float32), on, 0),
+    wg.in_layout(jnp.zeros((ROWS,), jnp.float32), on, 0),
+  )
+  return walk(plan, inputs, where, count, ring, step, start)
+
+
+def _finish(plan, out, top, total):
+  """Output and log-sum-exp; 0 and -inf where nothing was read."""
+  some = total > 0
+  total = jnp.where(some, total, 1.0)
+  lse = jnp.where(some, top / LOG2E + jnp.log(total), -jnp.inf)
+  out = out / wg.spread(total, out.shape, 0)
+  return out.astype(plan.out_dtype), lse
+
+
+def _cost(plan, q, k, v, out_dtype) -> pl.CostEstimate:
+  """If every list is full: the counts are not known yet."""
+  pairs = plan.lists * plan.rows * plan.M * plan.block_k
+  read = plan.lists * plan.parts * plan.M * plan.block_k * (plan.H + plan.Hv)
+  out = plan.lists * plan.rows * plan.Hv * jnp.dtype(out_dtype).itemsize
+  return pl.CostEstimate(
+    flops=2 * pairs * (plan.H + plan.Hv),
+    transcendentals=pairs,
+    bytes_accessed=q.size * q.dtype.itemsize + read * k.dtype.itemsize + out,
+  )

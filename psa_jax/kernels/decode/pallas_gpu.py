@@ -1,0 +1,99 @@
+"""Decoding by block list on Hopper GPUs, by the forward kernel of block_sparse.
+
+The T queries of the G heads of a group are the rows of one tile, padded to 64:
+the tensor cores have time to spare, because decoding waits for the cache. So
+that a small batch uses the whole GPU, a list is dealt out to several blocks of
+threads, each with its own softmax; the parts are merged through their
+log-sum-exp (split-K, as in Flash-Decoding; Dao et al. 2023).
+
+The cache is read where it is. Only if its room is not a multiple of `block_k`,
+or a head's width not one of 16, a padded copy is made in every step.
+
+Executed so far: see `block_sparse/pallas_gpu.py`.
+"""
+
+import jax.numpy as jnp
+
+from psa_jax.kernels import hopper, softmax
+from psa_jax.kernels.block_sparse import pallas_gpu as block_sparse
+from psa_jax.kernels.hopper import Rows
+from psa_jax.kernels.tiles import Tiles
+
+# Blocks of threads to aim at: two for each multiprocessor of an H100.
+BLOCKS = 264
+
+
+def refusal(where, q, k, v, *lists, spec) -> str | None:
+  """Why the call cannot run on `where`, or None."""
+  del lists
+  return hopper.refusal(where, q, k, v, spec.block_k)
+
+
+def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
+  """See `api.decode_attention`."""
+  from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
+
+  tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
+  ids, counts = block_sparse.clip_lists(tiles, ids, counts)
+  ids, counts = deal(ids, counts, parts=_parts(tiles, ids.shape[-1]))
+  parts = ids.shape[2]
+  outs, lses = kernel.forward(
+    block_sparse.pack_rows(tiles, hopper.pad_width(q)),
+    block_sparse.pack_keys(tiles, k),
+    block_sparse.pack_keys(tiles, v),
+    kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1), parts),
+    _row_limits(tiles, spec, lengths, starts),
+    None,
+    block_k=spec.block_k,
+    scale=spec.scale,
+    dtype=jnp.float32,
+    computing=1,
+  )
+
+  def part(x, i):
+    x = x.reshape(-1, parts, *x.shape[1:])[:, i]
+    return block_sparse.unpack_rows(tiles, x)
+
+  every = range(parts)
+  out, lse = softmax.merge(
+    [part(outs, i) for i in every], [part(lses, i) for i in every]
+  )
+  return out[..., : v.shape[-1]].astype(v.dtype), lse
+
+
+def deal(ids, counts, *, parts: int):
+  """Deals the entries of every list out in turn to `parts` shorter ones.
+
+  Args:
+    ids: [B, K, M].
+    counts: [B, K].
+    parts: at most M.
+
+  Returns:
+    ids [B, K, parts, ceil(M / parts)] and counts [B, K, parts], which differ
+    by one at most.
+  """
+  B, K, M = ids.shape
+  ids = hopper.pad_axis(ids, 2, hopper.up(M, parts))
+  ids = jnp.swapaxes(ids.reshape(B, K, -1, parts), 2, 3)
+  ahead = jnp.arange(parts)[None, None]
+  return ids, (counts[..., None] + parts - 1 - ahead) // parts
+
+
+def _parts(tiles: Tiles, M: int) -> int:
+  """How many blocks of threads share a list."""
+  return max(1, min(M, BLOCKS // (tiles.B * tiles.K)))
+
+
+def _row_limits(tiles: Tiles, spec, lengths, starts) -> Rows:
+  """`Rows` of [B, padded rows]: row `(g, t)` is query `t`."""
+  t = lengths[:, None] - tiles.T + jnp.arange(tiles.T)[None]
+  low = jnp.broadcast_to(starts[:, None], t.shape)
+  if spec.window is not None:
+    low = jnp.maximum(low, t - spec.window + 1)
+  rows = block_sparse.padded_rows(tiles)
+
+  def pack(x, value):
+    return hopper.pad_axis(jnp.tile(x, (1, tiles.G)), 1, rows, value)
+
+  return Rows(pack(jnp.minimum(t, tiles.S - 1), -1), pack(low, 0), None)
