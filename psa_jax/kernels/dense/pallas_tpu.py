@@ -234,7 +234,7 @@ def _gradients(static, kernel, ids, q, k, v, lse, d_out, delta):
 
   sizes = kernel.kwargs['block_sizes']
   args = q, k, v, ids, None, lse, d_out, delta
-  common = dict(
+  common: dict[str, Any] = dict(
     is_mqa=False,
     mask_value=kernel.kwargs['mask_value'],
     attn_logits_soft_cap=None,
