@@ -52,7 +52,9 @@ def environment(machine: cases.Machine, folder: pathlib.Path):
 
 def cuda_tools() -> pathlib.Path:
   """The CUDA folder of the nvidia wheels of this environment."""
-  found = sorted(pathlib.Path(sys.prefix).glob('lib/*/site-packages/nvidia/cu*'))
+  found = sorted(
+    pathlib.Path(sys.prefix).glob('lib/*/site-packages/nvidia/cu*')
+  )
   if not found:
     raise SystemExit('the nvidia wheels are missing; run `make aot`')
   return found[0]
@@ -142,31 +144,44 @@ def gpu_flops(compiled):
 
 
 def main(name: str, folder: pathlib.Path, only: str) -> None:
-  """Compiles all cases with `only` in their names for the machine `name`."""
+  """Compiles all cases with `only` in their names for the machine `name`.
+
+  What is in `rows.json` already is left out: a case on which the compiler ended
+  the process stays there as failed, and the next process does the rest.
+  """
   import jax
 
   # A sixth of the default's time, and estimates for every operation.
   jax.config.update('jax_optimization_level', 'O1')
   machine = cases.MACHINES[name]
-  mesh, rows = mesh_of(machine), {}
+  mesh = mesh_of(machine)
+  path = folder / 'rows.json'
+  rows = json.loads(path.read_text()) if path.exists() else {}
   for case in cases.CASES:
     for implementation in cases.tried(case, machine.platform):
       key = f'{case.name}, {implementation}'
-      if only not in key:
+      if only not in key or key in rows:
         continue
-      for dump in ('xla', 'mosaic'):
-        shutil.rmtree(folder / dump, ignore_errors=True)
-        (folder / dump).mkdir()
+      rows[key] = {'compiled': False, 'reason': 'the compiler crashed'}
+      path.write_text(json.dumps(rows))
       began = time.perf_counter()
-      try:
-        compiled = compile_case(case, implementation, machine, mesh)
-        rows[key] = record(compiled, machine, folder)
-      except Exception as error:
-        rows[key] = {'compiled': False, 'reason': measure.reason(error)}
-      seconds = time.perf_counter() - began
+      rows[key] = attempt(case, implementation, machine, mesh, folder)
+      path.write_text(json.dumps(rows))
       said = rows[key].get('reason', 'compiled')
+      seconds = time.perf_counter() - began
       print(f'{name}: {key}: {said} ({seconds:.0f} s)', flush=True)
-  (folder / 'rows.json').write_text(json.dumps(rows))
+
+
+def attempt(case, implementation, machine, mesh, folder):
+  """The row of one case: its numbers, or why there are none."""
+  for dump in ('xla', 'mosaic'):
+    shutil.rmtree(folder / dump, ignore_errors=True)
+    (folder / dump).mkdir()
+  try:
+    compiled = compile_case(case, implementation, machine, mesh)
+  except Exception as error:
+    return {'compiled': False, 'reason': measure.reason(error)}
+  return record(compiled, machine, folder)
 
 
 if __name__ == '__main__':

@@ -118,7 +118,9 @@ def _assemble(assembler, arch, path) -> str:
 def reason(error: Exception) -> str:
   """The first line of an error, without what differs from run to run."""
   line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-  refusal = re.fullmatch(r'implementation .* cannot run here: (.*); use .*', line)
+  refusal = re.fullmatch(
+    r'implementation .* cannot run here: (.*); use .*', line
+  )
   line = refusal[1] if refusal else line
   line = re.sub(r'0x[0-9a-f]+', '0x...', line)
   line = re.sub(r'/[\w./-]*/([\w.-]+)', r'\1', line)
