@@ -165,7 +165,7 @@ def attention(op, T, N, K, H, dtype, backward=False, **settings):
     fixed = {k: v for k, v in settings.items() if k != 'M'}
     call = functools.partial(function, implementation=implementation, **fixed)
     kv = (1, T, K, H), dtype
-    args = [((1, T, N, H), dtype), kv, kv]
+    args: list[tuple] = [((1, T, N, H), dtype), kv, kv]
     if settings:
       tiles = T // settings['block_q']
       args += [((1, K, tiles, settings['M']), 'int32')]
