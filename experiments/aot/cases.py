@@ -179,15 +179,25 @@ def attention(op, T, N, K, H, dtype, backward=False, **settings):
 
 
 def decode(B, S, N, K, H, dtype, block_k, M):
-  """`build` of one decoding step over S cached keys."""
+  """`build` of one decoding step over S cached keys.
+
+  The cache is stored as the implementation reads it in place: by head for the
+  TPU kernel, by position for the others.
+  """
 
   def build(implementation):
     from psa_jax.kernels.decode import decode_attention
 
-    call = functools.partial(
-      decode_attention, block_k=block_k, implementation=implementation
-    )
-    kv = (B, S, K, H), dtype
+    by_head = implementation == 'pallas_tpu'
+
+    def call(q, k, v, *lists):
+      if by_head:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+      return decode_attention(
+        q, k, v, *lists, block_k=block_k, implementation=implementation
+      )
+
+    kv = (B, K, S, H) if by_head else (B, S, K, H), dtype
     lists = [((B, K, M), 'int32'), ((B, K), 'int32'), ((B,), 'int32')]
     return call, [((B, 1, N, H), dtype), kv, kv, *lists]
 

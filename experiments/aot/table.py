@@ -8,7 +8,7 @@ COLUMNS = {
   'v5e': {
     'temp_bytes': 'temporary MiB',
     'peak_bytes': 'peak MiB',
-    'flops': 'GFLOP',
+    'flops': 'MFLOP',
     'cycles': 'kilocycles of XLA',
     'kernels': 'Pallas kernels',
     'bundles': 'bundles',
@@ -19,13 +19,13 @@ COLUMNS = {
   'sm_90a': {
     'temp_bytes': 'temporary MiB',
     'peak_bytes': 'peak MiB',
-    'flops': 'GFLOP',
+    'flops': 'MFLOP',
     'registers': 'registers',
     'shared_bytes': 'static shared bytes',
     'spill_bytes': 'spilled bytes',
   },
 }
-UNITS = {'temp_bytes': 2**20, 'peak_bytes': 2**20, 'flops': 1e9, 'cycles': 1e3}
+UNITS = {'temp_bytes': 2**20, 'peak_bytes': 2**20, 'flops': 1e6, 'cycles': 1e3}
 
 
 def text(results, versions) -> str:
@@ -43,12 +43,19 @@ def text(results, versions) -> str:
 def overview(results, reasons) -> str:
   """Case x machine; numbers in brackets point into `reasons`."""
   machines = list(results)
-  keys = list(dict.fromkeys(key for rows in results.values() for key in rows))
+  keys = dict.fromkeys(key for rows in results.values() for key in rows)
+  cases = list(dict.fromkeys(map(_case, keys)))
+  keys = sorted(keys, key=lambda key: cases.index(_case(key)))
   rows = [['case, implementation', *machines]]
   for key in keys:
     cells = [_cell(results[m].get(key), reasons) for m in machines]
     rows.append([key, *cells])
   return report.markdown(rows)
+
+
+def _case(key):
+  """The key without the implementation."""
+  return key.rpartition(', ')[0]
 
 
 def _cell(row, reasons):
