@@ -76,8 +76,8 @@ def ptxas(report: str) -> dict[str, int]:
   """Registers and spills from what `ptxas -v` says of one or more kernels.
 
   Returns:
-    `registers` a thread and static `shared_bytes` a block of the hungriest
-    kernel, and `spill_bytes` stored and loaded by all of them.
+    `registers` a thread and statically allocated `shared_bytes` a block of the
+    hungriest kernel, and `spill_bytes` stored and loaded by all of them.
   """
   registers = [int(n) for n in re.findall(r'Used (\d+) registers', report)]
   shared = [int(n) for n in re.findall(r'(\d+) bytes smem', report)]
@@ -101,8 +101,26 @@ def read_ptx(folders: Mapping[str, pathlib.Path], assembler, arch):
     files = sorted(folder.rglob('*.ptx')) if folder.exists() else []
     if files:
       reports = [_assemble(assembler, arch, path) for path in files]
-      return {**ptxas('\n'.join(reports)), 'kernels': len(files)}
+      found = ptxas('\n'.join(reports))
+      asked = [_asked_at_launch(path) for path in files]
+      found['shared_bytes'] = max(found['shared_bytes'], *asked)
+      return {**found, 'kernels': len(files)}
   return {}
+
+
+def launch_shared(passes: str) -> int:
+  """Shared memory that a Mosaic kernel asks for when it is launched.
+
+  Args:
+    passes: the log of compiler passes that Mosaic leaves beside the PTX.
+  """
+  found = re.findall(r'dynamic_shared_memory_size %c(\d+)_i32', passes)
+  return max(map(int, found), default=0)
+
+
+def _asked_at_launch(path) -> int:
+  log = path.with_suffix('.mlir-passes.log')
+  return launch_shared(log.read_text()) if log.exists() else 0
 
 
 def _assemble(assembler, arch, path) -> str:

@@ -21,7 +21,7 @@ COLUMNS = {
     'peak_bytes': 'peak MiB',
     'flops': 'MFLOP',
     'registers': 'registers',
-    'shared_bytes': 'static shared bytes',
+    'shared_bytes': 'shared bytes',
     'spill_bytes': 'spilled bytes',
   },
 }

@@ -47,6 +47,11 @@ ptxas info    : Function properties for fusion_2
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 4224 bytes smem
 """
+# From the MLIR that Mosaic GPU of JAX 0.10.2 dumps.
+LAUNCH = """
+gpu.launch blocks(%a) dynamic_shared_memory_size %18 {
+gpu.launch_func blocks in (%a) dynamic_shared_memory_size %c152632_i32 args(%b)
+"""
 
 
 def test_bundles_counts_the_rows_of_a_kernel():
@@ -96,7 +101,9 @@ def test_ptx_of_ours_comes_before_that_of_xla(tmp_path):
   assert (found['kernels'], found['registers']) == (2, 168)
   folders['ours'].mkdir()
   (folders['ours'] / 'c.ptx').touch()
-  assert measure.read_ptx(folders, assembler, 'sm_90a')['kernels'] == 1
+  (folders['ours'] / 'c.mlir-passes.log').write_text(LAUNCH)
+  found = measure.read_ptx(folders, assembler, 'sm_90a')
+  assert (found['kernels'], found['shared_bytes']) == (1, 152632)
 
 
 @pytest.mark.parametrize(
