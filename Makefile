@@ -25,7 +25,7 @@ DEV_STAMP := $(TRAIN_STAMP)-dev-$(call hash,requirements-dev.txt)
 AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
   hash,requirements-aot.txt)
 aot $(AOT_STAMP): VENV := .venv-aot
-aot $(AOT_STAMP): SIZE := 3.4 GB
+aot $(AOT_STAMP): SIZE := 2.4 GB
 
 .PHONY: train test lint format aot bench-peers clean help
 
