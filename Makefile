@@ -6,21 +6,28 @@ CONFIG = configs/lm_64k.py
 # Empty: the one that launch.py names after the recipe, runs/lm_64k_quick for
 # configs/lm_64k.py:quick.
 WORKDIR =
-# More flags: for launch.py in `make train`, for pytest in `make test`.
+# More flags: for launch.py in `make train`, for pytest in `make test`, for
+# experiments/aot/run.py in `make aot`.
 ARGS =
 
 VENV := .venv
-BIN := $(VENV)/bin
+SIZE := 1.1 GB
+BIN = $(VENV)/bin
 # No bytecode at install: most files of a wheel are never imported.
-PIP := $(BIN)/python -m pip install -qq --no-input --no-compile \
+PIP = $(BIN)/python -m pip install -qq --no-input --no-compile \
   --disable-pip-version-check --progress-bar off
 
 # A set-up is done when the stamp with the hash of its requirements exists.
 hash = $(firstword $(shell cat $(1) | cksum))
 TRAIN_STAMP := $(VENV)/installed-$(call hash,requirements.txt)
 DEV_STAMP := $(TRAIN_STAMP)-dev-$(call hash,requirements-dev.txt)
+# The compilers for TPUs and GPUs have an environment of their own.
+AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
+  hash,requirements-aot.txt)
+aot $(AOT_STAMP): VENV := .venv-aot
+aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test lint format bench-peers clean help
+.PHONY: train test lint format aot bench-peers clean help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
@@ -36,13 +43,16 @@ format: $(DEV_STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+aot: $(AOT_STAMP) ## compile the kernels for TPUs and GPUs, with none there
+	$(BIN)/python experiments/aot/run.py $(ARGS)
+
 bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -qq --disable-pip-version-check \
 	  torch==2.13.0 numpy native-sparse-attention-pytorch==0.2.3
 
 clean: ## remove environments and caches; runs/ stays
-	rm -rf $(VENV) .venv-peers .jax_cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .venv-peers .jax_cache .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## list the targets
@@ -75,7 +85,7 @@ fi
 @touch $(VENV)/unfinished
 @rm -f $(filter-out $(TRAIN_STAMP),$(wildcard $(VENV)/installed-*))
 @echo "Installing $(1) into $(VENV); the first time takes a minute or two" \
-  "and 1.1 GB."
+  "and $(SIZE)."
 @$(PIP) -r $(1) || { code=$$?; \
   [ $$code -gt 2 ] || rm $(VENV)/unfinished; exit $$code; }
 @touch $(2)
@@ -84,6 +94,9 @@ endef
 
 $(TRAIN_STAMP):
 	$(call SET_UP,requirements.txt,$@)
+
+$(AOT_STAMP):
+	$(call SET_UP,requirements-aot.txt,$@)
 
 $(DEV_STAMP):
 	$(call SET_UP,requirements-dev.txt,$(TRAIN_STAMP) $@)

@@ -31,8 +31,8 @@ esac
 @pytest.fixture
 def project(tmp_path):
   """A folder with the Makefile, its requirements and the stand-in."""
-  for name in ('Makefile', 'requirements.txt', 'requirements-dev.txt'):
-    shutil.copy(ROOT / name, tmp_path)
+  for path in [ROOT / 'Makefile', *ROOT.glob('requirements*.txt')]:
+    shutil.copy(path, tmp_path)
   (tmp_path / 'python').write_text(STAND_IN)
   (tmp_path / 'python').chmod(0o755)
   return tmp_path
@@ -63,8 +63,8 @@ def installs(lines):
   return [line.split()[-1] for line in lines if line.startswith('pip ')]
 
 
-def stamps(project):
-  return list((project / '.venv').glob('installed-*'))
+def stamps(project, folder='.venv'):
+  return list((project / folder).glob('installed-*'))
 
 
 def test_train_installs_once_then_only_launches(project):
@@ -96,6 +96,26 @@ def test_test_and_train_share_an_environment(project):
   assert log[-1].startswith('-m pytest')
   assert installs(make(project, 'train')[2]) == []
   assert installs(make(project, 'test')[2]) == []
+
+
+def test_aot_has_an_environment_of_its_own(project):
+  code, _, log = make(project, 'aot', 'ARGS=--update')
+  assert code == 0
+  assert installs(log) == ['requirements-aot.txt']
+  run = 'experiments/aot/run.py --update'
+  assert log[-1] == run
+  assert len(stamps(project, '.venv-aot')) == 1 and not stamps(project)
+  assert make(project, 'aot', 'ARGS=--update') == (0, '', [run])
+  assert installs(make(project, 'test')[2]) == ['requirements-dev.txt']
+  assert installs(make(project, 'aot')[2]) == []
+  with (project / 'requirements.txt').open('a') as file:
+    file.write('another==1.0\n')
+  assert installs(make(project, 'aot')[2]) == ['requirements-aot.txt']
+  assert len(stamps(project, '.venv-aot')) == 1
+
+
+def test_a_difference_in_aot_fails_make(project):
+  assert make(project, 'aot', CODE='1')[0] == 2
 
 
 def test_variables_of_the_environment_do_not_count(project):

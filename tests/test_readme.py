@@ -1,9 +1,9 @@
 """Every command and path that the documentation names works and exists.
 
-Read are README.md, the pages below experiments/, and the text of the Python
-files that a user starts or copies (launch.py, configs/, experiments/). A
-command for launch.py is run with `--print_config`, so its recipe, flags and
-overrides are resolved and nothing is trained.
+Read are README.md, the pages below experiments/ and psa_jax/, and the text of
+the Python files that a user starts or copies (launch.py, configs/,
+experiments/). A command for launch.py is run with `--print_config`, so its
+recipe, flags and overrides are resolved and nothing is trained.
 """
 
 import json
@@ -19,7 +19,11 @@ import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'experiments').rglob('*.md'))]
+PAGES = [
+  ROOT / 'README.md',
+  *sorted((ROOT / 'experiments').rglob('*.md')),
+  *sorted((ROOT / 'psa_jax').rglob('*.md')),
+]
 RECIPES = sorted((ROOT / 'configs').glob('*.py'))
 SOURCES = [
   ROOT / 'launch.py',

@@ -67,7 +67,9 @@ def distributions(*folders, own_environment=frozenset()):
 
 
 @pytest.mark.parametrize('python', PYTHONS)
-@pytest.mark.parametrize('name', ['requirements.txt', 'requirements-dev.txt'])
+@pytest.mark.parametrize(
+  'name', ['requirements.txt', 'requirements-dev.txt', 'requirements-aot.txt']
+)
 def test_every_pin_is_exact_and_single(name, python):
   names = [canonicalize_name(r.name) for r in pins(name, python)]
   assert len(names) == len(set(names)), 'two pins for one Python'
@@ -78,12 +80,34 @@ def test_every_pin_is_exact_and_single(name, python):
     assert not requirement.extras and not requirement.url, requirement
 
 
-def test_development_adds_to_the_core():
-  text = (ROOT / 'requirements-dev.txt').read_text()
-  assert '\n-r requirements.txt\n' in text
+@pytest.mark.parametrize(
+  'name', ['requirements-dev.txt', 'requirements-aot.txt']
+)
+def test_the_other_files_add_to_the_core(name):
+  assert '\n-r requirements.txt\n' in (ROOT / name).read_text()
   core = {canonicalize_name(r.name) for r in pins('requirements.txt')}
-  dev = {canonicalize_name(r.name) for r in pins('requirements-dev.txt')}
-  assert not core & dev
+  assert not core & {canonicalize_name(r.name) for r in pins(name)}
+
+
+@pytest.mark.parametrize('python', PYTHONS)
+def test_the_compilers_are_those_of_the_pinned_jax(python):
+  """What JAX's own extras ask for, where this JAX is the pinned one."""
+  core, aot = (
+    {canonicalize_name(r.name): r for r in pins(name, python)}
+    for name in ('requirements.txt', 'requirements-aot.txt')
+  )
+  jax = core['jax'].specifier
+  for name in ('jax-cuda13-plugin', 'jax-cuda13-pjrt'):
+    assert aot[name].specifier == jax
+  if importlib.metadata.version('jax') not in jax:
+    return
+  for requirement in map(Requirement, importlib.metadata.requires('jax')):
+    for extra in ('tpu', 'cuda13-local'):
+      if requirement.marker and requirement.marker.evaluate({'extra': extra}):
+        pin = aot.get(canonicalize_name(requirement.name))
+        version = str(pin.specifier).removeprefix('==') if pin else None
+        if requirement.name != 'requests' and requirement.name not in core:
+          assert version in requirement.specifier, requirement
 
 
 @pytest.mark.parametrize(

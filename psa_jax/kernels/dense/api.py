@@ -1,6 +1,7 @@
 """Dense softmax attention with the same arguments as the sparse kernels.
 
-Not done here: kernels for one accelerator; `xla` is portable.
+The fast kernels of accelerators are those that JAX ships: splash attention on
+TPU, cuDNN on NVIDIA GPUs. `xla` is portable.
 """
 
 import dataclasses
@@ -8,10 +9,12 @@ import dataclasses
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
-from psa_jax.kernels.dense import reference, xla
+from psa_jax.kernels.dense import cudnn, pallas_tpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
+  'pallas_tpu': Implementation(pallas_tpu.dense_attention, pallas_tpu.refusal),
+  'cudnn': Implementation(cudnn.dense_attention, cudnn.refusal),
   'xla': Implementation(xla.dense_attention),
   'reference': Implementation(reference.dense_attention, automatic=False),
 }
@@ -51,14 +54,16 @@ def dense_attention(
     kv_segment_ids: see `q_segment_ids`.
     q_offset: position of the first query.
     scale: factor on the scores; None means H ** -0.5.
-    implementation: `reference` (quadratic memory), `xla`, or `auto`.
+    implementation: a key of `IMPLEMENTATIONS`, or `auto` for the platform's
+      best; `reference` takes quadratic memory.
 
   Returns:
     The output in the dtype of `v` and the log-sum-exp of the scores (f32, or
     f64 for f64 inputs). A query that sees nothing gives 0 and -inf.
 
   Raises:
-    ValueError: shapes that do not fit, naming them.
+    ValueError: shapes that do not fit, naming them; an implementation that
+      cannot run here, saying why.
   """
   arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
