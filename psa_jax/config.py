@@ -167,7 +167,8 @@ class AttentionConfig:
 
   Attributes:
     name: the mechanism.
-    implementation: how its kernels run; `auto` takes the platform's best.
+    implementation: how its kernels run; `auto` takes the platform's best. One
+      that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
     dense, psa: the settings of each mechanism.
@@ -175,7 +176,7 @@ class AttentionConfig:
 
   name: str = choice('dense', 'dense', 'psa')
   implementation: str = choice(
-    'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu'
+    'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
   check_lists: bool = runtime(False)
   dense: DenseConfig = DenseConfig()

@@ -13,6 +13,7 @@ sub-config to `AttentionConfig`, its name to the options of
 in `tests/attention/test_contract.py`.
 """
 
+import dataclasses
 import math
 from typing import Protocol
 
@@ -85,6 +86,10 @@ def attend(
     raise ConfigError(
       f'unknown attention {name!r}; choose from {sorted(MECHANISMS)}'
     )
+
+  if name != config.name:
+    # The implementation was named for the configured mechanism.
+    config = dataclasses.replace(config, implementation='auto')
 
   def run(step, q, k, v, segment_ids=None):
     return MECHANISMS[name](

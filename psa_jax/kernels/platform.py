@@ -50,11 +50,13 @@ class Implementation(NamedTuple):
     refusal: takes the target and the same arguments; why it cannot run
       there, or None.
     automatic: whether `auto` may take it.
+    platform: what it was written for; '' for any.
   """
 
   run: Callable[..., Any]
   refusal: Callable[..., str | None] = lambda *args, **kwargs: None
   automatic: bool = True
+  platform: str = ''
 
 
 _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar(
@@ -131,16 +133,17 @@ def pick(
       continue
     reason = implementation.refusal(where, *args, **kwargs)
     if reason is None:
-      _say_once(where, candidate, passed)
+      _say_once(candidate, passed)
       return implementation.run
-    passed.append((candidate, reason))
+    if implementation.platform == where.platform:
+      passed.append((candidate, reason))
   raise ConfigError(f'no implementation can run on {where.platform}: {passed}')
 
 
-def _say_once(where: Target, taken: str, passed: list[tuple[str, str]]) -> None:
+def _say_once(taken: str, passed: list[tuple[str, str]]) -> None:
   """Names what an accelerator's own kernel was refused for, once a reason."""
   for name, reason in passed:
     line = f'{name} was passed over for {taken}: {reason}'
-    if name.endswith(where.platform) and line not in _SAID:
+    if line not in _SAID:
       _SAID.add(line)
       log.warning(line)

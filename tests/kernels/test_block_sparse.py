@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.kernels.block_sparse import block_sparse_attention
+from psa_jax.kernels.block_sparse import IMPLEMENTATIONS, block_sparse_attention
 from psa_jax.kernels.block_sparse import xla as xla_module
 from tests import oracles
 

@@ -27,10 +27,10 @@ from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
   'pallas_tpu': Implementation(
-    pallas_tpu.block_sparse_attention, pallas_tpu.refusal
+    pallas_tpu.block_sparse_attention, pallas_tpu.refusal, platform='tpu'
   ),
   'pallas_gpu': Implementation(
-    pallas_gpu.block_sparse_attention, pallas_gpu.refusal
+    pallas_gpu.block_sparse_attention, pallas_gpu.refusal, platform='gpu'
   ),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(

@@ -19,8 +19,12 @@ from psa_jax.kernels.decode import pallas_gpu, pallas_tpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
-  'pallas_tpu': Implementation(pallas_tpu.decode_attention, pallas_tpu.refusal),
-  'pallas_gpu': Implementation(pallas_gpu.decode_attention, pallas_gpu.refusal),
+  'pallas_tpu': Implementation(
+    pallas_tpu.decode_attention, pallas_tpu.refusal, platform='tpu'
+  ),
+  'pallas_gpu': Implementation(
+    pallas_gpu.decode_attention, pallas_gpu.refusal, platform='gpu'
+  ),
   'xla': Implementation(xla.decode_attention),
   'reference': Implementation(reference.decode_attention, automatic=False),
 }

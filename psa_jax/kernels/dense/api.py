@@ -13,8 +13,10 @@ from psa_jax.kernels.dense import cudnn, pallas_tpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
 IMPLEMENTATIONS = {
-  'pallas_tpu': Implementation(pallas_tpu.dense_attention, pallas_tpu.refusal),
-  'cudnn': Implementation(cudnn.dense_attention, cudnn.refusal),
+  'pallas_tpu': Implementation(
+    pallas_tpu.dense_attention, pallas_tpu.refusal, platform='tpu'
+  ),
+  'cudnn': Implementation(cudnn.dense_attention, cudnn.refusal, platform='gpu'),
   'xla': Implementation(xla.dense_attention),
   'reference': Implementation(reference.dense_attention, automatic=False),
 }

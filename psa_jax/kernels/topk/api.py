@@ -39,7 +39,9 @@ from psa_jax.kernels.platform import Implementation
 from psa_jax.kernels.topk import image, pallas_tpu, reference, words, xla
 
 IMPLEMENTATIONS = {
-  'pallas_tpu': Implementation(pallas_tpu.cut, pallas_tpu.refusal),
+  'pallas_tpu': Implementation(
+    pallas_tpu.cut, pallas_tpu.refusal, platform='tpu'
+  ),
   'xla': Implementation(xla.cut),
   'reference': Implementation(reference.cut, automatic=False),
 }
