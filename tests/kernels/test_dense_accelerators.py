@@ -143,10 +143,7 @@ def test_tiles_of_the_small_mask_are_those_of_the_whole(T, S, offset):
     with pytest.MonkeyPatch.context() as patch:
       if not shrink:
         patch.setattr(pallas_tpu, '_shrink', lambda *_: 1)
-      q_, k_ = (
-        jax.eval_shape(lambda x: jnp.moveaxis(x, 2, 1), x) for x in (q, k)
-      )
-      return pallas_tpu._kernel(static, q_, k_)
+      return pallas_tpu._kernel(static, q, k)
 
   assert pallas_tpu._shrink(128, 256, offset) > 1 or offset == 130
   small, whole = kernel(True), kernel(False)
