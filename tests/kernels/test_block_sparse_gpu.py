@@ -69,7 +69,8 @@ def test_lowers_for_hopper(name):
 def test_lowers_with_a_window():
   args, call, _, d_out = make_case('realistic', dtype=jnp.float16)
   call = functools.partial(call, window=100)
-  hopper_simulator.lower(gradients(call, d_out), *args)
+  lowered = hopper_simulator.lower(gradients(call, d_out), *args)
+  assert 'block_sparse_key_gradients' in lowered.as_text()
 
 
 def check(got, args, mask, d_out, d_lse, dtype='bfloat16'):
