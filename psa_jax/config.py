@@ -162,6 +162,24 @@ class PsaConfig:
 
 
 @dataclass(frozen=True)
+class OnDemandConfig:
+  """Scores from the high bits of the keys (MECHANISMS section 8, SpAtten).
+
+  Attributes:
+    high_bits: bits of a key channel that are always read.
+    low_bits: bits that are read on demand.
+    query_bits: bits of a query channel.
+    threshold: a query row whose largest probability is below it reads the low
+      bits too; 0 never does, above 1 always.
+  """
+
+  high_bits: int = 6
+  low_bits: int = 4
+  query_bits: int = 12
+  threshold: float = 0.1
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -171,16 +189,46 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa: the settings of each mechanism.
+    dense, psa, on_demand: the settings of each mechanism.
   """
 
-  name: str = choice('dense', 'dense', 'psa')
+  name: str = choice('dense', 'dense', 'psa', 'on_demand')
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
   check_lists: bool = runtime(False)
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
+  on_demand: OnDemandConfig = OnDemandConfig()
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+  """Progressive quantisation in training (MECHANISMS section 8).
+
+  Attributes:
+    enabled: quantise q, k and v by the schedule below.
+    levels: bits, falling; the last one is the floor.
+    warmup_steps: optimiser steps in full precision first.
+    quantization_interval: steps that each level lasts.
+    granularity: what shares a scale in q, k and v: one `head` of a token, or
+      all heads of a `token`.
+    weights: also quantise the weights of attention and SwiGLU, with a scale
+      an output channel.
+    activations: also quantise what these weights multiply, with a scale a
+      token.
+    eval_bits: bits outside training; 0 means the schedule's at the step being
+      evaluated.
+  """
+
+  enabled: bool = False
+  levels: tuple[int, ...] = (16, 8, 6, 4)
+  warmup_steps: int = 1000
+  quantization_interval: int = 1000
+  granularity: str = choice('head', 'head', 'token')
+  weights: bool = False
+  activations: bool = False
+  eval_bits: int = runtime(0)
 
 
 @dataclass(frozen=True)
@@ -208,6 +256,7 @@ class ModelConfig:
   rope_theta: float = 500_000.0
   norm: NormConfig = NormConfig()
   attention: AttentionConfig = AttentionConfig()
+  quant: QuantConfig = QuantConfig()
   compute_dtype: str = choice('float32', 'float32', 'bfloat16')
   param_dtype: str = choice('float32', 'float32', 'bfloat16')
   remat: str = choice('none', 'none', 'full', 'attention')

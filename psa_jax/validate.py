@@ -55,6 +55,14 @@ RANGES = {
       ('boundaries', _COUNT),
     )
   },
+  'model.attention.on_demand.high_bits': '[2, 12]',
+  'model.attention.on_demand.low_bits': '[1, 8]',
+  'model.attention.on_demand.query_bits': '[2, 12]',
+  'model.attention.on_demand.threshold': _OPTIONAL,
+  'model.quant.levels': '[2, 16]',
+  'model.quant.warmup_steps': _OPTIONAL,
+  'model.quant.quantization_interval': _COUNT,
+  'model.quant.eval_bits': '0 or [2, 16]',
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -226,6 +234,23 @@ def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
     yield f'{path}.boundaries is {boundaries}, but it must rise strictly'
 
 
+def _check_quant(config: Config) -> Iterator[str]:
+  quant = config.model.quant
+  levels = quant.levels
+  falls = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+  if not levels or not falls:
+    yield (
+      f'config.model.quant.levels is {levels}, but it must have an entry and '
+      'fall strictly'
+    )
+  last = quant.warmup_steps + len(levels) * quant.quantization_interval
+  if last >= 2**31:
+    yield (
+      'config.model.quant.warmup_steps and quantization_interval end at step '
+      f'{last}, but steps are below 2^31'
+    )
+
+
 def _check_optim(config: Config) -> Iterator[str]:
   optim = config.optim
   end = optim.decay_steps or sum(config.train.steps)
@@ -269,6 +294,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_heads,
   _check_schedules,
   _check_list_width,
+  _check_quant,
   _check_optim,
   _check_stages,
   _check_mesh,

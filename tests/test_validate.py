@@ -9,6 +9,7 @@ from psa_jax.config_dict import apply_overrides, leaves
 from psa_jax.validate import RANGES, validate
 
 PSA = 'model.attention.psa.'
+ON_DEMAND = 'model.attention.on_demand.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -76,6 +77,19 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (PSA + 'mass.init', 0.0, 0.9),
     (PSA + 'keep.begin', -1, 0),
     (PSA + 'keep.length', -1, 0),
+    (ON_DEMAND + 'high_bits', 1, 2),
+    (ON_DEMAND + 'high_bits', 13, 12),
+    (ON_DEMAND + 'low_bits', 0, 1),
+    (ON_DEMAND + 'low_bits', 9, 8),
+    (ON_DEMAND + 'query_bits', 1, 2),
+    (ON_DEMAND + 'query_bits', 13, 12),
+    (ON_DEMAND + 'threshold', -0.1, 0.0),
+    ('model.quant.levels', (17,), (16, 2)),
+    ('model.quant.levels', (8, 1), (8,)),
+    ('model.quant.warmup_steps', -1, 0),
+    ('model.quant.quantization_interval', 0, 1),
+    ('model.quant.eval_bits', 1, 0),
+    ('model.quant.eval_bits', 17, 2),
     ('optim.learning_rate', 0.0, 1e-9),
     ('optim.final_lr_ratio', 1.1, 1.0),
     ('optim.b1', 1.0, 0.0),
@@ -198,6 +212,20 @@ def test_only_piecewise_reads_boundaries():
   fine(schedule(kind='piecewise', **steps))
   fine(schedule(kind='piecewise', values=(0.5,)))
   assert 'kind=piecewise only' in problem(schedule(kind='linear', **steps))
+
+
+@pytest.mark.parametrize('levels', [(), (8, 8), (4, 6), (16, 4, 5)])
+def test_bits_fall(levels):
+  message = problem({'model.quant.levels': levels})
+  assert message.startswith(f'config.model.quant.levels is {levels}, but ')
+  assert 'fall strictly' in message
+  fine({'model.quant.levels': (16, 12, 3)})
+
+
+def test_the_last_level_begins_below_int32():
+  long = {'model.quant.quantization_interval': 2**29}
+  assert 'below 2^31' in problem(long)
+  fine(long | {'model.quant.levels': (8, 4, 2)})
 
 
 def test_the_cosine_ends_after_the_warm_up():

@@ -13,6 +13,7 @@ compute dtype; a bf16 angle is off by whole turns at position 65,536.
 Not done: cross-attention, and the cache of decoding.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.attention import base
 from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.quant.progressive import OFF, Quantizer
 from psa_jax.types import Scalar
 
 
@@ -91,7 +93,13 @@ def fan_in(in_axis, out_axis, *, scale: float = 1.0):
   )
 
 
-def project(x: jax.Array, kernel: nnx.Param, *, inputs: int = 1) -> jax.Array:
+def project(
+  x: jax.Array,
+  kernel: nnx.Param,
+  *,
+  inputs: int = 1,
+  quantizer: Quantizer = OFF,
+) -> jax.Array:
   """Contracts the last `inputs` axes of `x` with the kernel's first ones.
 
   In the dtype of the activations: every backend accumulates a bf16 product in
@@ -103,7 +111,8 @@ def project(x: jax.Array, kernel: nnx.Param, *, inputs: int = 1) -> jax.Array:
   kernel's gradient contracts two axes, which XLA runs several times slower
   on CPU.
   """
-  kernel = kernel[...].astype(x.dtype)
+  kernel = quantizer.kernel(kernel[...], count=inputs).astype(x.dtype)
+  x = quantizer.inputs(x, count=inputs)
   batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
   size = math.prod(kernel.shape[:inputs])
   y = x.reshape(-1, size) @ kernel.reshape(size, -1)
@@ -156,19 +165,22 @@ class SelfAttention(nnx.Module):
       mechanism: overrides `config.attention.name` (evaluation at dense).
 
     Returns:
-      The output in the dtype of `x` and the mechanism's f32 scalars.
+      The output in the dtype of `x` and f32 scalars: the mechanism's, and
+      `bits` if `config.quant` is enabled.
     """
-    q = rotate(project(x, self.wq), rope)
-    k = rotate(project(x, self.wk), rope)
-    v = project(x, self.wv)
+    quantizer = Quantizer.at(self.config.quant, step, train=train)
+    linear = functools.partial(project, quantizer=quantizer)
+    q = rotate(linear(x, self.wq), rope)
+    k = rotate(linear(x, self.wk), rope)
+    v = linear(x, self.wv)
     out, aux = base.attend(
-      q,
-      k,
-      v,
+      quantizer.heads(q),
+      quantizer.heads(k),
+      quantizer.heads(v),
       config=self.config.attention,
       step=step,
       segment_ids=segment_ids,
       train=train,
       mechanism=mechanism,
     )
-    return project(out, self.wo, inputs=2), aux
+    return linear(out, self.wo, inputs=2), aux | quantizer.aux(x.dtype)

@@ -12,6 +12,8 @@ that the stream's variance does not grow with depth (GPT-2).
 Not done: dropout, biases, mixtures of experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from psa_jax.attention.layer import Rotary, SelfAttention, fan_in, project
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.norm import Norm
+from psa_jax.quant.progressive import OFF, Quantizer
 from psa_jax.types import Scalar
 
 # What `remat='attention'` keeps; the kernels tag these values themselves.
@@ -65,11 +68,14 @@ class SwiGLU(nnx.Module):
     self.w_up = nnx.Param(widen(rngs.params(), shape, dtype))
     self.w_down = nnx.Param(narrow(rngs.params(), shape[::-1], dtype))
 
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    """Applies the layer in the dtype of `x`."""
-    gate = jax.nn.silu(project(x, self.w_gate))
-    up = project(x, self.w_up)
-    return project(gate * up, self.w_down)
+  def __call__(
+    self, x: Float[Array, 'B T D'], quantizer: Quantizer = OFF
+  ) -> Float[Array, 'B T D']:
+    """Applies the layer in the dtype of `x`, quantised if that is asked for."""
+    linear = functools.partial(project, quantizer=quantizer)
+    gate = jax.nn.silu(linear(x, self.w_gate))
+    up = linear(x, self.w_up)
+    return linear(gate * up, self.w_down)
 
 
 class Block(nnx.Module):
@@ -82,6 +88,7 @@ class Block(nnx.Module):
     def norm():
       return Norm(config.d_model, config.norm, param_dtype=dtype, rngs=rngs)
 
+    self.quant = config.quant
     self.attention_norm = norm()
     self.attention = SelfAttention(config, rngs=rngs)
     self.mlp_norm = norm()
@@ -120,4 +127,5 @@ class Block(nnx.Module):
     )
     x = x + attended
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)
-    return x + self.mlp(normed), aux
+    quantizer = Quantizer.at(self.quant, step, train=train)
+    return x + self.mlp(normed, quantizer), aux
