@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.dense import dense
+from psa_jax.attention.on_demand import on_demand
 from psa_jax.attention.psa import psa
 from psa_jax.config import AttentionConfig, ConfigError
 from psa_jax.types import AttnOut, Scalar
@@ -46,7 +47,11 @@ class Mechanism(Protocol):
   ) -> AttnOut: ...
 
 
-MECHANISMS: dict[str, Mechanism] = {'dense': dense, 'psa': psa}
+MECHANISMS: dict[str, Mechanism] = {
+  'dense': dense,
+  'psa': psa,
+  'on_demand': on_demand,
+}
 
 
 def attend(

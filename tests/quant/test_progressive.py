@@ -239,9 +239,7 @@ def test_no_token_sees_the_size_of_a_later_one():
   assert not np.array_equal(got[:, 6:], want[:, 6:])
 
 
-@pytest.mark.parametrize(
-  ('dtype', 'full'), [('float32', 32), ('bfloat16', 16)]
-)
+@pytest.mark.parametrize(('dtype', 'full'), [('float32', 32), ('bfloat16', 16)])
 def test_the_bits_that_are_reported(dtype, full):
   layer = attention_layer(QUANT)
   x = jnp.asarray(normal(1, 4, 24), dtype)
