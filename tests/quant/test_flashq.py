@@ -134,8 +134,11 @@ def test_the_error_of_a_round_trip(bits, outliers):
   eight = np.abs(np.asarray(ints) * scale - x)
   assert np.linalg.norm(eight) < np.linalg.norm(error) / 2
   if bits == 4:
-    # Errors spread evenly over both steps, and are independent.
-    theory = np.sqrt(((width**2 + scale**2) / 12).mean())
+    # Even over [-1/2, 1/2], then even over the integers that one code stands
+    # for: s of them about 0, or for even s one more above than below it.
+    s = np.asarray(step, float)
+    even = (1 + np.where(s % 2, s**2 - 1, s**2 + 2)) / 12
+    theory = np.sqrt((even[..., None, :] * scale**2).mean())
     assert np.sqrt((error**2).mean()) == pytest.approx(theory, rel=0.05)
 
 

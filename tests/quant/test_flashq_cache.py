@@ -233,7 +233,12 @@ def lists(seed=0):
   return ids.reshape(B, K, 4).astype(np.int32), counts.astype(np.int32)
 
 
-ALL = np.tile(np.arange(4, dtype=np.int32), (B, K, 1)), np.full((B, K), 4)
+ALL = np.tile(np.arange(4), (B, K, 1)), np.full((B, K), 4)
+
+
+@jax.jit
+def attend(q, cache, ids, counts):
+  return flashq_attention(q, cache, ids, counts)
 
 
 @pytest.mark.parametrize('T', [1, 3])
@@ -243,7 +248,7 @@ def test_attention_reads_the_listed_blocks(T, group, lengths):
   cache, _ = filled(lengths)
   q = 3 * normal(B, T, K * group, H, seed=5)
   ids, counts = lists()
-  out, lse = jax.jit(flashq_attention)(jnp.asarray(q), cache, ids, counts)
+  out, lse = attend(jnp.asarray(q), cache, ids, counts)
   mask = oracles.decode_mask(ids, counts, lengths, T, ROOM, BLOCK)
   want, want_lse = oracles.attention(q, *floats(cache), mask)
   oracles.check_close(out, want)
@@ -257,7 +262,7 @@ def test_what_is_not_listed_is_not_read():
   q = jnp.asarray(normal(B, 1, K, H, seed=5))
   ids = np.tile(np.asarray([2, 0], np.int32), (B, K, 1))
   counts = np.full((B, K), 2)
-  want = flashq_attention(q, cache, ids, counts)[0]
+  want = attend(q, cache, ids, counts)[0]
 
   def spoiled(block):
     def spoil(group):
@@ -271,7 +276,7 @@ def test_what_is_not_listed_is_not_read():
       for s in (cache.keys, cache.values)
     ]
     other = cache._replace(keys=stores[0], values=stores[1])
-    return flashq_attention(q, other, ids, counts)[0]
+    return attend(q, other, ids, counts)[0]
 
   for block in (1, 3):
     np.testing.assert_array_equal(spoiled(block), want)
@@ -283,11 +288,10 @@ def test_decoding_token_by_token_over_a_growing_cache():
   """Each step equals float64 attention over what the cache then holds."""
   add, _ = jitted()
   cache, _ = filled((9, 7, 16))
-  run = jax.jit(flashq_attention)
   for i in range(12):
     cache = add(cache, *map(jnp.asarray, sample(30 + i, 1)))
     q = normal(B, 1, K, H, seed=60 + i)
-    out, _ = run(jnp.asarray(q), cache, *ALL)
+    out, _ = attend(jnp.asarray(q), cache, *ALL)
     mask = oracles.decode_mask(*ALL, cache.lengths, 1, ROOM, BLOCK)
     oracles.check_close(out, oracles.attention(q, *floats(cache), mask)[0])
 
@@ -301,7 +305,7 @@ def test_the_error_of_attention_by_bits():
   mask = oracles.decode_mask(*ALL, lengths, 1, ROOM, BLOCK)
   for name, low_heads in (('4 bits', 0), ('mixed', 1), ('2 bits', K)):
     cache, (k, v) = filled(lengths, low_heads)
-    out = np.asarray(flashq_attention(jnp.asarray(q), cache, *ALL)[0])
+    out = np.asarray(attend(jnp.asarray(q), cache, *ALL)[0])
     want = oracles.attention(q, k, v, mask)[0]
     k_seen, v_seen = floats(cache)
     lost[name] = np.linalg.norm(out - want) / np.linalg.norm(want)
