@@ -1,16 +1,15 @@
-"""A cache of keys and values in FlashQ integers, and attention over it.
+"""A cache of keys and values in FlashQ integers.
 
 Whole blocks of tokens are packed (`flashq.py`); the newest tokens of each row
 wait in an INT8 buffer of one block, at a scale for each head that calibration
 fixed (what it does not reach is clamped), and are packed by integer arithmetic
-alone when the buffer is full. Rows have lengths of their own. Attention reads
-by block list and restores the listed blocks only.
+alone when the buffer is full. Rows have lengths of their own. `read` restores
+the blocks of a list and no others (`flashq_attention.py`).
 
 Heads lie in the buffers by priority, keys and values each in their own order.
 Everything that comes in or goes out has heads in the model's order.
 
-Not done: sharding over heads (the order mixes them), removing tokens, and
-Pallas kernels: a block is restored to INT8 by XLA on its way to the product.
+Not done: sharding over heads (the order mixes them) and removing tokens.
 """
 
 from typing import NamedTuple
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-from psa_jax.kernels import softmax
 from psa_jax.quant import flashq
 from psa_jax.quant.flashq import HIGH, LOW, Heads, Packed
 
@@ -270,80 +268,3 @@ def read_recent(
   return recent, jnp.broadcast_to(
     store.heads.scale[back][None], recent.shape[:2]
   )
-
-
-def flashq_attention(
-  q: Float[Array, 'B T N H'],
-  cache: Cache,
-  block_ids: Int[Array, 'B K M'],
-  block_counts: Int[Array, 'B K'],
-  *,
-  scale: float | None = None,
-) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
-  """Softmax attention of the last `T` tokens over the listed blocks.
-
-  Only listed blocks are restored, one of every head at a time, as many times
-  as the longest list has entries.
-
-  Args:
-    q: queries of the newest tokens; query `t` of row `b` is at position
-      `lengths[b] - T + t`.
-    cache: keys and values, those of the new tokens included.
-    block_ids: blocks without duplicates among the first `block_counts`; the
-      block of the newest tokens counts like the others.
-    block_counts: how many entries to read; traced.
-    scale: factor on the scores; None means H ** -0.5.
-
-  Returns:
-    The output in the dtype of `q` and the f32 log-sum-exp; 0 and -inf where a
-    query reads nothing.
-  """
-  B, T, N, H = q.shape
-  K, block = block_ids.shape[1], cache.keys.block
-  factor = H**-0.5 if scale is None else scale
-  rows = q.astype(jnp.float32).reshape(B, T, K, N // K, H) * factor
-  rows = jnp.moveaxis(rows, 1, 3).reshape(B, K, -1, H)
-  position = cache.lengths[:, None] - T + jnp.arange(T)[None]
-  position = jnp.tile(position, (1, N // K))[:, None, :, None]
-  current = (cache.lengths // block)[:, None]
-  add = jax.vmap(jax.vmap(softmax.add))
-
-  def piece(run, ids, wanted, keys, values):
-    (k, k_scale), (v, v_scale) = keys, values
-    s = softmax.dot('bkrh,bksh->bkrs', rows, k.astype(jnp.float32), rows.dtype)
-    at = ids[..., None] * block + jnp.arange(block)[None, None]
-    mask = wanted[..., None, None] & (at[:, :, None] <= position)
-    s = jnp.where(mask, s * k_scale[..., None, None], softmax.MASKED)
-    return add(run, s, v.astype(jnp.float32) * v_scale[..., None, None])
-
-  def step(c, run):
-    ids = lax.dynamic_index_in_dim(block_ids, c, 2, keepdims=False)
-    wanted = (c < block_counts) & (ids >= 0) & (ids < current)
-    keys, values = (
-      jax.tree.map(lambda x: x[:, :, 0], read(store, ids[..., None]))
-      for store in (cache.keys, cache.values)
-    )
-    return piece(run, ids, wanted, keys, values)
-
-  start = softmax.start(
-    rows.shape[2], cache.values.recent.shape[-1], jnp.float32
-  )
-  run = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, K, *x.shape)), start)
-  last = jnp.clip(block_counts.max(), 0, block_ids.shape[2])
-  run = lax.fori_loop(0, last, step, run)
-  used = jnp.arange(block_ids.shape[2])[None, None] < block_counts[..., None]
-  listed = ((block_ids == current[..., None]) & used).any(-1)
-  run = piece(
-    run,
-    jnp.broadcast_to(current, (B, K)),
-    listed,
-    read_recent(cache.keys),
-    read_recent(cache.values),
-  )
-  out, lse = jax.vmap(jax.vmap(lambda run: softmax.finish(run, q.dtype)))(run)
-
-  def unpack(x):  # [B, K, G * T, *] -> [B, T, N, *]
-    x = jnp.moveaxis(x.reshape(B, K, N // K, T, *x.shape[3:]), 3, 1)
-    return x.reshape(B, T, N, *x.shape[4:])
-
-  return unpack(out), unpack(lse)
