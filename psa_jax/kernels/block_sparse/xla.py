@@ -7,7 +7,7 @@ and nothing larger than one tile of scores exists. The softmax is the online
 one of FlashAttention (Dao et al. 2022, Alg. 1); the backward pass recomputes
 the probabilities from the log-sum-exp and adds into dk and dv block by block,
 in list order, so it is deterministic. It holds its tiles keys first, [keys,
-rows]: two of its three products with them are then plain ones.
+rows], and sums dq transposed: then no product has to turn a large operand.
 
 One tile a step on purpose: on CPU, batching small products with vmap is an
 order of magnitude slower than this loop, which keeps both cores in GEMM.
@@ -24,10 +24,11 @@ from jax.ad_checkpoint import checkpoint_name
 from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
-# Keys gathered at a time. Large enough for an efficient product, small enough
-# that a tile of scores stays in the second-level cache and that little of the
-# last chunk of a list is wasted (experiments/LOG.md).
-CHUNK_KEYS = 512
+# Keys gathered at a time. Products are faster the larger they are, so a list
+# is read in chunks of the first size while it fills three quarters of one, then
+# of the next; the small ones at its end waste little. A tile of scores has at
+# most `SCORES` entries. Measured in experiments/LOG.md.
+CHUNKS, SCORES = (3072, 1536, 128), 2**21
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
@@ -43,32 +44,80 @@ def _attention(spec, q, k, v, ids, counts, segments):
 class _Lists(NamedTuple):
   """What the tile loop reads besides q, k and v."""
 
-  ids: jax.Array  # [B * K * nq, chunks, chunk]
+  ids: jax.Array  # [B * K * nq, M and the largest chunk]
   counts: jax.Array  # [B * K * nq]
   q_seg: jax.Array | None  # [B * nq, block_q]
   kv_seg: jax.Array | None  # [B * nk, block_k]
 
 
+def _chunk_sizes(tiles, width):
+  """Blocks of a chunk, falling; none is much larger than a list can be."""
+  small = max(1, min(CHUNKS[-1] // tiles.block_k, width))
+  whole = -(-width // small) * small
+  sizes = []
+  for keys in CHUNKS:
+    keys = min(keys, SCORES // tiles.rows)
+    size = min(max(keys // tiles.block_k // small, 1) * small, whole)
+    if not sizes or size <= sizes[-1] // 2 or size == small < sizes[-1]:
+      sizes.append(size)
+  return sizes
+
+
 def _pack_lists(tiles, ids, counts, segments):
-  chunk = max(1, min(CHUNK_KEYS // tiles.block_k, ids.shape[-1]))
   counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
-  pad = -ids.shape[-1] % chunk
+  # Room for a chunk that the end of a list does not fill.
+  pad = _chunk_sizes(tiles, ids.shape[-1])[0]
   ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), [(0, 0)] * 3 + [(0, pad)])
-  ids = ids.reshape(len(counts), -1, chunk)
+  ids = ids.reshape(len(counts), -1)
   if segments is None:
     return _Lists(ids, counts, None, None)
   return _Lists(ids, counts, *tiles.pack_segments(*segments))
 
 
-def _chunk_mask(spec, tiles, lists, tile, c):
-  """[rows, chunk * block_k] bool: which query of the tile reads which key."""
-  ids = lists.ids[tile, c]
-  slot = c * ids.shape[0] + jnp.arange(ids.shape[0])
+def _walk(spec, tiles, lists, sizes, tile, step, carry):
+  """`step(ids, mask, carry)` over the chunks of a tile's list.
+
+  `mask` is [rows, keys] bool, which query reads which key, or None in the
+  branch for chunks that every query of the tile reads whole.
+  """
+
+  def visit(first, blocks, carry):
+    ids = lax.dynamic_slice_in_dim(lists.ids[tile], first, blocks)
+
+    def masked(carry):
+      used = first + jnp.arange(blocks) < lists.counts[tile]
+      return step(ids, _mask(spec, tiles, lists, tile, ids, used), carry)
+
+    if lists.q_seg is not None or spec.window is not None:
+      return masked(carry)
+    # The first position that some query of the tile does not read.
+    end = tiles.S
+    if spec.causal:
+      begin = spec.q_offset + (tile % tiles.nq) * tiles.block_q
+      end = jnp.minimum(end, begin + 1)
+    whole = (ids.max() + 1) * spec.block_k <= end
+    whole = whole & (first + blocks <= lists.counts[tile])
+    return lax.cond(whole, lambda c: step(ids, None, c), masked, carry)
+
+  done = jnp.int32(0)
+  for size in sizes:
+    spare = size - 1 if size == sizes[-1] else size // 4
+    trips = jnp.maximum(lists.counts[tile] - done + spare, 0) // size
+
+    def one(i, carry, done=done, size=size):
+      return visit(done + i * size, size, carry)
+
+    carry = lax.fori_loop(0, trips, one, carry)
+    done = done + trips * size
+  return carry
+
+
+def _mask(spec, tiles, lists, tile, ids, used):
+  """[rows, keys] bool: which query of the tile reads which key of a chunk."""
   pos = ids[:, None] * spec.block_k + jnp.arange(spec.block_k)[None]
-  used = (slot < lists.counts[tile])[:, None] & (pos < tiles.S)
   # A key that must not be read gets a position after every query.
   far = jnp.iinfo(jnp.int32).max
-  pos = jnp.where(used, pos, far).reshape(1, -1)
+  pos = jnp.where(used[:, None] & (pos < tiles.S), pos, far).reshape(1, -1)
   t = tiles.q_positions(tile, spec.q_offset)[:, None]
   mask = pos <= t if spec.causal else pos < far
   if spec.window is not None:
@@ -81,35 +130,35 @@ def _chunk_mask(spec, tiles, lists, tile, c):
   return mask
 
 
-def _trips(lists, tile):
-  chunk = lists.ids.shape[-1]
-  return (lists.counts[tile] + chunk - 1) // chunk
-
-
 def _forward(spec, q, k, v, ids, counts, segments):
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
+  sizes = _chunk_sizes(tiles, ids.shape[-1])
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
 
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(c, run):
-      at = base + lists.ids[tile, c]
-      kc = kb[at].reshape(-1, kb.shape[-1])
-      vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * factor
-      s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, softmax.MASKED)
-      return softmax.add(run, s, vc)
+    def step(ids, mask, run):
+      keys, values = _read(kb, base + ids), _read(vb, base + ids)
+      s = softmax.dot('rh,sh->rs', qt[tile], keys, acc) * factor
+      if mask is not None:
+        s = jnp.where(mask, s, softmax.MASKED)
+      return softmax.add(run, s, values)
 
     run = softmax.start(tiles.rows, vb.shape[-1], acc)
-    run = lax.fori_loop(0, _trips(lists, tile), step, run)
+    run = _walk(spec, tiles, lists, sizes, tile, step, run)
     return softmax.finish(run, v.dtype)
 
   out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
   return tiles.unpack_q(out), tiles.unpack_q(lse)
+
+
+def _read(blocks, at):
+  """[keys, *]: the keys of the blocks `at`, one after the other."""
+  return blocks[at].reshape(-1, blocks.shape[-1])
 
 
 def _forward_rule(spec, q, k, v, ids, counts, segments):
@@ -127,9 +176,11 @@ def _backward_rule(spec, saved, grads):
   acc = lse.dtype
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
+  sizes = _chunk_sizes(tiles, ids.shape[-1])
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  turned = jnp.swapaxes(kb, 1, 2)
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
   rows = jax.tree.map(tiles.pack_q, rows)
 
@@ -137,27 +188,27 @@ def _backward_rule(spec, saved, grads):
     base = (tile // tiles.nq) * tiles.nk
     dk, dv = carry
 
-    def step(c, carry):
+    def step(ids, mask, carry):
       dq, dk, dv = carry
-      at = base + lists.ids[tile, c]
-      kc = kb[at].reshape(-1, kb.shape[-1])
-      vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('sh,rh->sr', kc, qt[tile], acc) * factor
-      mask = _chunk_mask(spec, tiles, lists, tile, c).T
-      p = jnp.where(mask, jnp.exp(s - rows.lse[tile][None]), 0)
-      dp = softmax.dot('sh,rh->sr', vc, dot_[tile], acc)
+      at = base + ids
+      keys, values = _read(kb, at), _read(vb, at)
+      s = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
+      p = jnp.exp(s - rows.lse[tile][None])
+      if mask is not None:
+        p = jnp.where(mask.T, p, 0)
+      dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
       ds = (p * (dp - rows.delta[tile][None])).astype(q.dtype)
       dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
       dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
-      dq = dq + softmax.dot('sr,sh->rh', ds, kc, acc)
+      keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
+      dq = dq + softmax.dot('hs,sr->hr', keys, ds, acc)
       dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
       dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
       return dq, dk, dv
 
-    dq = jnp.zeros((qt.shape[1], qt.shape[2]), acc)
-    trips = _trips(lists, tile)
-    dq, dk, dv = lax.fori_loop(0, trips, step, (dq, dk, dv))
-    return (dk, dv), (dq * spec.scale).astype(q.dtype)
+    dq = jnp.zeros((qt.shape[2], qt.shape[1]), acc)
+    dq, dk, dv = _walk(spec, tiles, lists, sizes, tile, step, (dq, dk, dv))
+    return (dk, dv), (dq.T * spec.scale).astype(q.dtype)
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
