@@ -31,14 +31,14 @@ from psa_jax.kernels.tiles import Tiles
 CHUNKS, SCORES = (3072, 1536, 128), 2**21
 
 
-def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
   """See `api.block_sparse_attention`."""
-  return _attention(spec, q, k, v, ids, counts, segments)
+  return _attention(spec, q, k, v, ids, counts, segments, cubic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, ids, counts, segments):
-  return _forward(spec, q, k, v, ids, counts, segments)
+def _attention(spec, q, k, v, ids, counts, segments, cubic):
+  return _forward(spec, q, k, v, ids, counts, segments, cubic)[:2]
 
 
 class _Lists(NamedTuple):
@@ -130,30 +130,43 @@ def _mask(spec, tiles, lists, tile, ids, used):
   return mask
 
 
-def _forward(spec, q, k, v, ids, counts, segments):
+def _forward(spec, q, k, v, ids, counts, segments, cubic):
+  """Output, log-sum-exp, and the row maximum where the softmax needs it."""
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
   sizes = _chunk_sizes(tiles, ids.shape[-1])
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  kind = spec.softmax
 
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(ids, mask, run):
-      keys, values = _read(kb, base + ids), _read(vb, base + ids)
+    def scores(ids, mask):
+      keys = _read(kb, base + ids)
       s = softmax.dot('rh,sh->rs', qt[tile], keys, acc) * factor
-      if mask is not None:
-        s = jnp.where(mask, s, softmax.MASKED)
+      s = kind.scores(s, cubic)
+      return s if mask is None else jnp.where(mask, s, softmax.MASKED)
+
+    def highest(ids, mask, top):
+      return jnp.maximum(top, scores(ids, mask).max(-1))
+
+    def read(ids, mask, run):
+      s, values = scores(ids, mask), _read(vb, base + ids)
+      if kind.needs_top:
+        return softmax.add_below(run, s, values, kind)
       return softmax.add(run, s, values)
 
+    walk = functools.partial(_walk, spec, tiles, lists, sizes, tile)
     run = softmax.start(tiles.rows, vb.shape[-1], acc)
-    run = _walk(spec, tiles, lists, sizes, tile, step, run)
-    return softmax.finish(run, v.dtype)
+    if kind.needs_top:
+      run = run._replace(top=walk(highest, run.top))
+    run = walk(read, run)
+    return *softmax.finish(run, v.dtype), run.top if kind.needs_top else None
 
-  out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
-  return tiles.unpack_q(out), tiles.unpack_q(lse)
+  found = lax.map(tile_out, jnp.arange(qt.shape[0]))
+  return jax.tree.map(tiles.unpack_q, found)
 
 
 def _read(blocks, at):
@@ -161,17 +174,19 @@ def _read(blocks, at):
   return blocks[at].reshape(-1, blocks.shape[-1])
 
 
-def _forward_rule(spec, q, k, v, ids, counts, segments):
-  out, lse = _forward(spec, q, k, v, ids, counts, segments)
+def _forward_rule(spec, q, k, v, ids, counts, segments, cubic):
+  out, lse, top = _forward(spec, q, k, v, ids, counts, segments, cubic)
   # Named so that a rematerialisation policy can keep them: then the backward
   # pass recomputes the projections but not the attention.
   out = checkpoint_name(out, 'attn_out')
   lse = checkpoint_name(lse, 'attn_lse')
-  return (out, lse), (q, k, v, ids, counts, segments, out, lse)
+  if top is not None:
+    top = checkpoint_name(top, 'attn_lse')
+  return (out, lse), (q, k, v, ids, counts, segments, cubic, out, lse, top)
 
 
 def _backward_rule(spec, saved, grads):
-  q, k, v, ids, counts, segments, out, lse = saved
+  q, k, v, ids, counts, segments, cubic, out, lse, top = saved
   d_out, d_lse = grads
   acc = lse.dtype
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
@@ -181,41 +196,48 @@ def _backward_rule(spec, saved, grads):
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   turned = jnp.swapaxes(kb, 1, 2)
-  rows = softmax.Backward.of(out, lse, d_out, d_lse)
+  rows = softmax.Backward.of(out, lse, d_out, d_lse, top)
   rows = jax.tree.map(tiles.pack_q, rows)
+  kind = spec.softmax
 
   def tile_grads(carry, tile):
     base = (tile // tiles.nq) * tiles.nk
-    dk, dv = carry
+    row = jax.tree.map(lambda x: x[tile], rows)
 
     def step(ids, mask, carry):
-      dq, dk, dv = carry
+      dq, dk, dv, d_cubic = carry
       at = base + ids
       keys, values = _read(kb, at), _read(vb, at)
-      s = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
-      p = jnp.exp(s - rows.lse[tile][None])
+      raw = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
+      p, slope = row.probabilities(kind.scores(raw, cubic), kind)
       if mask is not None:
-        p = jnp.where(mask.T, p, 0)
+        p, slope = jnp.where(mask.T, p, 0), jnp.where(mask.T, slope, 0)
       dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
-      ds = (p * (dp - rows.delta[tile][None])).astype(q.dtype)
+      ds = slope * (dp - row.delta[None])
+      if cubic is not None:
+        ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
+        d_cubic = d_cubic + more
+      ds = ds.astype(q.dtype)
       dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
       dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
       keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
       dq = dq + softmax.dot('hs,sr->hr', keys, ds, acc)
       dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
       dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
-      return dq, dk, dv
+      return dq, dk, dv, d_cubic
 
     dq = jnp.zeros((qt.shape[2], qt.shape[1]), acc)
-    dq, dk, dv = _walk(spec, tiles, lists, sizes, tile, step, (dq, dk, dv))
-    return (dk, dv), (dq.T * spec.scale).astype(q.dtype)
+    dq, *carry = _walk(spec, tiles, lists, sizes, tile, step, (dq, *carry))
+    return tuple(carry), (dq.T * spec.scale).astype(q.dtype)
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
-  (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  init = *init, None if cubic is None else jnp.zeros_like(cubic, acc)
+  (dk, dv, d_cubic), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
   dq = tiles.unpack_q(dq)
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
-  return dq, dk, dv, None, None, None
+  d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)
+  return dq, dk, dv, None, None, None, d_cubic
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
