@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.config import AttentionConfig
 from psa_jax.quant.on_demand import on_demand_attention
-from psa_jax.types import AttnOut, Scalar
+from psa_jax.types import AttnOut, Learned, Scalar
 
 
 def on_demand(
@@ -22,18 +22,21 @@ def on_demand(
   step: Scalar = 0,
   segment_ids: Int[Array, 'B T'] | None = None,
   train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
 ) -> AttnOut:
-  """Causal attention; args as in `base.attend`.
+  """Attention by bits on demand; args as in `base.attend`.
 
   The aux scalars beside `density` are `refetch_rate` (share of query rows that
   read the low bits) and `key_bits` (bits read of a key channel).
   """
-  del step, train  # the same at every step; gradients pass straight through
+  del step, train, learned  # no schedule, no parameters
   out, stats = on_demand_attention(
     q,
     k,
     v,
     config=config.on_demand,
+    causal=causal,
     q_segment_ids=segment_ids,
     kv_segment_ids=segment_ids,
     implementation=config.implementation,
