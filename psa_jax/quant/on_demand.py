@@ -32,7 +32,8 @@ from psa_jax.kernels import arguments, platform, softmax
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.platform import Implementation
 from psa_jax.quant import on_demand_xla
-from psa_jax.quant.split import join, largest_sum, split, to_integers
+from psa_jax.quant.split import SplitKeys, join, largest_sum, split, to_integers
+from psa_jax.types import Scalar
 
 
 class Stats(NamedTuple):
@@ -52,11 +53,11 @@ class Stats(NamedTuple):
 
 
 class Spec(NamedTuple):
-  """The static part of a call."""
+  """What a call was asked for; static but for `q_offset` of `attend_split`."""
 
   config: OnDemandConfig
   causal: bool
-  q_offset: int
+  q_offset: Scalar
   scale: float
 
 
@@ -104,6 +105,41 @@ def on_demand_attention(
   return _straight_through(spec, run, q, k, v, segments)
 
 
+def attend_split(
+  q: Float[Array, 'B T N H'],
+  keys: SplitKeys,
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: OnDemandConfig,
+  causal: bool = True,
+  q_offset: Scalar = 0,
+  scale: float | None = None,
+  implementation: str = 'auto',
+) -> tuple[Float[Array, 'B T N Hv'], Stats]:
+  """The same over keys that a cache holds in two parts already; no gradient.
+
+  Args:
+    q: queries.
+    keys: from `split.split` with the same `config`.
+    v: values.
+    config: bits and threshold.
+    causal: a query at position `t + q_offset` reads keys up to its own, so
+      what lies behind in a cache is not read.
+    q_offset: position of the first query; may be traced.
+    scale: factor on the scores; None means H ** -0.5.
+    implementation: see `on_demand_attention`, as for what is returned and
+      raised.
+  """
+  arguments.check_attention(q, keys.high, v, None, None)
+  largest_sum(config, q.shape[-1])
+  factor = arguments.scale_or_default(q, scale)
+  run = platform.pick(implementation, IMPLEMENTATIONS)
+  whole, q_scale = to_integers(q, config.query_bits)
+  spec = Spec(config, causal, q_offset, factor)
+  out, row = run(whole, q_scale, keys, v, None, spec=spec)
+  return out, _stats(config, q.shape[-1], *row)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _straight_through(spec, run, q, k, v, segments):
   return _quantised(spec, run, q, k, v, segments)[0]
@@ -136,7 +172,7 @@ def _backward_rule(spec, run, saved, grads):
       causal=spec.causal,
       q_segment_ids=q_seg,
       kv_segment_ids=kv_seg,
-      q_offset=spec.q_offset,
+      q_offset=int(spec.q_offset),
       scale=spec.scale,
     )[0]
 

@@ -9,7 +9,11 @@ import pytest
 
 from psa_jax.config import ConfigError, OnDemandConfig
 from psa_jax.quant import on_demand_xla
-from psa_jax.quant.on_demand import IMPLEMENTATIONS, on_demand_attention
+from psa_jax.quant.on_demand import (
+  IMPLEMENTATIONS,
+  attend_split,
+  on_demand_attention,
+)
 from psa_jax.quant.split import join, split, to_integers
 from tests import oracles
 
@@ -214,6 +218,24 @@ def test_the_error_of_the_output_is_bounded(bits, threshold):
     assert np.abs(got[b, t, n] - want[b, t, n]).max() <= bound
   if threshold and bits == 8:
     oracles.check_close(got, want, 'bfloat16')
+
+
+def test_a_cache_of_split_keys_gives_the_same_at_a_traced_position():
+  (q, k, v), _, kw = make_case('one query of a cache')
+  keys, traces = split(jnp.asarray(k), CONFIG), []
+
+  @jax.jit
+  def decode(q, offset):
+    traces.append(1)
+    return attend_split(q, keys, v, config=CONFIG, q_offset=offset)
+
+  v = jnp.asarray(v)
+  for offset in (36, 20, 0):
+    got, got_stats = decode(jnp.asarray(q), offset)
+    want, stats = attend((q, k, v), kw | dict(q_offset=offset))
+    oracles.check_close(got, want)
+    assert got_stats.key_bytes == stats.key_bytes
+  assert len(traces) == 1
 
 
 @pytest.mark.parametrize('name', ['documents', 'a chunk of a cache'])

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention.layer import SelfAttention, rotary
-from psa_jax.config import AttentionConfig, ModelConfig, QuantConfig
+from psa_jax.config import ModelConfig, NormConfig, QuantConfig
 from psa_jax.models.blocks import SwiGLU
 from psa_jax.quant.progressive import FULL, Quantizer, bits_at, fake_quantize
 from tests.train import tiny
@@ -262,14 +262,10 @@ def test_nothing_is_reported_when_it_is_off():
 
 
 @functools.cache
-def steps(quant, accumulate=1, scan=True, remat='none', attention='dense'):
-  config = tiny.config(accumulate=accumulate)
+def steps(quant, accumulate=1, scan=True, remat='none', **mesh):
+  config = tiny.config(NormConfig(), accumulate=accumulate, **mesh)
   model = dataclasses.replace(
-    config.model,
-    quant=quant,
-    scan_layers=scan,
-    remat=remat,
-    attention=AttentionConfig(attention),
+    config.model, quant=quant, scan_layers=scan, remat=remat
   )
   return tiny.Steps(dataclasses.replace(config, model=model))
 
@@ -314,16 +310,17 @@ def test_evaluation_reads_the_bits_of_the_state():
 @pytest.mark.parametrize(
   'other',
   [
-    dict(accumulate=2, remat='full'),
+    dict(accumulate=2, remat='full', data=2, fsdp=2, tensor=2),
     dict(scan=False, remat='attention'),
   ],
   ids=str,
 )
-def test_scan_remat_and_accumulation_change_nothing(other):
-  """At 4 bits from step 5 on; batch norm must not see the rows it is given."""
-  quant = dataclasses.replace(ALL, levels=(4,), warmup_steps=0)
-  _, (got,) = run(steps(quant, **other))
-  _, (want,) = run(steps(quant))
+def test_scan_remat_accumulation_and_mesh_change_nothing(other):
+  """At 4 bits, of weights and activations too."""
+  (got,), (want,) = (
+    run(made, state=made.init()._replace(step=jnp.int32(5)))[1]
+    for made in (steps(ALL, **other), steps(ALL))
+  )
   assert got['bits'] == want['bits'] == 4
   assert got['loss'] == pytest.approx(want['loss'], rel=1e-4)
   assert got['grad_norm'] == pytest.approx(want['grad_norm'], rel=1e-2)
