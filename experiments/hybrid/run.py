@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags  # noqa: E402
 
 _LENGTH = flags.DEFINE_integer('length', 65_536, 'Tokens of the counts.')
-_STEPS = flags.DEFINE_integer('steps', 150, 'Optimiser steps of each run.')
+_STEPS = flags.DEFINE_integer('steps', 100, 'Optimiser steps of each run.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Pairs of runs.')
 _QUALITY = flags.DEFINE_bool('quality', True, 'Train the two models.')
 _WRITE = flags.DEFINE_bool('write', True, 'Append results and update README.')
@@ -35,7 +35,7 @@ SOURCES = ['psa_jax', 'configs', ':(glob)experiments/hybrid/*.py']
 RECIPE = 'configs/lm_64k.py:quick'
 COMMON = {
   'model.norm.kind': 'rmsnorm',
-  'train.seq_len': '4096',
+  'train.seq_len': '2048',
   'train.batch_size': '2',
   'eval.windows': '8',
   'eval.dense': 'false',
@@ -45,7 +45,8 @@ ARMS = {
   'dense': {'model.attention.name': 'dense'},
   'hybrid': {
     'model.attention.name': 'hybrid',
-    'model.attention.hybrid.window': '256',
+    'model.attention.hybrid.block_q': '64',
+    'model.attention.hybrid.window': '128',
     'model.attention.hybrid.keep.begin': '10',
   },
 }

@@ -198,7 +198,7 @@ def sparsify(
 def sparse_poly_softmax(
   x: Float[Array, '*rows n'],
   top_k: Int[Array, '*#rows'] | int,
-  coeffs: Float[Array, '4'] | tuple[float, float, float, float] = SOFTMAX,
+  coeffs: Float[Array, '4'] | tuple[float | int, ...] = SOFTMAX,
   *,
   clamp: float = 0.0,
   max_k: int | None = None,
