@@ -16,6 +16,7 @@ the share of them that is read beyond that. No gradient flows through the
 choice. Not done here: the cache of decoding, and sampling keys.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,8 @@ from psa_jax import schedules
 from psa_jax.attention import blocks
 from psa_jax.config import AttentionConfig, TopkConfig
 from psa_jax.kernels import topk as engine
-from psa_jax.kernels.topk_attention import clamped, topk_attention, value
+from psa_jax.kernels.softmax import polynomial
+from psa_jax.kernels.topk_attention import topk_attention
 from psa_jax.types import AttnOut, Learned, Scalar
 
 SOFTMAX = (0.0, 1.0, 0.0, 0.0)  # coefficients a0 to a3 of the plain softmax
@@ -223,13 +225,14 @@ def sparse_poly_softmax(
   Raises:
     ValueError: see `kernels.topk.top_k`.
   """
-  coeffs = jnp.asarray(coeffs, jnp.float32)
+  a0, *rest = jnp.asarray(coeffs, jnp.float32)
+  coeffs = jnp.stack([lax.stop_gradient(a0), *rest])
   best = engine.top_k(x, top_k, max_k=max_k, implementation=implementation)
   slots = jnp.arange(best.values.shape[-1])
   slots = slots.reshape((1,) * (x.ndim - 1) + slots.shape)
   real = (slots < best.count[..., None]) & (best.values > -jnp.inf)
   s = jnp.where(real, best.values, 0).astype(jnp.float32)
-  e = value(clamped(s, clamp), coeffs)
+  e = polynomial(s, coeffs, clamp=clamp or math.inf)
   e = jnp.where(real, e, -jnp.inf)
   top = lax.stop_gradient(e.max(-1, keepdims=True))
   weights = jnp.exp(jnp.where(real, e - top, -jnp.inf))

@@ -178,8 +178,9 @@ def test_learned_coefficients_take_the_place_of_the_configured():
   oracles.check_close(run.out, want)
   fixed = base.attend(q, k, v, config=settings(), step=0, learned=learned)
   oracles.check_close(fixed.out, oracle(q, k, v, 0.25, module.SOFTMAX)[0])
-  module_ = topk_parameters.make(model(learnable=True), rngs=nnx.Rngs(0))
-  start = module_(None, rope=None).weights['coefficients']
+  own = topk_parameters.make(model(learnable=True), rngs=nnx.Rngs(0))
+  assert own is not None
+  start = own(None, rope=None).weights['coefficients']
   np.testing.assert_array_equal(start, np.float32(module.SOFTMAX))
 
 

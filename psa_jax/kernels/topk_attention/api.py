@@ -2,8 +2,8 @@
 
 Every query keeps the `counts` largest raw scores among the keys it sees, ties
 by position (`psa_jax/kernels/topk`), and weighs them by the softmax of a
-polynomial of the clamped score (`polynomial.py`). Every other key has weight
-exactly 0. The choice is made before clamp and polynomial: an even polynomial
+polynomial of the clamped score (`kernels/softmax.py`). Every other key has
+weight exactly 0. The choice is made before clamp and polynomial: an even one
 may give a low score a high weight, but not a place.
 
 What is saved is which values count, not the scores: to know the k best of a
@@ -16,12 +16,13 @@ for accelerators, which take `xla` (the selection inside is Pallas on a TPU).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import arguments, platform, softmax
 from psa_jax.kernels.platform import Implementation
 from psa_jax.kernels.topk_attention import reference, xla
 
@@ -37,7 +38,7 @@ class Spec:
 
   causal: bool
   max_count: int
-  clamp: float
+  kind: softmax.Kind
   scale: float
 
 
@@ -66,7 +67,9 @@ def topk_attention(
       itself.
     k: keys.
     v: values; `Hv` may differ from `H`.
-    coeffs: a0 to a3, ascending; (0, 1, 0, 0) is the softmax.
+    coeffs: a0 to a3, ascending; (0, 1, 0, 0) is the softmax. a0 moves no
+      weight, for it adds the same to every key, and its gradient is exactly 0:
+      the noise of rounding in its place is what Adam would make steps of.
     begin: the first key that each query sees, and
     end: one past the last.
     counts: keys that each query keeps, of those it sees; traced. At most the
@@ -98,10 +101,12 @@ def topk_attention(
     raise ValueError(f'clamp={clamp} must be >= 0; 0 turns it off')
   most = S if max_count is None else min(max(max_count, 1), S)
   scale = arguments.scale_or_default(q, scale)
-  spec = Spec(causal, most, float(clamp), scale)
+  kind = softmax.Kind('polynomial', clamp=float(clamp) or math.inf)
+  spec = Spec(causal, most, kind, scale)
   begin, end = (jnp.clip(x.astype(jnp.int32), 0, S) for x in (begin, end))
   counts = jnp.clip(counts.astype(jnp.int32), 0, jnp.maximum(end - begin, 0))
   rows = jax.lax.stop_gradient((begin, end, jnp.minimum(counts, most)))
-  args = q, k, v, coeffs, rows
+  a0 = jax.lax.stop_gradient(coeffs[:1])
+  args = q, k, v, jnp.concatenate([a0, coeffs[1:]]), rows
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
   return run(*args, spec=spec)

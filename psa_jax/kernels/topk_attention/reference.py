@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from psa_jax.kernels import topk
-from psa_jax.kernels.topk_attention import polynomial
 
 
 def topk_attention(q, k, v, coeffs, rows, *, spec):
@@ -22,8 +21,8 @@ def topk_attention(q, k, v, coeffs, rows, *, spec):
     implementation='reference',
   )
   kept = kept & seen
-  c = polynomial.clamped(jnp.where(kept, s, 0), spec.clamp)
-  e = jnp.where(kept, polynomial.value(c, coeffs), -jnp.inf)
+  e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
+  e = jnp.where(kept, e, -jnp.inf)
   top = jnp.max(e, -1, keepdims=True)
   top = jnp.where(jnp.isfinite(top), top, 0)
   p = jnp.where(kept, jnp.exp(jnp.where(kept, e, 0) - top), 0)

@@ -24,7 +24,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from psa_jax.kernels import softmax, topk
 from psa_jax.kernels.tiles import Tiles
-from psa_jax.kernels.topk_attention import polynomial
 
 TILE_SCORES = 2**20  # scores of a tile; with fewer than
 MIN_ROWS = 64  # rows the products are too thin
@@ -133,8 +132,8 @@ def _weigh(spec, s, values, coeffs, row):
   score = jnp.where(kept, s, jnp.inf).min(-1)
   pos = jnp.arange(s.shape[1])[None]
   last = jnp.where(kept & (s == score[:, None]), pos, -1).max(-1)
-  c = polynomial.clamped(jnp.where(kept, s, 0), spec.clamp)
-  e = jnp.where(kept, polynomial.value(c, coeffs), softmax.MASKED)
+  e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
+  e = jnp.where(kept, e, softmax.MASKED)
   run = softmax.start(len(s), values.shape[-1], s.dtype)
   out, lse = softmax.finish(softmax.add(run, e, values), values.dtype)
   return out, lse, _Cut(score, last)
@@ -195,14 +194,12 @@ def _part_grads(
     kept = (s > score) | (pos == last) | ((s == score) & (pos < last))
     kept = kept & _seen(row, tiles.S)
     s = jnp.where(kept, s, 0)
-    c = polynomial.clamped(s, spec.clamp)
-    e = polynomial.value(c, coeffs)
+    e = spec.kind.scores(s, coeffs)
     p = jnp.where(kept, jnp.exp(e - top.lse[:, None]), 0)
     dp = softmax.dot('rh,sh->rs', d_out[i], vb[head], acc)
     d_e = p * (dp - top.delta[:, None])
-    d_coeffs += polynomial.coefficient_gradients(c, d_e)
-    free = polynomial.inside(s, spec.clamp)
-    ds = jnp.where(free, d_e * polynomial.slope(c, coeffs), 0).astype(q.dtype)
+    ds, more = softmax.through_polynomial(d_e, s, coeffs, spec.kind)
+    d_coeffs, ds = d_coeffs + more, ds.astype(q.dtype)
     weights = p.astype(values.dtype)
     dv = dv.at[head].add(softmax.dot('rs,rh->sh', weights, d_out[i], acc))
     dk = dk.at[head].add(softmax.dot('rs,rh->sh', ds, qt[i], acc) * factor)
