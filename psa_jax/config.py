@@ -180,6 +180,76 @@ class OnDemandConfig:
 
 
 @dataclass(frozen=True)
+class TopkConfig:
+  """Token-level top-k, polynomial softmax (MECHANISMS section 4).
+
+  Attributes:
+    keep: schedule of the share of its visible keys that a query keeps, in
+      (0, 1]. The default is 0.25 throughout; a `length` makes it a ramp from 1.
+    coefficients: a0 to a3 of the polynomial, ascending; (0, 1, 0, 0) is the
+      plain softmax.
+    mix: schedule of the share of these coefficients, in [0, 1]; the rest is
+      the plain softmax.
+    learnable: the coefficients are where a layer's own start from.
+    clamp: scores are cut to [-clamp, clamp] before the polynomial; 0 is off.
+    sparsify_q, sparsify_k: share of the channels of each query and key that
+      stay, the largest in magnitude.
+    eval_keep: keep ratio used outside training; 0 means the schedule's value
+      at the step being evaluated.
+  """
+
+  keep: ScheduleConfig = ScheduleConfig(kind='linear', final=0.25)
+  coefficients: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
+  mix: ScheduleConfig = ScheduleConfig()
+  learnable: bool = False
+  clamp: float = 0.0
+  sparsify_q: float = 1.0
+  sparsify_k: float = 1.0
+  eval_keep: float = runtime(0.0)
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+  """Sliding window and global key blocks (MECHANISMS section 5).
+
+  Attributes:
+    block_q: queries that share one block list (1 is per token).
+    block_k: keys per block.
+    window: tokens before each query that are always read.
+    sink_blocks: first blocks of the sequence that are always read.
+    keep: schedule of the cap: most blocks read beside window and sink, as a
+      share of the causally visible ones, in (0, 1]. The default is 0.25
+      throughout; a `length` makes it a ramp from 1.
+    coefficient: c of the dynamic mask, `ceil(c exp(entropy))` blocks.
+    min_blocks: its lower end, unless the cap is below.
+    scoring: `mean` ranks blocks by their mean key, `bounds` by Quest's upper
+      bound; entropy is always that of the means.
+    max_blocks: width M of the block list; 0 means what window, sink and the
+      schedule's largest cap ask for.
+    eval_keep: cap used outside training; 0 means the schedule's value at the
+      step being evaluated.
+  """
+
+  block_q: int = 128
+  block_k: int = 64
+  window: int = 512
+  sink_blocks: int = 0
+  keep: ScheduleConfig = ScheduleConfig(kind='linear', final=0.25)
+  coefficient: float = 1.0
+  min_blocks: int = 4
+  scoring: str = choice('mean', 'mean', 'bounds')
+  max_blocks: int = 0
+  eval_keep: float = runtime(0.0)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the cap."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -189,16 +259,18 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa, on_demand: the settings of each mechanism.
+    dense, psa, topk, hybrid, on_demand: the settings of each mechanism.
   """
 
-  name: str = choice('dense', 'dense', 'psa', 'on_demand')
+  name: str = choice('dense', 'dense', 'psa', 'topk', 'hybrid', 'on_demand')
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
   check_lists: bool = runtime(False)
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
+  topk: TopkConfig = TopkConfig()
+  hybrid: HybridConfig = HybridConfig()
   on_demand: OnDemandConfig = OnDemandConfig()
 
 

@@ -123,6 +123,14 @@ def upper_bound(cfg: ScheduleConfig) -> float:
   return float(np.float32(max(values)))
 
 
+def last_value(cfg: ScheduleConfig) -> float:
+  """Returns the value that `make(cfg)` keeps in the end."""
+  validate(cfg)
+  if cfg.kind == 'piecewise':
+    return cfg.values[-1]
+  return cfg.init if cfg.kind == 'constant' else cfg.final
+
+
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
   """Returns `schedules[i]` from step `boundaries[i - 1]` on.
 

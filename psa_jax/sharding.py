@@ -58,6 +58,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'mean': ('norm',),
   'var': ('norm',),
   'eta': (),
+  'coefficients': ('power',),
 }
 
 

@@ -10,13 +10,33 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from psa_jax.config import Config, ConfigError, ScheduleConfig
+from psa_jax.config import (
+  Config,
+  ConfigError,
+  HybridConfig,
+  ScheduleConfig,
+  TopkConfig,
+)
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
 _OPTIONAL = '[0, inf)'
 _POSITIVE = '(0, inf)'
 _DEVICES = '-1 or [1, inf)'
+_DEFAULT = ScheduleConfig()
+
+
+def _schedule_ranges(path: str, allowed: str) -> dict[str, str]:
+  """Ranges of the numbers of the schedule at `path`, with values `allowed`."""
+  return {
+    f'{path}.init': allowed,
+    f'{path}.final': allowed,
+    f'{path}.values': allowed,
+    f'{path}.begin': _OPTIONAL,
+    f'{path}.length': _OPTIONAL,
+    f'{path}.boundaries': _COUNT,
+  }
+
 
 # Intervals as in mathematics; `inf` itself and NaN are never allowed. For a
 # tuple the range is that of each entry. Every number of the tree is here; whole
@@ -43,18 +63,6 @@ RANGES = {
   'model.attention.psa.sink_blocks': _OPTIONAL,
   'model.attention.psa.max_blocks': _OPTIONAL,
   'model.attention.psa.eval_keep': '[0, 1]',
-  **{
-    f'model.attention.psa.{schedule}.{key}': allowed
-    for schedule in ('keep', 'mass')
-    for key, allowed in (
-      ('init', _SHARE),
-      ('final', _SHARE),
-      ('values', _SHARE),
-      ('begin', _OPTIONAL),
-      ('length', _OPTIONAL),
-      ('boundaries', _COUNT),
-    )
-  },
   'model.attention.on_demand.high_bits': '[2, 12]',
   'model.attention.on_demand.low_bits': '[1, 8]',
   'model.attention.on_demand.query_bits': '[2, 12]',
@@ -63,6 +71,24 @@ RANGES = {
   'model.quant.warmup_steps': _OPTIONAL,
   'model.quant.quantization_interval': _COUNT,
   'model.quant.eval_bits': '0 or [2, 16]',
+  **_schedule_ranges('model.attention.psa.keep', _SHARE),
+  **_schedule_ranges('model.attention.psa.mass', _SHARE),
+  'model.attention.topk.coefficients': '(-inf, inf)',
+  'model.attention.topk.clamp': _OPTIONAL,
+  'model.attention.topk.sparsify_q': _SHARE,
+  'model.attention.topk.sparsify_k': _SHARE,
+  'model.attention.topk.eval_keep': '[0, 1]',
+  **_schedule_ranges('model.attention.topk.keep', _SHARE),
+  **_schedule_ranges('model.attention.topk.mix', '[0, 1]'),
+  'model.attention.hybrid.block_q': _COUNT,
+  'model.attention.hybrid.block_k': _COUNT,
+  'model.attention.hybrid.window': _COUNT,
+  'model.attention.hybrid.sink_blocks': _OPTIONAL,
+  'model.attention.hybrid.coefficient': _POSITIVE,
+  'model.attention.hybrid.min_blocks': _OPTIONAL,
+  'model.attention.hybrid.max_blocks': _OPTIONAL,
+  'model.attention.hybrid.eval_keep': '[0, 1]',
+  **_schedule_ranges('model.attention.hybrid.keep', _SHARE),
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -196,18 +222,47 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
-def _check_list_width(config: Config) -> Iterator[str]:
-  psa = config.model.attention.psa
-  blocks = max([-(-T // psa.block_k) for T in config.train.seq_len], default=0)
-  forced = min(psa.forced_blocks, blocks)
-  if 0 < psa.max_blocks < forced:
+def _check_topk(config: Config) -> Iterator[str]:
+  topk, path = config.model.attention.topk, 'config.model.attention.topk'
+  yield from _check_schedule(f'{path}.keep', topk.keep, TopkConfig().keep)
+  yield from _check_schedule(f'{path}.mix', topk.mix)
+  if len(topk.coefficients) != 4:
     yield (
-      f'config.model.attention.psa.max_blocks is {psa.max_blocks}, but sink '
-      f'and window take up to {forced} blocks; raise it or use 0'
+      f'{path}.coefficients has {len(topk.coefficients)} entries, but a cubic '
+      'has four, a0 to a3; (0, 1, 0, 0) is the plain softmax'
+    )
+  if topk.mix.kind == 'exponential' and not (topk.mix.init and topk.mix.final):
+    yield (
+      f'{path}.mix is exponential, which cannot begin or end at 0; set '
+      f'{path}.mix.kind=linear'
     )
 
 
-def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
+def _check_hybrid(config: Config) -> Iterator[str]:
+  yield from _check_schedule(
+    'config.model.attention.hybrid.keep',
+    config.model.attention.hybrid.keep,
+    HybridConfig().keep,
+  )
+
+
+def _check_list_width(config: Config) -> Iterator[str]:
+  for name in ('psa', 'hybrid'):
+    cfg = getattr(config.model.attention, name)
+    blocks = [-(-T // cfg.block_k) for T in config.train.seq_len]
+    forced = min(cfg.forced_blocks, max(blocks, default=0))
+    if 0 < cfg.max_blocks < forced:
+      yield (
+        f'config.model.attention.{name}.max_blocks is {cfg.max_blocks}, but '
+        f'sink and window take up to {forced} blocks; raise it or use 0'
+      )
+
+
+def _check_schedule(
+  path: str,
+  schedule: ScheduleConfig,
+  default: ScheduleConfig = _DEFAULT,
+) -> Iterator[str]:
   boundaries, values = schedule.boundaries, schedule.values
   if schedule.kind != 'piecewise':
     if boundaries or values:
@@ -215,7 +270,6 @@ def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
         f'{path}.boundaries and values are read by kind=piecewise only, but '
         f'the kind is {schedule.kind}'
       )
-    default = ScheduleConfig()
     moves = schedule.begin or schedule.length
     if schedule.final not in (schedule.init, default.final):
       moves = True
@@ -293,6 +347,8 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_data,
   _check_heads,
   _check_schedules,
+  _check_topk,
+  _check_hybrid,
   _check_list_width,
   _check_quant,
   _check_optim,

@@ -10,6 +10,8 @@ from psa_jax.validate import RANGES, validate
 
 PSA = 'model.attention.psa.'
 ON_DEMAND = 'model.attention.on_demand.'
+TOPK = 'model.attention.topk.'
+HYBRID = 'model.attention.hybrid.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -90,6 +92,21 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     ('model.quant.quantization_interval', 0, 1),
     ('model.quant.eval_bits', 1, 0),
     ('model.quant.eval_bits', 17, 2),
+    (TOPK + 'keep.init', 0.0, 1e-3),
+    (TOPK + 'mix.init', 1.01, 0.0),
+    (TOPK + 'clamp', -1.0, 0.0),
+    (TOPK + 'sparsify_q', 0.0, 0.5),
+    (TOPK + 'sparsify_k', 1.5, 1.0),
+    (TOPK + 'eval_keep', 1.01, 1.0),
+    (HYBRID + 'block_q', 0, 1),
+    (HYBRID + 'block_k', 0, 1),
+    (HYBRID + 'window', 0, 1),
+    (HYBRID + 'sink_blocks', -1, 0),
+    (HYBRID + 'coefficient', 0.0, 0.1),
+    (HYBRID + 'min_blocks', -1, 0),
+    (HYBRID + 'max_blocks', -1, 0),
+    (HYBRID + 'eval_keep', -0.1, 0.0),
+    (HYBRID + 'keep.final', 1.01, 1.0),
     ('optim.learning_rate', 0.0, 1e-9),
     ('optim.final_lr_ratio', 1.1, 1.0),
     ('optim.b1', 1.0, 0.0),
@@ -138,13 +155,36 @@ def test_settings_that_would_not_be_read_are_refused():
   fine({PSA + 'budget': 'mass', PSA + 'mass.init': 0.9})
 
 
-def test_a_block_list_holds_sink_and_window():
+@pytest.mark.parametrize(('path', 'forced'), [(PSA, 12), (HYBRID, 11)])
+def test_a_block_list_holds_sink_and_window(path, forced):
   """By default 1 block of sink, 8 of window and 2 of the tile, or parts."""
   long = {'train.seq_len': (4096,)}
-  message = problem(long | {PSA + 'max_blocks': 11})
-  assert 'max_blocks is 11, but sink and window take up to 12' in message
-  fine(long | {PSA + 'max_blocks': 12})
-  fine({'train.seq_len': (256,), PSA + 'max_blocks': 4})
+  message = problem(long | {path + 'max_blocks': forced - 1})
+  words = f'is {forced - 1}, but sink and window take up to {forced} blocks'
+  assert f'{path}max_blocks {words}' in message
+  fine(long | {path + 'max_blocks': forced})
+  fine({'train.seq_len': (256,), path + 'max_blocks': 4})
+
+
+@pytest.mark.parametrize('path', [TOPK, HYBRID])
+def test_schedules_that_fall_to_a_quarter_by_default(path):
+  """A length alone makes a ramp; constant takes any value."""
+  fine({path + 'keep.length': 100})
+  fine({path + 'keep.kind': 'constant', path + 'keep.init': 0.5})
+  message = problem({path + 'keep.kind': 'constant', path + 'keep.final': 0.1})
+  assert 'not read by kind=constant' in message
+
+
+def test_a_cubic_has_four_coefficients():
+  message = problem({TOPK + 'coefficients': (1.0, 0.0)})
+  assert 'coefficients has 2 entries' in message and 'a0 to a3' in message
+  fine({TOPK + 'coefficients': (0.0, -1.0, 0.5, 0.1)})
+
+
+def test_an_exponential_mix_cannot_start_at_nothing():
+  changes = {TOPK + 'mix.kind': 'exponential', TOPK + 'mix.length': 5}
+  assert 'mix.kind=linear' in problem(changes | {TOPK + 'mix.init': 0.0})
+  fine(changes | {TOPK + 'mix.init': 1e-3})
 
 
 def test_all_problems_are_named_at_once():

@@ -24,9 +24,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from psa_jax.attention import topk_parameters
 from psa_jax.attention.dense import dense
+from psa_jax.attention.hybrid import hybrid
 from psa_jax.attention.on_demand import on_demand
 from psa_jax.attention.psa import psa
+from psa_jax.attention.topk import topk
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
 from psa_jax.types import AttnOut, Learned, Scalar
 
@@ -53,21 +56,25 @@ class Mechanism(Protocol):
 
 
 class Parameters(Protocol):
-  """Makes the module of a mechanism that has parameters.
+  """Makes the module of a mechanism that has parameters, or None.
 
   The module answers `module(x, *, rope) -> Learned` for the layer's
   normalised input x [B, T, D] and the rotary table of its positions.
   """
 
-  def __call__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module: ...
+  def __call__(
+    self, config: ModelConfig, *, rngs: nnx.Rngs
+  ) -> nnx.Module | None: ...
 
 
 MECHANISMS: dict[str, Mechanism] = {
   'dense': dense,
   'psa': psa,
+  'topk': topk,
+  'hybrid': hybrid,
   'on_demand': on_demand,
 }
-PARAMETERS: dict[str, Parameters] = {}
+PARAMETERS: dict[str, Parameters] = {'topk': topk_parameters.make}
 
 
 def attend(

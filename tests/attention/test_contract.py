@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from psa_jax.attention import base
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.config import (
+  AttentionConfig,
+  HybridConfig,
+  PsaConfig,
+  ScheduleConfig,
+  TopkConfig,
+)
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -30,6 +36,20 @@ def psa(keep=0.3, **kw):
 def psa_mass(mass=0.5, **kw):
   schedule = ScheduleConfig(init=mass, final=mass)
   return psa(budget='mass', mass=schedule, **kw)
+
+
+def topk(keep=0.25, mix=1.0, **kw):
+  cfg = dict(keep=ScheduleConfig(init=keep), mix=ScheduleConfig(init=mix))
+  return AttentionConfig(name='topk', topk=TopkConfig(**cfg | kw))
+
+
+def hybrid(keep=0.25, **kw):
+  cfg = dict(block_q=16, block_k=8, window=12, min_blocks=1)
+  cfg |= dict(keep=ScheduleConfig(init=keep))
+  return AttentionConfig(name='hybrid', hybrid=HybridConfig(**cfg | kw))
+
+
+CUBIC = dict(coefficients=(0.3, 0.8, 0.05, 0.01), clamp=5.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +71,25 @@ ROWS = {
   ),
   # Integers are never exact: its bounds are in tests/quant/test_on_demand.py.
   'on_demand': Row(AttentionConfig('on_demand'), None, sparse=False),
+  'topk': Row(topk(), topk(1.0)),
+  'topk cubic': Row(
+    topk(sparsify_q=0.5, sparsify_k=0.75, **CUBIC),
+    topk(1.0, mix=0.0, coefficients=CUBIC['coefficients']),
+  ),
+  'topk learned': Row(topk(learnable=True), topk(1.0, mix=0.0, learnable=True)),
+  'hybrid': Row(hybrid(), hybrid(1.0)),
+  'hybrid per token': Row(hybrid(block_q=1), hybrid(1.0, block_q=1)),
+  'hybrid bounds': Row(
+    hybrid(scoring='bounds', sink_blocks=1), hybrid(1.0, scoring='bounds')
+  ),
 }
 # What stands in for a mechanism's parameters, by its name: a function of q, k
 # and v, token by token, so that a leak through it is seen as one through them.
-LEARNED: dict[str, Callable[..., Learned]] = {}
+LEARNED: dict[str, Callable[..., Learned]] = {
+  'topk': lambda q, k, v: Learned(
+    weights={'coefficients': jnp.asarray(CUBIC['coefficients'])}
+  )
+}
 IMPLEMENTATIONS = ('reference', 'xla')
 every = pytest.mark.parametrize('name', list(ROWS))
 both = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
@@ -91,6 +126,19 @@ def eager(q, k, v, config, segment_ids=None, step=0, train=True):
 
 
 attend = jax.jit(eager, static_argnames=('config', 'train'))
+
+
+def changed(config, **changes):
+  """`config` with other settings of its own mechanism."""
+  own = dataclasses.replace(getattr(config, config.name), **changes)
+  return dataclasses.replace(config, **{config.name: own})
+
+
+def scheduled(config, schedule):
+  """`config` with every schedule of its own mechanism replaced."""
+  own = vars(getattr(config, config.name))
+  names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
+  return changed(config, **dict.fromkeys(names, schedule))
 
 
 def using(config, implementation):
@@ -239,8 +287,7 @@ def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""
   traces, config = [], ROWS[name].config
   ramp = ScheduleConfig(kind='linear', init=1.0, final=1e-5, length=3)
-  moving = dataclasses.replace(config.psa, keep=ramp, mass=ramp)
-  config = dataclasses.replace(config, psa=moving)
+  config = scheduled(config, ramp)
 
   @jax.jit
   def run(step, *args):

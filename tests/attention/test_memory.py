@@ -15,17 +15,20 @@ from tests.attention.test_contract import ROWS
 
 LENGTHS = 8192, 16_384
 CHILD = """
-import dataclasses, json, sys
+import json, sys
 import jax
 import jax.numpy as jnp
 from psa_jax.attention import base
-from tests.attention.test_contract import ROWS
+from tests.attention.test_contract import LEARNED, ROWS, changed
 
 def temporaries(config, T):
-  psa = dataclasses.replace(config.psa, max_blocks=32)
-  config = dataclasses.replace(config, psa=psa)
+  if hasattr(getattr(config, config.name), 'max_blocks'):
+    config = changed(config, max_blocks=32)
+  learned = LEARNED.get(config.name, lambda *args: None)
   def loss(q, k, v):
-    out, _ = base.attend(q, k, v, config=config, step=0)
+    out, _ = base.attend(
+      q, k, v, config=config, step=0, learned=learned(q, k, v)
+    )
     return out.sum()
   shape = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
   step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape)
