@@ -161,6 +161,11 @@ class PsaConfig:
     return self.sink_blocks + own + window + 1
 
 
+# Mechanisms whose budget, a share of the visible keys, `train.controller` can
+# set in place of their schedule.
+BUDGETED = ('psa',)
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
@@ -239,17 +244,50 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ControllerConfig:
+  """A closed loop that sets attention's budget (see `train.controller`).
+
+  Attributes:
+    kind: `none` leaves the budget to the mechanism's schedule; `mass` watches
+      the softmax mass that the selection retains; `loss` the training loss.
+    target: retained mass to stay above.
+    tolerance: how far above the target the mass must be before the budget is
+      lowered; for `loss`, nats that the loss may lie above its reference.
+    begin: steps of dense attention first.
+    every: steps between two looks.
+    lower: longest stride down, a factor on the budget.
+    back_off: stride up, likewise.
+    hold: looks without a stride down after one up.
+    floor: smallest budget.
+    forget: share by which the reference of the loss follows one above it.
+  """
+
+  kind: str = choice('none', 'none', 'mass', 'loss')
+  target: float = 0.9
+  tolerance: float = 0.02
+  begin: int = 0
+  every: int = 5
+  lower: float = 0.9
+  back_off: float = 1.2
+  hold: int = 2
+  floor: float = 0.02
+  forget: float = 0.1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
   """The run's length: stages of a context-length curriculum.
 
   `steps`, `seq_len` and `batch_size` have one entry a stage; each stage is
   compiled once. `loss_chunk` bounds the logits that exist at a time.
+  `controller` may take the place of the attention's budget schedule.
   """
 
   steps: tuple[int, ...] = runtime((100,))
   seq_len: tuple[int, ...] = (1024,)
   batch_size: tuple[int, ...] = (8,)
   loss_chunk: int = 8192
+  controller: ControllerConfig = ControllerConfig()
 
 
 @dataclass(frozen=True)

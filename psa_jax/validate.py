@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from psa_jax.config import Config, ConfigError, ScheduleConfig
+from psa_jax.config import BUDGETED, Config, ConfigError, ScheduleConfig
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
@@ -69,6 +69,15 @@ RANGES = {
   'train.seq_len': _COUNT,
   'train.batch_size': _COUNT,
   'train.loss_chunk': _COUNT,
+  'train.controller.target': '(0, 1)',
+  'train.controller.tolerance': _POSITIVE,
+  'train.controller.begin': _OPTIONAL,
+  'train.controller.every': _COUNT,
+  'train.controller.lower': '(0, 1)',
+  'train.controller.back_off': '(1, inf)',
+  'train.controller.hold': _OPTIONAL,
+  'train.controller.floor': _SHARE,
+  'train.controller.forget': '[0, 1]',
   'eval.every': _OPTIONAL,
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
@@ -188,6 +197,33 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
+def _check_controller(config: Config) -> Iterator[str]:
+  controller, attention = config.train.controller, config.model.attention
+  if controller.kind == 'none':
+    return
+  name = attention.name
+  if name not in BUDGETED:
+    yield (
+      f'config.train.controller.kind is {controller.kind}, but attention {name} '
+      f'has no budget to set; choose from {", ".join(BUDGETED)}, or kind=none'
+    )
+    return
+  own, path = getattr(attention, name), f'config.model.attention.{name}'
+  if own.budget != 'ratio':
+    yield f'{path}.budget is {own.budget}, but train.controller sets a ratio'
+  if own.keep != ScheduleConfig():
+    yield (
+      f'{path}.keep is not read, for train.controller takes its place; leave '
+      'it at its default'
+    )
+  reach = controller.target + controller.tolerance
+  if controller.kind == 'mass' and reach >= 1:
+    yield (
+      f'config.train.controller.target + tolerance is {reach:g}, but no more '
+      'than a mass of 1 can be retained'
+    )
+
+
 def _check_list_width(config: Config) -> Iterator[str]:
   psa = config.model.attention.psa
   blocks = max([-(-T // psa.block_k) for T in config.train.seq_len], default=0)
@@ -268,6 +304,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_data,
   _check_heads,
   _check_schedules,
+  _check_controller,
   _check_list_width,
   _check_optim,
   _check_stages,

@@ -66,13 +66,14 @@ def psa(
   train: bool = True,
   causal: bool = True,
   learned: Learned | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
   Args and errors as in `base.attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
-  over a few sampled queries).
+  over a few sampled queries), and `budget`, the keep ratio (or mass) used.
   """
   del learned  # no parameters
   if not causal:
@@ -80,9 +81,8 @@ def psa(
       'attention psa is causal; a bidirectional model takes dense'
     )
   cfg = config.psa
-  blocks = select_blocks(
-    q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
-  )
+  budget = budget_at(cfg, step, train, budget)
+  blocks = select_blocks(q, k, cfg, budget=budget, segment_ids=segment_ids)
   out, lse = block_sparse_attention(
     q,
     k,
@@ -104,18 +104,29 @@ def psa(
     # One minus the rest, which is exactly 1 where everything is read.
     'density': 1 - ((visible - read) / visible).mean(),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'budget': budget,
   }
   return AttnOut(out, aux)
 
 
-def budget_at(cfg: PsaConfig, step: Scalar, train: bool) -> jax.Array:
+def budget_at(
+  cfg: PsaConfig, step: Scalar, train: bool, budget: Scalar | None = None
+) -> jax.Array:
   """The keep ratio (or the mass) at `step`; outside training its own, if set.
+
+  Args:
+    cfg: the schedules.
+    step: optimiser step.
+    train: whether this is a training step.
+    budget: takes the place of the schedule, if given.
 
   Returns:
     f32 scalar in (0, 1].
   """
   if not train and cfg.eval_keep:
     return jnp.float32(cfg.eval_keep)
+  if budget is not None:
+    return jnp.asarray(budget, jnp.float32)
   schedule = cfg.keep if cfg.budget == 'ratio' else cfg.mass
   return schedules.make(schedule)(step)
 
@@ -173,7 +184,7 @@ def select_blocks(
     bounds=cfg.scoring == 'bounds',
     segment_ids=segment_ids,
   )
-  starts = _document_start(segment_ids, B, T)[:, :: cfg.block_q]
+  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
   first = jnp.arange(0, T, cfg.block_q)[None]
   return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
 
@@ -248,7 +259,7 @@ def next_blocks(
   return lax.cond(begins.any(), renew, lambda: previous)
 
 
-def _document_start(segment_ids, B, T):
+def document_start(segment_ids, B, T):
   """[B, T] position of the first token of every token's document."""
   if segment_ids is None:
     return jnp.zeros((B, T), jnp.int32)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from psa_jax import models, sharding
 from psa_jax.config import Config
-from psa_jax.train import optim
+from psa_jax.train import controller, optim
 
 
 class TrainState(NamedTuple):
@@ -36,6 +36,7 @@ class TrainState(NamedTuple):
     opt_state: Adam's moments.
     fault: int32, 0 or which check of `step.FAULTS` an update failed, counted
       from 1. From then on the state does not change.
+    controller: what sets attention's budget; () without one.
   """
 
   step: Any
@@ -43,6 +44,7 @@ class TrainState(NamedTuple):
   model_state: Any
   opt_state: Any
   fault: Any
+  controller: Any = ()
 
 
 class Program(NamedTuple):
@@ -138,6 +140,7 @@ def _create(config, vocab_size, optimizer, seed):
     # f32 moments whatever the parameters' dtype
     opt_state=optimizer.init(optax.tree.cast(params, jnp.float32)),
     fault=jnp.int32(0),
+    controller=controller.init(config.train.controller),
   )
   return graphdef, state
 
@@ -158,4 +161,5 @@ def _shardings(shapes: TrainState, optimizer, mesh: Mesh) -> TrainState:
       transform_non_params=lambda _: whole,
     ),
     fault=whole,
+    controller=jax.tree.map(lambda _: whole, shapes.controller),
   )
