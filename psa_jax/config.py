@@ -161,9 +161,62 @@ class PsaConfig:
     return self.sink_blocks + own + window + 1
 
 
+@dataclass(frozen=True)
+class DsaConfig:
+  """A learned indexer chooses the keys (MECHANISMS section 11).
+
+  `block_q=1, block_k=1, window=1, sink_blocks=0` is the paper's choice of
+  tokens for every query; it is exact, and slow.
+
+  Attributes:
+    heads, width: J heads of the indexer, and the channels of each.
+    block_q, block_k, window, sink_blocks: as in `PsaConfig`.
+    budget: `tokens` reads `top_k(step)` keys a query, `ratio` reads
+      `keep(step)` of the causally visible blocks.
+    top_k, keep: the schedules of the two budgets.
+    pooling: a block's score: the `max` or `sum` of its tokens' scores, or their
+      `mass`, the logarithm of the sum of their exponentials.
+    warmup_steps: steps of stage 1: attention is dense and only the indexer
+      trains. Then stage 2: sparse attention, and everything trains.
+    eval_budget: budget used outside training; 0 means the schedule's.
+  """
+
+  heads: int = 4
+  width: int = 32
+  block_q: int = 128
+  block_k: int = 64
+  window: int = 512
+  sink_blocks: int = 1
+  budget: str = choice('tokens', 'tokens', 'ratio')
+  top_k: ScheduleConfig = ScheduleConfig(init=2048.0)
+  keep: ScheduleConfig = ScheduleConfig()
+  pooling: str = choice('max', 'max', 'sum', 'mass')
+  warmup_steps: int = 0
+  eval_budget: float = runtime(0.0)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the budget."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
+
+
+@dataclass(frozen=True)
+class SlaConfig:
+  """Simplified linear attention (MECHANISMS section 2).
+
+  Attributes:
+    positions: rows of the learned position bias; later tokens of a document
+      share the last one.
+  """
+
+  positions: int = 1024
+
+
 # Mechanisms whose budget, a share of the visible keys, `train.controller` can
 # set in place of their schedule.
-BUDGETED = ('psa',)
+BUDGETED = ('psa', 'dsa')
 
 
 @dataclass(frozen=True)
@@ -176,16 +229,23 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa: the settings of each mechanism.
+    dense, psa, dsa, sla: the settings of each mechanism.
   """
 
-  name: str = choice('dense', 'dense', 'psa')
+  name: str = choice('dense', 'dense', 'psa', 'dsa', 'sla')
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
   check_lists: bool = runtime(False)
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
+  dsa: DsaConfig = DsaConfig()
+  sla: SlaConfig = SlaConfig()
+
+  @property
+  def frozen_steps(self) -> int:
+    """Steps in which only the mechanism's own parameters train."""
+    return self.dsa.warmup_steps if self.name == 'dsa' else 0
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,27 @@ RANGES = {
       ('boundaries', _COUNT),
     )
   },
+  'model.attention.dsa.heads': _COUNT,
+  'model.attention.dsa.width': _COUNT,
+  'model.attention.dsa.block_q': _COUNT,
+  'model.attention.dsa.block_k': _COUNT,
+  'model.attention.dsa.window': _COUNT,
+  'model.attention.dsa.sink_blocks': _OPTIONAL,
+  'model.attention.dsa.warmup_steps': _OPTIONAL,
+  'model.attention.dsa.eval_budget': _OPTIONAL,
+  **{
+    f'model.attention.dsa.{schedule}.{key}': allowed
+    for schedule, amount in (('keep', _SHARE), ('top_k', _COUNT))
+    for key, allowed in (
+      ('init', amount),
+      ('final', amount),
+      ('values', amount),
+      ('begin', _OPTIONAL),
+      ('length', _OPTIONAL),
+      ('boundaries', _COUNT),
+    )
+  },
+  'model.attention.sla.positions': _COUNT,
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -197,6 +218,19 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
+def _check_dsa(config: Config) -> Iterator[str]:
+  path, dsa = 'config.model.attention.dsa', config.model.attention.dsa
+  yield from _check_schedule(f'{path}.keep', dsa.keep)
+  yield from _check_schedule(f'{path}.top_k', dsa.top_k)
+  if dsa.width % 2:
+    yield f'{path}.width is {dsa.width}, but rotary positions need an even one'
+  if dsa.budget == 'ratio' and dsa.eval_budget > 1:
+    yield (
+      f'{path}.eval_budget is {dsa.eval_budget:g}, but with budget=ratio it '
+      'must be in [0, 1]'
+    )
+
+
 def _check_controller(config: Config) -> Iterator[str]:
   controller, attention = config.train.controller, config.model.attention
   if controller.kind == 'none':
@@ -304,6 +338,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_data,
   _check_heads,
   _check_schedules,
+  _check_dsa,
   _check_controller,
   _check_list_width,
   _check_optim,

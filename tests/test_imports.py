@@ -43,6 +43,13 @@ DATA_USED_FROM = 5
 LIGHT = {'config', 'validate', 'workdir', 'config_dict', 'recipe'}
 READS_CONFIG_DICTS = {'config_dict', 'recipe'}
 
+# Of attention, what holds or makes modules; the mechanisms are functions.
+WITH_MODULES = {
+  'psa_jax.attention.layer',
+  'psa_jax.attention.base',
+  'psa_jax.attention.parameters',
+}
+
 NEVER = {'tensorflow', 'torch', 'clu', 'configs', 'experiments', 'launch'}
 NEVER |= {'tests'}
 
@@ -91,7 +98,7 @@ def violations(module, source, *, is_package=False):
     bad += [f'{module} imports {top}' for top in sorted(tops - allowed)]
   elif 'ml_collections' in tops:
     bad.append(f'{module} imports ml_collections')
-  functional = own == 'attention' and module != 'psa_jax.attention.layer'
+  functional = own == 'attention' and module not in WITH_MODULES
   if 'flax' in tops and (own == 'kernels' or functional):
     bad.append(f'{module} imports flax')
   return bad + [

@@ -27,7 +27,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.dense import dense
+from psa_jax.attention.dsa import dsa
+from psa_jax.attention.parameters import Indexer, SlaParameters
 from psa_jax.attention.psa import psa
+from psa_jax.attention.sla import sla
 from psa_jax.config import (
   BUDGETED,
   AttentionConfig,
@@ -68,8 +71,13 @@ class Parameters(Protocol):
   def __call__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
-MECHANISMS: dict[str, Mechanism] = {'dense': dense, 'psa': psa}
-PARAMETERS: dict[str, Parameters] = {}
+MECHANISMS: dict[str, Mechanism] = {
+  'dense': dense,
+  'psa': psa,
+  'dsa': dsa,
+  'sla': sla,
+}
+PARAMETERS: dict[str, Parameters] = {'dsa': Indexer, 'sla': SlaParameters}
 
 
 def attend(

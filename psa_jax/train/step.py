@@ -49,18 +49,24 @@ def make_train_step(config: Config, task: Task, program: Program):
   """
   total_steps = sum(config.train.steps)
   rate_at = optim.learning_rate(config.optim, total_steps)
+  attention = config.model.attention
 
   def train_step(state: TrainState, batch):
     grads, model_state, loss = _gradients(
       config.optim.accumulate, task, program, state, batch
     )
     grads = jax.tree.map(lambda g: g / _nonzero(loss.weight), grads)
+    grads = optim.freeze(attention, state.step, grads)
+    model_state = optim.freeze_statistics(
+      attention, state.step, state.model_state, model_state
+    )
     rate = rate_at(state.step)
 
     def moved() -> TrainState:
       directions, opt_state = program.optimizer.update(
         grads, state.opt_state, state.params
       )
+      directions = optim.freeze(attention, state.step, directions)
       move = functools.partial(_move, rate)
       params = jax.tree.map(move, state.params, directions)
       after = controller.observe(

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 
 from psa_jax.attention import base
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.config import (
+  AttentionConfig,
+  DsaConfig,
+  PsaConfig,
+  ScheduleConfig,
+)
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -32,13 +37,24 @@ def psa_mass(mass=0.5, **kw):
   return psa(budget='mass', mass=schedule, **kw)
 
 
+def dsa(top_k=24, **kw):
+  cfg = dict(block_q=16, block_k=8, window=12, heads=2, width=8)
+  cfg |= dict(top_k=ScheduleConfig(init=float(top_k)))
+  return AttentionConfig(name='dsa', dsa=DsaConfig(**cfg | kw))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A mechanism: restricted, and with every restriction off."""
+  """A mechanism: restricted, and with every restriction off.
+
+  `softmax`: with every restriction off it is dense softmax attention, and a
+  schedule says how far from it. Linear attention is not and has none.
+  """
 
   config: AttentionConfig
   open: AttentionConfig
   sparse: bool = True
+  softmax: bool = True
 
 
 ROWS = {
@@ -49,10 +65,44 @@ ROWS = {
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),
+  'dsa': Row(dsa(), dsa(T)),
+  'dsa per token': Row(
+    dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0),
+    dsa(T, block_q=1, block_k=1, window=1, sink_blocks=0),
+  ),
+  'dsa two stages': Row(dsa(pooling='mass'), dsa(warmup_steps=5)),
+  'sla': Row(
+    AttentionConfig('sla'), AttentionConfig('sla'), softmax=False
+  ),
 }
+SOFTMAX = [name for name, row in ROWS.items() if row.softmax]
 # What stands in for a mechanism's parameters, by its name: a function of q, k
 # and v, token by token, so that a leak through it is seen as one through them.
-LEARNED: dict[str, Callable[..., Learned]] = {}
+
+
+def indexed(q, k, v):
+  del v
+  queries = q.mean(2)
+  weights = 1 + jnp.sin(3 * queries[..., :2].astype(jnp.float32))
+  index = queries.reshape(*q.shape[:2], 2, -1)
+  return Learned(
+    tokens={'q': index, 'weights': weights, 'k': k.mean(2)[..., : q.shape[3] // 2]}
+  )
+
+
+def positioned(q, k, v):
+  rng = np.random.default_rng(5)
+  table = jnp.asarray(rng.normal(size=(1, 7, *k.shape[2:])), k.dtype)
+  taps = jnp.asarray(rng.normal(size=(5, v.shape[3])), jnp.float32)
+  weights = {'conv': taps, 'conv_bias': taps[0]}
+  table = jnp.broadcast_to(table, (len(q), *table.shape[1:]))
+  return Learned(heads={'position': table}, weights=weights)
+
+
+LEARNED: dict[str, Callable[..., Learned]] = {
+  'dsa': indexed,
+  'sla': positioned,
+}
 IMPLEMENTATIONS = ('reference', 'xla')
 every = pytest.mark.parametrize('name', list(ROWS))
 both = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
@@ -106,7 +156,7 @@ def test_shapes_dtypes_and_scalars(name, dtype):
   assert 0 < density < 0.9 if ROWS[name].sparse else density == 1
 
 
-@every
+@pytest.mark.parametrize('name', SOFTMAX)
 @both
 @pytest.mark.parametrize('cut', [False, True])
 def test_the_limit_is_dense(name, implementation, cut):
@@ -212,7 +262,8 @@ def test_odd_lengths(name, t):
   out = attend(q, k, v, using(config, 'xla'))[0]
   want = attend(q, k, v, using(config, 'reference'))[0]
   oracles.check_close(out, want)
-  np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], N // K, 1), 1e-6)
+  if ROWS[name].softmax:
+    np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], N // K, 1), 1e-6)
 
 
 @every
@@ -232,13 +283,17 @@ def test_a_mesh_changes_nothing(name):
   assert 'shard_map' in text
 
 
-@every
+@pytest.mark.parametrize('name', SOFTMAX)
 def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""
   traces, config = [], ROWS[name].config
   ramp = ScheduleConfig(kind='linear', init=1.0, final=1e-5, length=3)
-  moving = dataclasses.replace(config.psa, keep=ramp, mass=ramp)
-  config = dataclasses.replace(config, psa=moving)
+  tokens = dataclasses.replace(ramp, init=float(T), final=1.0)
+  config = dataclasses.replace(
+    config,
+    psa=dataclasses.replace(config.psa, keep=ramp, mass=ramp),
+    dsa=dataclasses.replace(config.dsa, top_k=tokens),
+  )
 
   @jax.jit
   def run(step, *args):
