@@ -24,7 +24,9 @@ it and with the same guarantees: the tile's first query scores the blocks that
 lie wholly at or before it, a block by the pooled scores of its tokens; sink,
 own blocks and a local window are always read. With `block_q = block_k = 1`,
 `window = 1` and no sink that is the paper's choice of tokens for every query
-(a query always reads itself); its lists take T * top_k numbers.
+(a query always reads itself); its lists take T * top_k numbers. A tile that the
+end of the sequence cuts counts as a whole one, as in `psa`: everything is read
+once `top_k` covers the whole of it.
 
 The indexer's own cost stays O(T^2 / block_q) products, and O(T^2) in stage 1;
 nothing is of size T x T in memory. Cached decoding: `select_for_decode`.

@@ -139,7 +139,8 @@ def step(
   values = jnp.concatenate([state.recent, v], 1)
   taps = learned.weights['conv'].astype(jnp.float32)
   local = jnp.einsum('brkv,rv->bkv', values.astype(jnp.float32), taps)
-  local = local + learned.weights['conv_bias'].astype(jnp.float32)
+  bias = learned.weights['conv_bias'].astype(jnp.float32)
+  local = local + bias[None, None]
   out = out.reshape(B, 1, N, -1).astype(v.dtype)
   state = SlaState(total, values[:, 1:], state.position + 1)
   return _add(out, local[:, None]), state
