@@ -341,6 +341,9 @@ class TrainConfig:
   `steps`, `seq_len` and `batch_size` have one entry a stage; each stage is
   compiled once. `loss_chunk` bounds the logits that exist at a time.
   `controller` may take the place of the attention's budget schedule.
+  `init_from` is the work directory of a run of the same model, whose newest
+  checkpoint gives the parameters to begin with; its attention may be another
+  (dense), whose parameters are then new.
   """
 
   steps: tuple[int, ...] = runtime((100,))
@@ -348,6 +351,7 @@ class TrainConfig:
   batch_size: tuple[int, ...] = (8,)
   loss_chunk: int = 8192
   controller: ControllerConfig = ControllerConfig()
+  init_from: str = ''
 
 
 @dataclass(frozen=True)
