@@ -238,8 +238,9 @@ def _check_controller(config: Config) -> Iterator[str]:
   name = attention.name
   if name not in BUDGETED:
     yield (
-      f'config.train.controller.kind is {controller.kind}, but attention {name} '
-      f'has no budget to set; choose from {", ".join(BUDGETED)}, or kind=none'
+      f'config.train.controller.kind is {controller.kind}, but attention '
+      f'{name} has no budget to set; choose from {", ".join(BUDGETED)}, or '
+      'kind=none'
     )
     return
   own, path = getattr(attention, name), f'config.model.attention.{name}'

@@ -49,7 +49,7 @@ class Indexer(nnx.Module):
     self.index_w = nnx.Param(one(rngs.params(), (width, own.heads), dtype))
 
   def __call__(self, x: Float[Array, 'B T D'], *, rope: Any) -> Learned:
-    """`q` [B, T, J, E], `k` [B, T, E] and `weights` [B, T, J] of every token."""
+    """`q` [B, T, J, E], `k` [B, T, E] and `weights` [B, T, J] by token."""
     x = jax.lax.stop_gradient(x)
 
     def project(kernel):

@@ -160,7 +160,9 @@ def _convolve(v, learned, segment_ids, causal):
   taps = learned.weights['conv'].astype(jnp.float32)
   T, x = v.shape[1], v.astype(jnp.float32)
   first = 1 - TAPS if causal else -(TAPS // 2)
-  out = jnp.broadcast_to(learned.weights['conv_bias'][None, None, None], v.shape)
+  out = jnp.broadcast_to(
+    learned.weights['conv_bias'][None, None, None], v.shape
+  )
   out = out.astype(jnp.float32)
   for tap in range(TAPS):
     shift = first + tap  # the token that this tap reads, as seen from its own

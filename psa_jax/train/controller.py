@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.config import ControllerConfig
+from psa_jax.config import ConfigError, ControllerConfig
 from psa_jax.types import Scalar
 
 RECOVERY = 1.05  # how much longer a stride is after each one that held
@@ -96,7 +96,14 @@ def observe(
   """
   if config.kind == 'none':
     return state
-  seen = retained_mass if config.kind == 'mass' else loss
+  seen = loss
+  if config.kind == 'mass':
+    if retained_mass is None:
+      raise ConfigError(
+        'train.controller.kind=mass needs an attention that reports '
+        'retained_mass; use kind=loss'
+      )
+    seen = retained_mass
   began = (jnp.asarray(step) >= config.begin).astype(jnp.float32)
   count = state.count + began.astype(jnp.int32)
   total = state.total + jnp.where(began > 0, seen, 0).astype(jnp.float32)

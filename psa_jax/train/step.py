@@ -9,7 +9,8 @@ compilation. The metrics are the values that this step really used.
 Gradients are sums over tokens, divided once by the number of tokens, so that
 micro-batches accumulate to the gradient of the whole batch, whatever each of
 them counts. What the model adds to the loss of the text (`Loss.auxiliary`) has
-the same unit, and is trained on but not part of the metrics `loss` and so on. Batch-norm statistics pass from one micro-batch to the next.
+the same unit; it is trained on, but no part of the metric `loss` and its like.
+Batch-norm statistics pass from one micro-batch to the next.
 
 An update that would not be finite is not made: the old state comes back with
 `fault` set, and every later step returns it unchanged. The loop, which reads

@@ -71,9 +71,7 @@ ROWS = {
     dsa(T, block_q=1, block_k=1, window=1, sink_blocks=0),
   ),
   'dsa two stages': Row(dsa(pooling='mass'), dsa(warmup_steps=5)),
-  'sla': Row(
-    AttentionConfig('sla'), AttentionConfig('sla'), softmax=False
-  ),
+  'sla': Row(AttentionConfig('sla'), AttentionConfig('sla'), softmax=False),
 }
 SOFTMAX = [name for name, row in ROWS.items() if row.softmax]
 # What stands in for a mechanism's parameters, by its name: a function of q, k
@@ -86,7 +84,11 @@ def indexed(q, k, v):
   weights = 1 + jnp.sin(3 * queries[..., :2].astype(jnp.float32))
   index = queries.reshape(*q.shape[:2], 2, -1)
   return Learned(
-    tokens={'q': index, 'weights': weights, 'k': k.mean(2)[..., : q.shape[3] // 2]}
+    tokens={
+      'q': index,
+      'weights': weights,
+      'k': k.mean(2)[..., : q.shape[3] // 2],
+    }
   )
 
 
@@ -280,6 +282,9 @@ def test_a_mesh_changes_nothing(name):
   oracles.check_close(got, want)
   assert set(aux) == set(want_aux)
   np.testing.assert_allclose(aux['density'], want_aux['density'], 1e-6)
+  for name in aux:
+    if name.startswith('loss/'):
+      np.testing.assert_allclose(aux[name], want_aux[name], 1e-5)
   assert 'shard_map' in text
 
 

@@ -226,7 +226,9 @@ def test_who_learns_from_what(warmup):
     assert (np.asarray(grads[name][...]) == 0).all(), name
   assert (np.asarray(dx) == 0).all()
   grads, dx = gradients('out', made, x)
-  assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads.mechanism))
+  assert all(
+    (np.asarray(g) == 0).all() for g in jax.tree.leaves(grads.mechanism)
+  )
   assert all(
     np.abs(grads[name][...]).max() > 0 for name in ('wq', 'wk', 'wv', 'wo')
   )

@@ -49,7 +49,12 @@ def lists(seed=1):
 def listed(ids, counts, seg):
   """[B, T, S]: what the lists and causality let every query read."""
   read = oracles.list_mask(
-    np.asarray(ids)[:, None], np.asarray(counts)[:, None], T, T, BLOCK_Q, BLOCK_K
+    np.asarray(ids)[:, None],
+    np.asarray(counts)[:, None],
+    T,
+    T,
+    BLOCK_Q,
+    BLOCK_K,
   )
   pair = None if seg is None else (seg, seg)
   return (read & oracles.causal_mask(B, 1, T, T, pair))[:, 0]
@@ -125,9 +130,11 @@ def _weighted_gradient(index, q, k, mask, weight):
     only[:, t] = mask[:, t]
     _, grads = _rows(index, q, k, only, t)
     grads = [g * weight[:, t].reshape(-1, *[1] * (g.ndim - 1)) for g in grads]
-    total = grads if total is None else [
-      a + b for a, b in zip(total, grads, strict=True)
-    ]
+    total = (
+      grads
+      if total is None
+      else [a + b for a, b in zip(total, grads, strict=True)]
+    )
   return total
 
 

@@ -1,4 +1,4 @@
-"""The controller on made-up plants, in the step, and in a run that is killed."""
+"""The controller on made-up plants, in the step, and in a killed run."""
 
 import dataclasses
 import functools
@@ -197,7 +197,9 @@ def test_a_step_that_is_refused_teaches_nothing(steps):
   state = steps.init()
   batch = steps.batch(rows=4, seq_len=64)
   weights = np.full((4, 64), np.inf, np.float32)
-  state, logged = steps.train_step(state, batch | steps.put({'weights': weights}))
+  state, logged = steps.train_step(
+    state, batch | steps.put({'weights': weights})
+  )
   assert logged['fault'] > 0
   first = controller.init(steps.config.train.controller)
   tiny.assert_identical(state.controller, first)
