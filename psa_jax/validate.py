@@ -251,6 +251,12 @@ def _check_controller(config: Config) -> Iterator[str]:
       f'{path}.keep is not read, for train.controller takes its place; leave '
       'it at its default'
     )
+  if controller.begin < attention.frozen_steps:
+    yield (
+      f'config.train.controller.begin is {controller.begin}, but attention is '
+      f'dense for the {attention.frozen_steps} steps of {path}.warmup_steps, '
+      'from which nothing can be learned; begin then'
+    )
   reach = controller.target + controller.tolerance
   if controller.kind == 'mass' and reach >= 1:
     yield (

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from psa_jax import sharding
 from psa_jax.attention import sla as module
 from psa_jax.attention.parameters import SlaParameters
 from psa_jax.config import AttentionConfig, ModelConfig, SlaConfig
 from psa_jax.kernels.linear_attention import linear_attention, xla
+from psa_jax.models import DecoderLM
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -195,9 +198,41 @@ def test_decoding_equals_prefill_token_by_token(cut):
   assert sum(x.nbytes for x in jax.tree.leaves(state)) == size
 
 
-def test_the_module_makes_what_the_function_takes():
-  from flax import nnx
+def test_in_a_model_every_parameter_learns_and_no_token_sees_the_future():
+  config = ModelConfig(
+    num_layers=2,
+    d_model=16,
+    num_heads=N,
+    num_kv_heads=K,
+    mlp_dim=24,
+    attention=AttentionConfig('sla', sla=SlaConfig(positions=P)),
+  )
+  graphdef, params = nnx.split(DecoderLM(config, 30, rngs=nnx.Rngs(0)))
 
+  @functools.partial(jax.jit, static_argnums=2)
+  def total(params, tokens, upto):
+    model = nnx.merge(graphdef, params)
+    hidden = model(tokens, step=0, train=True).hidden
+    return (hidden[:, :upto] ** 3).sum(), hidden
+
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (B, T)))
+  grads, _ = jax.grad(total, has_aux=True)(params, tokens, T)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.abs(np.asarray(grad)).max() > 0, jax.tree_util.keystr(path)
+  found = {
+    sharding.axis_names(path, leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      nnx.to_pure_dict(params)
+    )
+  }
+  assert ('taps', 'head_dim') in found
+  other = tokens.at[:, 9:].set((tokens[:, 9:] + 1) % 30)
+  (_, hidden), (_, moved) = (total(params, x, T) for x in (tokens, other))
+  np.testing.assert_array_equal(moved[:, :9], hidden[:, :9])
+  assert not np.array_equal(moved[:, 9:], hidden[:, 9:])
+
+
+def test_the_module_makes_what_the_function_takes():
   config = ModelConfig(
     d_model=24,
     num_heads=N,

@@ -37,7 +37,7 @@ def sparse(source, init_from, **model):
 
 
 def test_a_dense_run_becomes_a_sparse_one(dense, source, tmp_path, capsys):
-  """Its first loss is the dense run's last; only the indexer is new."""
+  """It begins where the dense run ended; only the indexer is new."""
   loop.train_and_evaluate(sparse(source, str(dense)), tmp_path)
   shown = capsys.readouterr().out
   assert f'beginning with the parameters of {dense}' in shown
@@ -49,9 +49,8 @@ def test_a_dense_run_becomes_a_sparse_one(dense, source, tmp_path, capsys):
   ]
   began, ended, taken = rows[0][0], rows[0][-1], rows[1][0]
   assert ended['loss'] < began['loss'] - 0.2
-  assert abs(taken['loss'] - ended['loss']) < 0.5 * (
-    began['loss'] - ended['loss']
-  )
+  # Before an update of its own, and after one more of the dense run's.
+  assert taken['loss'] < ended['loss'] + 0.1
   result = json.loads((dense / 'result.json').read_text())
   assert result['step'] == 4 and rows[1][-1]['step'] == 4
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import softmax
@@ -214,6 +215,9 @@ def _forward(spec, T, index, data):
 
 def _forward_rule(spec, T, index, data):
   kl, rows = _forward(spec, T, index, data)
+  # Kept where a rematerialisation policy keeps the attention's own: then the
+  # backward pass does not walk the lists a second time for them.
+  rows = checkpoint_name(rows, 'attn_lse')
   return kl, (index, data, rows)
 
 
