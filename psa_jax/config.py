@@ -250,6 +250,64 @@ class HybridConfig:
 
 
 @dataclass(frozen=True)
+class DsaConfig:
+  """A learned indexer chooses the keys (MECHANISMS section 11).
+
+  `block_q=1, block_k=1, window=1, sink_blocks=0` is the paper's choice of
+  tokens for every query; it is exact, and slow.
+
+  Attributes:
+    heads, width: J heads of the indexer, and the channels of each.
+    block_q, block_k, window, sink_blocks: as in `PsaConfig`.
+    budget: `tokens` reads `top_k(step)` keys a query, `ratio` reads
+      `keep(step)` of the causally visible blocks.
+    top_k, keep: the schedules of the two budgets.
+    pooling: a block's score: the `max` or `sum` of its tokens' scores, or their
+      `mass`, the logarithm of the sum of their exponentials.
+    warmup_steps: steps of stage 1: attention is dense and only the indexer
+      trains. Then stage 2: sparse attention, and everything trains.
+    eval_budget: budget used outside training; 0 means the schedule's.
+  """
+
+  heads: int = 4
+  width: int = 32
+  block_q: int = 128
+  block_k: int = 64
+  window: int = 512
+  sink_blocks: int = 1
+  budget: str = choice('tokens', 'tokens', 'ratio')
+  top_k: ScheduleConfig = ScheduleConfig(init=2048.0)
+  keep: ScheduleConfig = ScheduleConfig()
+  pooling: str = choice('max', 'max', 'sum', 'mass')
+  warmup_steps: int = 0
+  eval_budget: float = runtime(0.0)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the budget."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
+
+
+@dataclass(frozen=True)
+class SlaConfig:
+  """Simplified linear attention (MECHANISMS section 2).
+
+  Attributes:
+    positions: rows of the learned position bias; later tokens of a document
+      share the last one.
+  """
+
+  positions: int = 1024
+
+
+# Mechanisms whose budget, a share of the visible keys, `train.controller` can
+# set in place of their schedule.
+BUDGETED = ('psa', 'dsa')
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -259,10 +317,13 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa, topk, hybrid, on_demand: the settings of each mechanism.
+    dense, psa, topk, hybrid, on_demand, dsa, sla: the settings of each
+      mechanism.
   """
 
-  name: str = choice('dense', 'dense', 'psa', 'topk', 'hybrid', 'on_demand')
+  name: str = choice(
+    'dense', 'dense', 'psa', 'topk', 'hybrid', 'on_demand', 'dsa', 'sla'
+  )
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
@@ -272,6 +333,13 @@ class AttentionConfig:
   topk: TopkConfig = TopkConfig()
   hybrid: HybridConfig = HybridConfig()
   on_demand: OnDemandConfig = OnDemandConfig()
+  dsa: DsaConfig = DsaConfig()
+  sla: SlaConfig = SlaConfig()
+
+  @property
+  def frozen_steps(self) -> int:
+    """Steps in which only the mechanism's own parameters train."""
+    return self.dsa.warmup_steps if self.name == 'dsa' else 0
 
 
 @dataclass(frozen=True)
@@ -360,17 +428,54 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ControllerConfig:
+  """A closed loop that sets attention's budget (see `train.controller`).
+
+  Attributes:
+    kind: `none` leaves the budget to the mechanism's schedule; `mass` watches
+      the softmax mass that the selection retains; `loss` the training loss.
+    target: retained mass to stay above.
+    tolerance: how far above the target the mass must be before the budget is
+      lowered; for `loss`, nats that the loss may lie above its reference.
+    begin: steps of dense attention first.
+    every: steps between two looks.
+    lower: longest stride down, a factor on the budget.
+    back_off: stride up, likewise.
+    hold: looks without a stride down after one up.
+    floor: smallest budget.
+    forget: share by which the reference of the loss follows one above it.
+  """
+
+  kind: str = choice('none', 'none', 'mass', 'loss')
+  target: float = 0.9
+  tolerance: float = 0.02
+  begin: int = 0
+  every: int = 5
+  lower: float = 0.9
+  back_off: float = 1.2
+  hold: int = 2
+  floor: float = 0.02
+  forget: float = 0.1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
   """The run's length: stages of a context-length curriculum.
 
   `steps`, `seq_len` and `batch_size` have one entry a stage; each stage is
   compiled once. `loss_chunk` bounds the logits that exist at a time.
+  `controller` may take the place of the attention's budget schedule.
+  `init_from` is the work directory of a run of the same model, whose newest
+  checkpoint gives the parameters to begin with; its attention may be another
+  (dense), whose parameters are then new.
   """
 
   steps: tuple[int, ...] = runtime((100,))
   seq_len: tuple[int, ...] = (1024,)
   batch_size: tuple[int, ...] = (8,)
   loss_chunk: int = 8192
+  controller: ControllerConfig = ControllerConfig()
+  init_from: str = ''
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from psa_jax.config import (
+  BUDGETED,
   Config,
   ConfigError,
   HybridConfig,
@@ -89,6 +90,17 @@ RANGES = {
   'model.attention.hybrid.max_blocks': _OPTIONAL,
   'model.attention.hybrid.eval_keep': '[0, 1]',
   **_schedule_ranges('model.attention.hybrid.keep', _SHARE),
+  'model.attention.dsa.heads': _COUNT,
+  'model.attention.dsa.width': _COUNT,
+  'model.attention.dsa.block_q': _COUNT,
+  'model.attention.dsa.block_k': _COUNT,
+  'model.attention.dsa.window': _COUNT,
+  'model.attention.dsa.sink_blocks': _OPTIONAL,
+  'model.attention.dsa.warmup_steps': _OPTIONAL,
+  'model.attention.dsa.eval_budget': _OPTIONAL,
+  **_schedule_ranges('model.attention.dsa.keep', _SHARE),
+  **_schedule_ranges('model.attention.dsa.top_k', _COUNT),
+  'model.attention.sla.positions': _COUNT,
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -103,6 +115,15 @@ RANGES = {
   'train.seq_len': _COUNT,
   'train.batch_size': _COUNT,
   'train.loss_chunk': _COUNT,
+  'train.controller.target': '(0, 1)',
+  'train.controller.tolerance': _POSITIVE,
+  'train.controller.begin': _OPTIONAL,
+  'train.controller.every': _COUNT,
+  'train.controller.lower': '(0, 1)',
+  'train.controller.back_off': '(1, inf)',
+  'train.controller.hold': _OPTIONAL,
+  'train.controller.floor': _SHARE,
+  'train.controller.forget': '[0, 1]',
   'eval.every': _OPTIONAL,
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
@@ -219,6 +240,53 @@ def _check_schedules(config: Config) -> Iterator[str]:
       'config.model.attention.psa.budget is mass, but psa.mass is constant 1, '
       'which keeps every block; set for instance psa.mass.init=0.9 and '
       'psa.mass.final=0.9'
+    )
+
+
+def _check_dsa(config: Config) -> Iterator[str]:
+  path, dsa = 'config.model.attention.dsa', config.model.attention.dsa
+  yield from _check_schedule(f'{path}.keep', dsa.keep)
+  yield from _check_schedule(f'{path}.top_k', dsa.top_k)
+  if dsa.width % 2:
+    yield f'{path}.width is {dsa.width}, but rotary positions need an even one'
+  if dsa.budget == 'ratio' and dsa.eval_budget > 1:
+    yield (
+      f'{path}.eval_budget is {dsa.eval_budget:g}, but with budget=ratio it '
+      'must be in [0, 1]'
+    )
+
+
+def _check_controller(config: Config) -> Iterator[str]:
+  controller, attention = config.train.controller, config.model.attention
+  if controller.kind == 'none':
+    return
+  name = attention.name
+  if name not in BUDGETED:
+    yield (
+      f'config.train.controller.kind is {controller.kind}, but attention '
+      f'{name} has no budget to set; choose from {", ".join(BUDGETED)}, or '
+      'kind=none'
+    )
+    return
+  own, path = getattr(attention, name), f'config.model.attention.{name}'
+  if own.budget != 'ratio':
+    yield f'{path}.budget is {own.budget}, but train.controller sets a ratio'
+  if own.keep != ScheduleConfig():
+    yield (
+      f'{path}.keep is not read, for train.controller takes its place; leave '
+      'it at its default'
+    )
+  if controller.begin < attention.frozen_steps:
+    yield (
+      f'config.train.controller.begin is {controller.begin}, but attention is '
+      f'dense for the {attention.frozen_steps} steps of {path}.warmup_steps, '
+      'from which nothing can be learned; begin then'
+    )
+  reach = controller.target + controller.tolerance
+  if controller.kind == 'mass' and reach >= 1:
+    yield (
+      f'config.train.controller.target + tolerance is {reach:g}, but no more '
+      'than a mass of 1 can be retained'
     )
 
 
@@ -349,6 +417,8 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_schedules,
   _check_topk,
   _check_hybrid,
+  _check_dsa,
+  _check_controller,
   _check_list_width,
   _check_quant,
   _check_optim,

@@ -12,6 +12,7 @@ PSA = 'model.attention.psa.'
 ON_DEMAND = 'model.attention.on_demand.'
 TOPK = 'model.attention.topk.'
 HYBRID = 'model.attention.hybrid.'
+DSA = 'model.attention.dsa.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -107,6 +108,20 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (HYBRID + 'max_blocks', -1, 0),
     (HYBRID + 'eval_keep', -0.1, 0.0),
     (HYBRID + 'keep.final', 1.01, 1.0),
+    (DSA + 'heads', 0, 1),
+    (DSA + 'width', 0, 2),
+    (DSA + 'block_k', 0, 1),
+    (DSA + 'top_k.init', 0.5, 1.0),
+    (DSA + 'keep.init', 0.0, 0.1),
+    (DSA + 'warmup_steps', -1, 0),
+    (DSA + 'eval_budget', -1.0, 0.0),
+    ('model.attention.sla.positions', 0, 1),
+    ('train.controller.target', 1.0, 0.99),
+    ('train.controller.tolerance', 0.0, 0.01),
+    ('train.controller.begin', -1, 0),
+    ('train.controller.every', 0, 1),
+    ('train.controller.floor', 0.0, 1.0),
+    ('train.controller.forget', 1.1, 1.0),
     ('optim.learning_rate', 0.0, 1e-9),
     ('optim.final_lr_ratio', 1.1, 1.0),
     ('optim.b1', 1.0, 0.0),
@@ -153,6 +168,25 @@ def test_settings_that_would_not_be_read_are_refused():
   message = problem({PSA + 'budget': 'mass'})
   assert 'constant 1, which keeps every block' in message
   fine({PSA + 'budget': 'mass', PSA + 'mass.init': 0.9})
+
+
+def test_an_indexer():
+  assert 'need an even one' in problem({DSA + 'width': 7})
+  ratio = {DSA + 'budget': 'ratio'}
+  message = problem(ratio | {DSA + 'eval_budget': 2.0})
+  assert 'with budget=ratio it must be in [0, 1]' in message
+  fine(ratio | {DSA + 'eval_budget': 0.5})
+  fine({DSA + 'eval_budget': 2.0, DSA + 'top_k.init': 64.0})
+  message = problem({DSA + 'top_k.final': 9.0})
+  assert 'top_k.final, begin and length are not read' in message
+
+
+def test_a_controller_begins_when_there_is_something_to_control():
+  name = {'model.attention.name': 'dsa', DSA + 'budget': 'ratio'}
+  found = name | {'train.controller.kind': 'mass', DSA + 'warmup_steps': 9}
+  message = problem(found | {'train.controller.begin': 8})
+  assert 'begin is 8, but attention is dense for the 9 steps' in message
+  fine(found | {'train.controller.begin': 9})
 
 
 @pytest.mark.parametrize(('path', 'forced'), [(PSA, 12), (HYBRID, 11)])

@@ -5,6 +5,8 @@ A mechanism is a function of arrays
     mechanism(q, k, v, *, config, step, segment_ids, train, causal, learned)
       -> AttnOut
 
+(one that `config.BUDGETED` names also takes `budget`, below)
+
 that decides *which* keys a query reads (its own sub-config of
 `AttentionConfig` and the optimiser step say how much) and calls a kernel from
 `psa_jax/kernels` that reads only those. To add one: write a file here, add its
@@ -26,11 +28,20 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.attention import topk_parameters
 from psa_jax.attention.dense import dense
+from psa_jax.attention.dsa import dsa
+from psa_jax.attention.dsa_parameters import Indexer
 from psa_jax.attention.hybrid import hybrid
 from psa_jax.attention.on_demand import on_demand
 from psa_jax.attention.psa import psa
+from psa_jax.attention.sla import sla
+from psa_jax.attention.sla_parameters import SlaParameters
 from psa_jax.attention.topk import topk
-from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
+from psa_jax.config import (
+  BUDGETED,
+  AttentionConfig,
+  ConfigError,
+  ModelConfig,
+)
 from psa_jax.types import AttnOut, Learned, Scalar
 
 BATCH_AXES = ('data', 'fsdp')
@@ -73,8 +84,14 @@ MECHANISMS: dict[str, Mechanism] = {
   'topk': topk,
   'hybrid': hybrid,
   'on_demand': on_demand,
+  'dsa': dsa,
+  'sla': sla,
 }
-PARAMETERS: dict[str, Parameters] = {'topk': topk_parameters.make}
+PARAMETERS: dict[str, Parameters] = {
+  'topk': topk_parameters.make,
+  'dsa': Indexer,
+  'sla': SlaParameters,
+}
 
 
 def attend(
@@ -89,6 +106,7 @@ def attend(
   causal: bool = True,
   learned: Learned | None = None,
   mechanism: str | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Self-attention by the configured mechanism.
 
@@ -106,6 +124,8 @@ def attend(
     learned: what the parameters of the configured mechanism made of the
       layer's input; None for one without parameters.
     mechanism: overrides `config.name` (evaluation with dense attention).
+    budget: share of the visible keys that the configured mechanism may read,
+      in place of its schedule (see `train.controller`); traced.
 
   Returns:
     The output and its f32 scalars. Under a mesh the mechanism runs inside
@@ -125,8 +145,15 @@ def attend(
   if name != own:
     # The implementation was named for the configured mechanism.
     config = dataclasses.replace(config, implementation='auto')
+    budget = None
+  if budget is not None and name not in BUDGETED:
+    raise ConfigError(
+      f'attention {name} has no budget that can be set; {BUDGETED} have'
+    )
 
-  def run(step, q, k, v, segment_ids, learned):
+  def run(when, q, k, v, segment_ids, learned):
+    step, budget = when
+    given = {} if budget is None else {'budget': budget}
     return MECHANISMS[name](
       q,
       k,
@@ -137,16 +164,18 @@ def attend(
       train=train,
       causal=causal,
       learned=learned,
+      **given,
     )
 
-  args = step, q, k, v, segment_ids, learned if name == own else None
+  when = step, budget
+  args = when, q, k, v, segment_ids, learned if name == own else None
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return run(*args)
   return _sharded(run, mesh, *args)
 
 
-def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
+def _sharded(run, mesh, when, q, k, v, segment_ids, learned):
   """`run` inside shard_map: every shard has whole rows and whole groups."""
   heads = mesh.shape[HEAD_AXIS]
   if k.shape[2] % heads:
@@ -173,5 +202,5 @@ def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
   specs = P(), by_head, by_head, by_head, documents, own
   out, aux = jax.shard_map(
     local, in_specs=specs, out_specs=(by_head, P()), check_vma=False
-  )(step, q, k, v, segment_ids, learned)
+  )(when, q, k, v, segment_ids, learned)
   return AttnOut(out, aux)

@@ -156,6 +156,7 @@ class SelfAttention(nnx.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Attends from every position to itself and what is before it.
 
@@ -166,6 +167,7 @@ class SelfAttention(nnx.Module):
       segment_ids: documents of packed rows; None is one document a row.
       train: whether the mechanism follows its training schedule.
       mechanism: overrides `config.attention.name` (evaluation at dense).
+      budget: replaces the mechanism's schedule; see `base.attend`.
 
     Returns:
       The output in the dtype of `x` and f32 scalars: the mechanism's, and
@@ -190,5 +192,6 @@ class SelfAttention(nnx.Module):
       train=train,
       learned=learned,
       mechanism=mechanism,
+      budget=budget,
     )
     return linear(out, self.wo, inputs=2), aux | quantizer.aux(x.dtype)

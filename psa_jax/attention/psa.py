@@ -57,13 +57,14 @@ def psa(
   train: bool = True,
   causal: bool = True,
   learned: Learned | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
   Args and errors as in `base.attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
-  over a few sampled queries).
+  over a few sampled queries), and `budget`, the keep ratio (or mass) used.
   """
   del learned  # no parameters
   if not causal:
@@ -71,9 +72,8 @@ def psa(
       'attention psa is causal; a bidirectional model takes dense'
     )
   cfg = config.psa
-  blocks = select_blocks(
-    q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
-  )
+  budget = budget_at(cfg, step, train, budget)
+  blocks = select_blocks(q, k, cfg, budget=budget, segment_ids=segment_ids)
   out, lse = block_sparse_attention(
     q,
     k,
@@ -90,18 +90,29 @@ def psa(
   aux = {
     'density': share_read(blocks),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'budget': budget,
   }
   return AttnOut(out, aux)
 
 
-def budget_at(cfg: PsaConfig, step: Scalar, train: bool) -> jax.Array:
+def budget_at(
+  cfg: PsaConfig, step: Scalar, train: bool, budget: Scalar | None = None
+) -> jax.Array:
   """The keep ratio (or the mass) at `step`; outside training its own, if set.
+
+  Args:
+    cfg: the schedules.
+    step: optimiser step.
+    train: whether this is a training step.
+    budget: takes the place of the schedule, if given.
 
   Returns:
     f32 scalar in (0, 1].
   """
   if not train and cfg.eval_keep:
     return jnp.float32(cfg.eval_keep)
+  if budget is not None:
+    return jnp.asarray(budget, jnp.float32)
   schedule = cfg.keep if cfg.budget == 'ratio' else cfg.mass
   return schedules.make(schedule)(step)
 

@@ -104,6 +104,7 @@ class Block(nnx.Module):
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Returns the new residual stream and attention's f32 scalars.
 
@@ -115,6 +116,7 @@ class Block(nnx.Module):
       mask: tokens that count in the norm's statistics.
       train: move the norm's statistics; follow the training schedules.
       mechanism: overrides the configured attention mechanism.
+      budget: replaces attention's schedule.
     """
     normed = self.attention_norm(x, step=step, train=train, mask=mask)
     attended, aux = self.attention(
@@ -124,6 +126,7 @@ class Block(nnx.Module):
       segment_ids=segment_ids,
       train=train,
       mechanism=mechanism,
+      budget=budget,
     )
     x = x + attended
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)

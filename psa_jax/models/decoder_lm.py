@@ -93,6 +93,7 @@ class DecoderLM(nnx.Module):
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
   ) -> ModelOut:
     """Runs the model up to the final norm.
 
@@ -104,6 +105,8 @@ class DecoderLM(nnx.Module):
       mask: tokens that count in norm statistics; None counts all.
       train: move running statistics and follow the training schedules.
       mechanism: overrides the configured attention mechanism.
+      budget: share of the visible keys that attention may read, in place of
+        its schedule.
 
     Raises:
       ValueError: companions whose shape is not that of `tokens`.
@@ -133,6 +136,7 @@ class DecoderLM(nnx.Module):
         mask=mask,
         train=train,
         mechanism=mechanism,
+        budget=budget,
       )
 
     x, aux = self._apply_layers(apply, self.embed(tokens), train=train)
