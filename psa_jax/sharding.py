@@ -58,6 +58,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'mean': ('norm',),
   'var': ('norm',),
   'eta': (),
+  'head_importance': ('heads_seen',),
 }
 
 

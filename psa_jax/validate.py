@@ -43,6 +43,16 @@ RANGES = {
   'model.attention.psa.sink_blocks': _OPTIONAL,
   'model.attention.psa.max_blocks': _OPTIONAL,
   'model.attention.psa.eval_keep': '[0, 1]',
+  'model.attention.cascade.token_keep': _SHARE,
+  'model.attention.cascade.head_keep': _SHARE,
+  'model.attention.cascade.value_keep': _SHARE,
+  'model.attention.cascade.token_start': '[0, 1]',
+  'model.attention.cascade.head_start': '[0, 1]',
+  'model.attention.cascade.slope': '[0, 1)',
+  'model.attention.cascade.rungs': _COUNT,
+  'model.attention.cascade.documents': _COUNT,
+  'model.attention.cascade.window': _COUNT,
+  'model.attention.cascade.credit': _COUNT,
   **{
     f'model.attention.psa.{schedule}.{key}': allowed
     for schedule in ('keep', 'mass')
@@ -50,6 +60,17 @@ RANGES = {
       ('init', _SHARE),
       ('final', _SHARE),
       ('values', _SHARE),
+      ('begin', _OPTIONAL),
+      ('length', _OPTIONAL),
+      ('boundaries', _COUNT),
+    )
+  },
+  **{
+    f'model.attention.cascade.amount.{key}': allowed
+    for key, allowed in (
+      ('init', '[0, 1]'),
+      ('final', '[0, 1]'),
+      ('values', '[0, 1]'),
       ('begin', _OPTIONAL),
       ('length', _OPTIONAL),
       ('boundaries', _COUNT),
@@ -81,6 +102,8 @@ RANGES = {
 }
 
 _MIN_BPE = 257
+# Quotas are int32 products with 1024.
+_LONGEST_CASCADE = 2**21 - 1
 
 
 def validate(config: Config) -> Config:
@@ -188,6 +211,25 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
+def _check_cascade(config: Config) -> Iterator[str]:
+  path, model = 'config.model.attention.cascade', config.model
+  cascade = model.attention.cascade
+  yield from _check_schedule(f'{path}.amount', cascade.amount)
+  if model.attention.name != 'cascade':
+    return
+  keeps = cascade.token_keep, cascade.head_keep, cascade.value_keep
+  if keeps == (1, 1, 1):
+    yield (
+      f'{path}.token_keep, head_keep and value_keep are 1, which prunes '
+      'nothing; lower one, or set config.model.attention.name to dense'
+    )
+  if max(config.train.seq_len, default=0) > _LONGEST_CASCADE:
+    yield (
+      f'config.train.seq_len is {config.train.seq_len}, but cascade pruning '
+      f'counts up to {_LONGEST_CASCADE} tokens a row'
+    )
+
+
 def _check_list_width(config: Config) -> Iterator[str]:
   psa = config.model.attention.psa
   blocks = max([-(-T // psa.block_k) for T in config.train.seq_len], default=0)
@@ -268,6 +310,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_data,
   _check_heads,
   _check_schedules,
+  _check_cascade,
   _check_list_width,
   _check_optim,
   _check_stages,
