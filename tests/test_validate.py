@@ -9,6 +9,7 @@ from psa_jax.config_dict import apply_overrides, leaves
 from psa_jax.validate import RANGES, validate
 
 PSA = 'model.attention.psa.'
+CASCADE = 'model.attention.cascade.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -74,6 +75,18 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (PSA + 'keep.init', 0.0, 1e-3),
     (PSA + 'keep.final', 1.01, 1.0),
     (PSA + 'mass.init', 0.0, 0.9),
+    (CASCADE + 'token_keep', 0.0, 0.1),
+    (CASCADE + 'head_keep', 1.01, 1.0),
+    (CASCADE + 'value_keep', 0.0, 0.01),
+    (CASCADE + 'token_start', 1.01, 1.0),
+    (CASCADE + 'head_start', -0.1, 0.0),
+    (CASCADE + 'slope', 1.0, 0.0),
+    (CASCADE + 'amount.init', 1.01, 0.0),
+    (CASCADE + 'amount.values', (-0.1,), ()),
+    (CASCADE + 'rungs', 0, 1),
+    (CASCADE + 'documents', 0, 1),
+    (CASCADE + 'window', 0, 1),
+    (CASCADE + 'credit', 0, 1),
     (PSA + 'keep.begin', -1, 0),
     (PSA + 'keep.length', -1, 0),
     ('optim.learning_rate', 0.0, 1e-9),
@@ -131,6 +144,19 @@ def test_a_block_list_holds_sink_and_window():
   assert 'max_blocks is 11, but sink and window take up to 12' in message
   fine(long | {PSA + 'max_blocks': 12})
   fine({'train.seq_len': (256,), PSA + 'max_blocks': 4})
+
+
+def test_cascade_pruning_prunes_something():
+  name = {'model.attention.name': 'cascade'}
+  fine(name)
+  message = problem(name | {CASCADE + 'token_keep': 1.0})
+  assert 'which prunes nothing' in message
+  fine(name | {CASCADE + 'token_keep': 1.0, CASCADE + 'value_keep': 0.5})
+  fine({CASCADE + 'token_keep': 1.0})
+  message = problem(name | {'train.seq_len': (2**21,)})
+  assert 'counts up to 2097151 tokens a row' in message
+  message = problem({CASCADE + 'amount.final': 0.5})
+  assert 'amount.final, begin and length are not read' in message
 
 
 def test_all_problems_are_named_at_once():

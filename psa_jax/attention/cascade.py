@@ -2,9 +2,10 @@
 
 The mechanism is a property of a whole model: a token that has got little
 attention so far, or a head that has added little, leaves and never returns, so
-every later layer is smaller. `models/cascade.py` runs the layers, `survivors.py`
-says who leaves; here is what happens inside a layer: dense attention over what
-is left, with local value pruning, and the two measures of importance.
+every later layer is smaller. `models/cascade.py` runs the layers and
+`survivors.py` says who leaves; here is what happens inside a layer: dense
+attention over what is left, with local value pruning, and the two measures of
+importance.
 
   token j   s_t[j] += sum over heads and queries of P[n, t, j]
   head n    s_h[n] += sum over queries and channels of |output of head n|

@@ -167,9 +167,7 @@ def keep_bidirectional(
     return topk.select(score, quotas[:, 0])
   B, T = score.shape
   at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  document, _, order = lax.sort(
-    (document, -score, at), dimension=1, num_keys=3
-  )
+  document, _, order = lax.sort((document, -score, at), dimension=1, num_keys=3)
   rank = runs(document)[1] - 1
   rows = jnp.arange(B)[:, None]
   return jnp.zeros_like(at).at[rows, order].set(rank) < quotas
@@ -206,9 +204,7 @@ def keep_causal(
   change = earned - wanted
   start = jnp.clip(change, 0, credit)
   low, high = jnp.where(first, start, 0), jnp.where(first, start, credit)
-  change, low, high = lax.associative_scan(
-    _then, (change, low, high), axis=1
-  )
+  change, low, high = lax.associative_scan(_then, (change, low, high), axis=1)
   after = jnp.clip(change, low, high)
   before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)))
   before = jnp.where(first, 0, before) + earned

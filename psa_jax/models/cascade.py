@@ -18,7 +18,9 @@ What is different in a causal model:
   token choose the heads of the first. They are chosen by a running mean of the
   same sum over earlier training batches instead (`SelfAttention.
   head_importance`, a statistic like a batch norm's), so one choice holds for
-  all rows. An encoder chooses anew for every row, as the paper does.
+  all rows. An encoder chooses anew for every row, as the paper does for a
+  sentence; documents that share a row share the choice, and so have a say in
+  each other's heads.
 
 The schedule `amount` scales all that is pruned. Sizes are static, so it climbs
 a short ladder of rungs: each is a branch of one `lax.switch` on the step, all
@@ -219,9 +221,7 @@ class Cascade:
       survivors.pairs(x.document, x.alive, self.causal) for x in (rows, start)
     )
     read = jnp.where(visible > 0, read / jnp.maximum(visible, 1), 1)
-    tokens, every = (
-      x.alive.sum().astype(jnp.float32) for x in (rows, start)
-    )
+    tokens, every = (x.alive.sum().astype(jnp.float32) for x in (rows, start))
     return {
       'density': read.mean() * heads,
       'kept_tokens': tokens / jnp.maximum(every, 1),

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 
 from psa_jax.attention import base
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.config import (
+  AttentionConfig,
+  CascadeConfig,
+  PsaConfig,
+  ScheduleConfig,
+)
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -30,6 +35,13 @@ def psa(keep=0.3, **kw):
 def psa_mass(mass=0.5, **kw):
   schedule = ScheduleConfig(init=mass, final=mass)
   return psa(budget='mass', mass=schedule, **kw)
+
+
+def cascade(amount):
+  """One layer: values are pruned; tokens and heads are a model's affair."""
+  schedule = ScheduleConfig(init=amount)
+  own = CascadeConfig(value_keep=0.4, amount=schedule)
+  return AttentionConfig(name='cascade', cascade=own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,7 @@ ROWS = {
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),
+  'cascade': Row(cascade(1.0), cascade(0.0), sparse=False),
 }
 # What stands in for a mechanism's parameters, by its name: a function of q, k
 # and v, token by token, so that a leak through it is seen as one through them.

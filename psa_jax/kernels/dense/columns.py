@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Int
 from psa_jax.kernels import arguments, softmax
 from psa_jax.kernels.tiles import Tiles
 
-ROWS = 256  # query rows of a tile, over the G heads of a group
+# Query rows of a tile, over the G heads of a group. A tile has all keys, so
+# this bounds the memory: 16 MiB at 65,536 of them.
+ROWS = 64
 
 
 def column_mass(
@@ -112,7 +114,9 @@ def visible(tiles, head, i, causal, q_offset, segments):
     seen = jnp.arange(tiles.S)[None] <= t[:, None]
   if segments is not None:
     q_seg, kv_seg = segments
-    own = tiles.q_segments(q_seg, tile)[:, None] == kv_seg[head // tiles.K][None]
+    own = (
+      tiles.q_segments(q_seg, tile)[:, None] == kv_seg[head // tiles.K][None]
+    )
     seen = own if seen is None else seen & own
   return seen
 
