@@ -140,12 +140,13 @@ def take_heads(
 
 
 def project_rows(
-  x: Float[Array, 'B T *in'], kernel: Float[Array, 'B ...'], *, inputs: int = 1
+  x: jax.Array, kernel: nnx.Param | jax.Array, *, inputs: int = 1
 ) -> jax.Array:
-  """`project` with a kernel of its own for every row of the batch."""
+  """`project` with a kernel of its own [B, ...] for every row of the batch."""
+  kernel = kernel[...].astype(x.dtype)
   width = kernel.shape[1 + inputs :]
   size = math.prod(kernel.shape[1 : 1 + inputs])
-  rows, kernel = x.reshape(*x.shape[:2], size), kernel.astype(x.dtype)
+  rows = x.reshape(*x.shape[:2], size)
   y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
   return y.reshape(*x.shape[:2], *width)
 

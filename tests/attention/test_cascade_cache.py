@@ -62,11 +62,9 @@ def generate(keep, every, recent=1, prune=prune):
 
 
 def oracle(keep, every, recent=1):
+  outs = np.zeros((STEPS, B, 1, N, HV))
+  held = [[None] * B for _ in range(STEPS)]
   q, k, v = (x.astype(np.float64) for x in stream())
-  outs, held = (
-    np.zeros((STEPS, B, 1, N, HV)),
-    [[None] * B for _ in range(STEPS)],
-  )
   for b in range(B):
     left, mass = [], {}
     for step in range(STEPS):
@@ -128,11 +126,9 @@ def test_the_arrays_really_shrink_and_counts_are_traced():
 def test_a_token_that_the_layer_in_front_dropped_does_not_stay():
   _, _, cache = generate(ROOM, STEPS + 1)
   held = np.ones((B, STEPS), bool)
-  best = np.asarray(
-    prune(cache, jnp.full((B,), 4, jnp.int32), room=4).positions
-  )
-  held[0, best[0, 0]] = False
   counts = jnp.full((B,), 4, jnp.int32)
+  best = np.asarray(prune(cache, counts, room=4).positions)
+  held[0, best[0, 0]] = False
   got = prune(cache, counts, room=4, held=jnp.asarray(held))
   assert best[0, 0] not in got.positions[0]
   np.testing.assert_array_equal(got.positions[1], best[1])

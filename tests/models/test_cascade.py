@@ -203,9 +203,7 @@ def test_gradient_equals_differences_of_the_oracle():
       lambda x, d: np.asarray(x, np.float64) + size * d, params, way
     )
     rows = oracle_rows(cfg, (moved, stats), tokens(), SEGMENTS)
-    return sum(
-      (hidden * weight[b]).sum() for b, (hidden, *_) in enumerate(rows)
-    )
+    return sum((row[0] * weight[b]).sum() for b, row in enumerate(rows))
 
   want = (value(1e-6) - value(-1e-6)) / 2e-6
   np.testing.assert_allclose(got, want, rtol=2e-4)

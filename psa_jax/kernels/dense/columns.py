@@ -113,10 +113,8 @@ def visible(tiles, head, i, causal, q_offset, segments):
     t = tiles.q_positions(tile, q_offset)
     seen = jnp.arange(tiles.S)[None] <= t[:, None]
   if segments is not None:
-    q_seg, kv_seg = segments
-    own = (
-      tiles.q_segments(q_seg, tile)[:, None] == kv_seg[head // tiles.K][None]
-    )
+    q_seg, kv_seg = tiles.q_segments(segments[0], tile), segments[1]
+    own = q_seg[:, None] == kv_seg[head // tiles.K][None]
     seen = own if seen is None else seen & own
   return seen
 
