@@ -268,9 +268,9 @@ class SelfAttention(nnx.Module):
       )
       apply = project if heads.ndim == 1 else project_rows
     wq, wk, wv, wo = kernels
-    k = rotate(apply(x, wk), rope)
+    q, k = rotate(apply(x, wq), rope), rotate(apply(x, wk), rope)
     (out, aux), tokens = base.attend_and_measure(
-      rotate(apply(x, wq), rope),
+      q,
       k,
       apply(x, wv),
       config=self.config.attention,

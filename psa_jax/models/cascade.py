@@ -115,8 +115,8 @@ class Cascade:
     self.graphdef, self.config = graphdef, config
     self.cascade = config.attention.cascade
     self.step, self.train, self.causal = step, train, causal
-    own = config.attention.name == 'cascade'
-    if causal and self.cascade.head_keep < 1 and not own:
+    self.learns_heads = causal and self.cascade.head_keep < 1
+    if self.learns_heads and config.attention.name != 'cascade':
       raise ConfigError(
         'a causal model prunes heads by statistics of its training; set '
         'model.attention.name=cascade, or cascade.head_keep=1'
@@ -153,46 +153,50 @@ class Cascade:
       amount=amount,
       packed=packed,
     )
-    layer = remat(self._layer, self.config.remat, in_scan=False)
     rows = start = self._start(x, segment_ids)
-    left, heads, importance, share = x, None, 0, survivors.UNIT
+    heads, importance, share, alive = None, 0, survivors.UNIT, None
+    if packed and not self.causal:
+      alive = rows.alive
+    left, there = x, (rope, mask)
     moved, said = [], []
     for index, size in enumerate(sizes):
       if size.share < share:
         x = _write(x, left, rows)
         rows = self._prune(rows, size, share, packed)
         left, share = _take(x, rows.place), size.share
+        # Shapes tell that no row is spare in an encoder without padding.
+        alive = rows.alive if packed or self.causal else None
+        there = _rope_at(rope, rows.place), _mask_at(mask, rows.place, alive)
       if size.heads < (K if heads is None else heads.shape[-1]):
         heads = _choose_heads(importance, heads, size.heads)
-      # Shapes tell that no row is spare where nothing was pruned, and in a
-      # bidirectional model without padding.
-      spare = packed if not self.causal else share < survivors.UNIT
-      alive = rows.alive if spare else None
-      left, (stats, aux, found) = layer(
+      # What is measured serves the layers behind that hold less than this one.
+      measured = self.learns_heads or size[1:] != sizes[-1][1:]
+      layer = functools.partial(self._layer, measured or heads is not None)
+      left, (stats, aux, found) = remat(
+        layer, self.config.remat, in_scan=False
+      )(
         left,
         jax.tree.map(lambda array, i=index: array[i], arrays),
-        rope if left is x else _rope_at(rope, rows.place),
+        *there,
         # A causal query does not see the spare rows anyway: they come last.
         rows.segment if packed else None,
-        mask if left is x else _mask_at(mask, rows.place, alive),
         alive,
         heads[0] if self.causal and heads is not None else heads,
       )
-      rows = rows._replace(score=rows.score + found.tokens)
-      importance = _add_heads(importance, found.heads, heads)
+      if found is not None:
+        rows = rows._replace(score=rows.score + found.tokens)
+        importance = _add_heads(importance, found.heads, heads)
       moved.append(stats)
-      said.append(aux | self._shares(start, rows, found.heads.shape[-1] / K))
+      said.append(aux | self._shares(start, rows, size.heads / K))
     x = left if share == survivors.UNIT else _write(x, left, rows)
     aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *said)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved), aux
 
-  def _layer(self, x, arrays, rope, segment_ids, mask, alive, heads):
+  def _layer(self, measured, x, arrays, rope, mask, segment_ids, alive, heads):
     """One block: the residual stream, and everything that it says."""
     block = nnx.merge(self.graphdef, *arrays)
-    statistic = getattr(block.attention, 'head_importance', None)
-    x, aux, found = block.pruned(
-      x,
-      Pruning(heads, alive),
+    run = functools.partial(
+      block.pruned if measured else block,
       step=self.step,
       rope=rope,
       segment_ids=segment_ids,
@@ -200,20 +204,29 @@ class Cascade:
       train=self.train,
       causal=self.causal,
     )
-    found = lax.stop_gradient(found)
-    if statistic is not None:
-      old = statistic[...] if heads is None else statistic[...][heads]
-      if self.train:
-        # A mean over tokens, so that it does not depend on the batch's size.
-        count = x.shape[0] * x.shape[1] if alive is None else alive.sum()
-        size = found.heads.sum(0) / jnp.maximum(count, 1)
-        new = old + (1 - MOMENTUM) * (size - old)
-        at = slice(None) if heads is None else heads
-        statistic[...] = statistic[...].at[at].set(new)
-      # This batch has no say in what is pruned from it.
-      found = found._replace(heads=old[None])
+    if not measured:
+      # The program of dense attention, to the bit where nothing was pruned.
+      (x, aux), found = run(x, mechanism='cascade'), None
+    else:
+      x, aux, found = run(x, Pruning(heads, alive))
+      found = lax.stop_gradient(found)
+      if self.learns_heads:
+        found = self._learn_heads(block.attention, found, x, alive, heads)
     stats = nnx.as_pure(nnx.state(block, nnx.BatchStat))
     return x, (stats if self.train else None, aux, found)
+
+  def _learn_heads(self, attention, found, x, alive, heads):
+    """Moves the running importance; what it was before is what prunes."""
+    statistic = attention.head_importance
+    at = slice(None) if heads is None else heads
+    old = statistic[...][at]
+    if self.train:
+      # A mean over tokens, so that it does not depend on the batch's size.
+      count = x.shape[0] * x.shape[1] if alive is None else alive.sum()
+      size = found.heads.sum(0) / jnp.maximum(count, 1)
+      new = old + (1 - MOMENTUM) * (size - old)
+      statistic[...] = statistic[...].at[at].set(new)
+    return found._replace(heads=old[None])
 
   def _shares(self, start: Rows, rows: Rows, heads: float):
     """Scalars of a layer: what it reads and holds, as shares of the whole."""

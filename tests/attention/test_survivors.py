@@ -88,21 +88,26 @@ def random_rows(seed, kind):
 KINDS = ('random', 'ties', 'rising', 'falling', 'constant')
 
 
+SHARE, BEFORE, WINDOW, CREDIT = 400, 700, 8, 3
+
+
 @jax.jit
-def causal(score, left, document, shares, window, credit):
+def causal(score, left, document):
   """`keep_causal` on rows that are compacted as a model does it."""
   at, alive = survivors.compact(left, T)
-  take = lambda x: jnp.take_along_axis(x, at, axis=1)  # noqa: E731
   number, seen, _ = survivors.runs(document)
-  quotas = survivors.quota(take(seen), shares[0], take(number) < 2)
+  score, number, seen = (
+    jnp.take_along_axis(x, at, axis=1) for x in (score, number, seen)
+  )
+  quotas = survivors.quota(seen, SHARE, number < 2)
   kept = survivors.keep_causal(
-    take(score),
+    score,
     alive,
     jnp.where(alive, quotas, 0),
-    jnp.where(alive, take(number), -1),
-    shares=shares,
-    window=8,
-    credit=3,
+    jnp.where(alive, number, -1),
+    shares=(SHARE, BEFORE),
+    window=WINDOW,
+    credit=CREDIT,
   )
   return at, kept
 
@@ -112,25 +117,32 @@ def test_causal_rule_equals_one_token_after_the_other(kind):
   kept_all = allowed = 0
   for seed in range(20):
     score, left, document = random_rows(seed, kind)
-    share, before = 400, 700
     at, kept = causal(
-      jnp.asarray(score, jnp.float32)[None], jnp.asarray(left)[None],
-      jnp.asarray(document, jnp.int32)[None], (share, before), 8, 3,
-    )  # fmt: skip
+      jnp.asarray(score, jnp.float32)[None],
+      jnp.asarray(left)[None],
+      jnp.asarray(document, jnp.int32)[None],
+    )
     got = np.sort(np.asarray(at)[np.asarray(kept)]).tolist()
     want = []
     alive = np.flatnonzero(left).tolist()
     for number, d in enumerate(np.unique(document)):
       members = np.flatnonzero(document == d).tolist()
       stays = judged_on_arrival(
-        members, alive, score, share, number < 2, before, window=8, credit=3
+        members,
+        alive,
+        score,
+        SHARE,
+        number < 2,
+        BEFORE,
+        window=WINDOW,
+        credit=CREDIT,
       )
       want += stays
       for m in range(1, len(members) + 1):
         inside = sum(j in members[:m] for j in stays)
-        assert inside <= -(-m * share // 1024)
+        assert inside <= -(-m * SHARE // 1024)
       kept_all += len(stays)
-      allowed += len(members) * share // 1024
+      allowed += len(members) * SHARE // 1024
     assert got == want
   # The count keeps up with the quota, whatever the scores are; only dead
   # stretches and the credit at a document's end are lost.

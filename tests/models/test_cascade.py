@@ -46,10 +46,8 @@ SEGMENTS = jnp.asarray(
 )
 
 
-def config(kind='encoder', cascade=CASCADE, **changes):
-  attention = AttentionConfig(
-    'cascade', implementation='reference', cascade=cascade
-  )
+def config(kind='encoder', cascade=CASCADE, run='reference', **changes):
+  attention = AttentionConfig('cascade', implementation=run, cascade=cascade)
   return dataclasses.replace(MODEL, **{
     'kind': kind, 'attention': attention, 'scan_layers': False, **changes
   })  # fmt: skip
@@ -308,7 +306,7 @@ def test_a_document_is_pruned_as_if_alone(kind):
 @pytest.mark.parametrize('kind', ['encoder', 'decoder_lm'])
 def test_keep_one_is_bit_equal_to_dense(kind):
   everything = CascadeConfig(token_keep=1.0, head_keep=1.0, value_keep=1.0)
-  cfg = config(kind, everything)
+  cfg = config(kind, everything, 'xla')
   for segments in (None, SEGMENTS):
     got, *_ = forward(cfg, tokens(), segment_ids=segments)
     dense, *_ = forward(cfg, tokens(), segment_ids=segments, mechanism='dense')
@@ -320,7 +318,8 @@ def test_the_schedule_climbs_its_rungs_in_one_program():
   """Amount 0 is dense to the bit, 1 is the whole pruning; none recompiles."""
   ramp = ScheduleConfig('linear', init=0.0, final=1.0, begin=2, length=4)
   whole = dataclasses.replace(CASCADE, value_keep=1.0, rungs=2)
-  moving = config('decoder_lm', dataclasses.replace(whole, amount=ramp))
+  moving = dataclasses.replace(whole, amount=ramp)
+  moving = config('decoder_lm', moving, 'xla')
   seen, hidden = [], {}
   for step in range(8):
     out, *_ = forward(moving, tokens(), step=step)
@@ -333,7 +332,7 @@ def test_the_schedule_climbs_its_rungs_in_one_program():
   assert all(a > b for a, b in zip(seen[5], seen[6], strict=True))
   dense, *_ = forward(moving, tokens(), mechanism='dense')
   np.testing.assert_array_equal(hidden[0], dense.hidden)
-  still, *_ = forward(config('decoder_lm', whole), tokens())
+  still, *_ = forward(config('decoder_lm', whole, 'xla'), tokens())
   oracles.check_close(hidden[7], still.hidden, gradient=True)
 
 
