@@ -308,6 +308,40 @@ BUDGETED = ('psa', 'dsa')
 
 
 @dataclass(frozen=True)
+class CascadeConfig:
+  """Cascade pruning of tokens and heads (MECHANISMS section 7).
+
+  Attributes:
+    token_keep, head_keep: mean share of tokens and of kv heads (a query head
+      goes with its group) over the layers that prune them.
+    value_keep: share of the visible values that every query and head reads,
+      those of the largest probabilities.
+    token_start, head_start: share of the layers, the first ones, that keep
+      all tokens and all heads.
+    slope: how steeply the kept share falls over the other layers: from 0, not
+      at all, to 1.
+    amount: schedule of how much of the pruning is in force, from 0 to 1.
+    rungs: sizes are static: a schedule that moves climbs this many rungs, all
+      in one program. A piecewise one has a rung for each of its values.
+    documents: documents of a packed row whose budgets are rounded up.
+    window: causal models: candidates that a token is compared with.
+    credit: causal models: how far the count of survivors may lag behind.
+  """
+
+  token_keep: float = 0.5
+  head_keep: float = 1.0
+  value_keep: float = 1.0
+  token_start: float = 0.15
+  head_start: float = 0.3
+  slope: float = 0.5
+  amount: ScheduleConfig = ScheduleConfig()
+  rungs: int = 4
+  documents: int = 1
+  window: int = 64
+  credit: int = 8
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -317,12 +351,20 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa, topk, hybrid, on_demand, dsa, sla: the settings of each
+    dense, psa, topk, hybrid, on_demand, dsa, sla, cascade: the settings of each
       mechanism.
   """
 
   name: str = choice(
-    'dense', 'dense', 'psa', 'topk', 'hybrid', 'on_demand', 'dsa', 'sla'
+    'dense',
+    'dense',
+    'psa',
+    'topk',
+    'hybrid',
+    'on_demand',
+    'dsa',
+    'sla',
+    'cascade',
   )
   implementation: str = choice(
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
@@ -335,6 +377,7 @@ class AttentionConfig:
   on_demand: OnDemandConfig = OnDemandConfig()
   dsa: DsaConfig = DsaConfig()
   sla: SlaConfig = SlaConfig()
+  cascade: CascadeConfig = CascadeConfig()
 
   @property
   def frozen_steps(self) -> int:
@@ -373,10 +416,10 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only Transformer.
+  """A Transformer.
 
   Attributes:
-    kind: architecture.
+    kind: architecture: a causal language model, or a bidirectional encoder.
     vocab_size: 0 means the tokenizer's.
     head_dim: width of one head; 0 means d_model // num_heads.
     remat: `none`; `full` recomputes everything in the backward pass;
@@ -385,7 +428,7 @@ class ModelConfig:
       accumulations stay f32.
   """
 
-  kind: str = choice('decoder_lm', 'decoder_lm')
+  kind: str = choice('decoder_lm', 'decoder_lm', 'encoder')
   num_layers: int = 2
   d_model: int = 128
   num_heads: int = 2

@@ -65,6 +65,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'var': ('norm',),
   'eta': (),
   'coefficients': ('power',),
+  'head_importance': ('heads_seen',),
 }
 
 

@@ -101,6 +101,17 @@ RANGES = {
   **_schedule_ranges('model.attention.dsa.keep', _SHARE),
   **_schedule_ranges('model.attention.dsa.top_k', _COUNT),
   'model.attention.sla.positions': _COUNT,
+  'model.attention.cascade.token_keep': _SHARE,
+  'model.attention.cascade.head_keep': _SHARE,
+  'model.attention.cascade.value_keep': _SHARE,
+  'model.attention.cascade.token_start': '[0, 1]',
+  'model.attention.cascade.head_start': '[0, 1]',
+  'model.attention.cascade.slope': '[0, 1)',
+  'model.attention.cascade.rungs': _COUNT,
+  'model.attention.cascade.documents': _COUNT,
+  'model.attention.cascade.window': _COUNT,
+  'model.attention.cascade.credit': _COUNT,
+  **_schedule_ranges('model.attention.cascade.amount', '[0, 1]'),
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -136,6 +147,8 @@ RANGES = {
 }
 
 _MIN_BPE = 257
+# Quotas are int32 products with 1024.
+_LONGEST_CASCADE = 2**21 - 1
 
 
 def validate(config: Config) -> Config:
@@ -240,6 +253,25 @@ def _check_schedules(config: Config) -> Iterator[str]:
       'config.model.attention.psa.budget is mass, but psa.mass is constant 1, '
       'which keeps every block; set for instance psa.mass.init=0.9 and '
       'psa.mass.final=0.9'
+    )
+
+
+def _check_cascade(config: Config) -> Iterator[str]:
+  path, model = 'config.model.attention.cascade', config.model
+  cascade = model.attention.cascade
+  yield from _check_schedule(f'{path}.amount', cascade.amount)
+  if model.attention.name != 'cascade':
+    return
+  keeps = cascade.token_keep, cascade.head_keep, cascade.value_keep
+  if keeps == (1, 1, 1):
+    yield (
+      f'{path}.token_keep, head_keep and value_keep are 1, which prunes '
+      'nothing; lower one, or set config.model.attention.name to dense'
+    )
+  if max(config.train.seq_len, default=0) > _LONGEST_CASCADE:
+    yield (
+      f'config.train.seq_len is {config.train.seq_len}, but cascade pruning '
+      f'counts up to {_LONGEST_CASCADE} tokens a row'
     )
 
 
@@ -371,6 +403,11 @@ def _check_quant(config: Config) -> Iterator[str]:
       'config.model.quant.warmup_steps and quantization_interval end at step '
       f'{last}, but steps are below 2^31'
     )
+  if quant.enabled and config.model.attention.name == 'cascade':
+    yield (
+      'config.model.quant.enabled is True, but cascade pruning does not '
+      'quantise; set it to False or choose another attention'
+    )
 
 
 def _check_optim(config: Config) -> Iterator[str]:
@@ -419,6 +456,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_hybrid,
   _check_dsa,
   _check_controller,
+  _check_cascade,
   _check_list_width,
   _check_quant,
   _check_optim,

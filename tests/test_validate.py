@@ -13,6 +13,7 @@ ON_DEMAND = 'model.attention.on_demand.'
 TOPK = 'model.attention.topk.'
 HYBRID = 'model.attention.hybrid.'
 DSA = 'model.attention.dsa.'
+CASCADE = 'model.attention.cascade.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -78,6 +79,18 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (PSA + 'keep.init', 0.0, 1e-3),
     (PSA + 'keep.final', 1.01, 1.0),
     (PSA + 'mass.init', 0.0, 0.9),
+    (CASCADE + 'token_keep', 0.0, 0.1),
+    (CASCADE + 'head_keep', 1.01, 1.0),
+    (CASCADE + 'value_keep', 0.0, 0.01),
+    (CASCADE + 'token_start', 1.01, 1.0),
+    (CASCADE + 'head_start', -0.1, 0.0),
+    (CASCADE + 'slope', 1.0, 0.0),
+    (CASCADE + 'amount.init', 1.01, 0.0),
+    (CASCADE + 'amount.values', (-0.1,), ()),
+    (CASCADE + 'rungs', 0, 1),
+    (CASCADE + 'documents', 0, 1),
+    (CASCADE + 'window', 0, 1),
+    (CASCADE + 'credit', 0, 1),
     (PSA + 'keep.begin', -1, 0),
     (PSA + 'keep.length', -1, 0),
     (ON_DEMAND + 'high_bits', 1, 2),
@@ -221,6 +234,19 @@ def test_an_exponential_mix_cannot_start_at_nothing():
   fine(changes | {TOPK + 'mix.init': 1e-3})
 
 
+def test_cascade_pruning_prunes_something():
+  name = {'model.attention.name': 'cascade'}
+  fine(name)
+  message = problem(name | {CASCADE + 'token_keep': 1.0})
+  assert 'which prunes nothing' in message
+  fine(name | {CASCADE + 'token_keep': 1.0, CASCADE + 'value_keep': 0.5})
+  fine({CASCADE + 'token_keep': 1.0})
+  message = problem(name | {'train.seq_len': (2**21,)})
+  assert 'counts up to 2097151 tokens a row' in message
+  message = problem({CASCADE + 'amount.final': 0.5})
+  assert 'amount.final, begin and length are not read' in message
+
+
 def test_all_problems_are_named_at_once():
   message = problem({'log.every': 0, 'checkpoint.keep': 0})
   assert message.count('; ') == 1
@@ -336,3 +362,8 @@ def test_text(path, bad, good):
     message = problem({path: value})
     assert message.startswith(f'config.{path} is ')
   fine({path: good})
+
+
+def test_cascade_pruning_does_not_quantise():
+  found = {'model.attention.name': 'cascade', 'model.quant.enabled': True}
+  assert 'cascade pruning does not quantise' in problem(found)

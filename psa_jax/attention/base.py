@@ -26,7 +26,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from psa_jax.attention import cascade as cascade_lib
 from psa_jax.attention import topk_parameters
+from psa_jax.attention.cascade import cascade
 from psa_jax.attention.dense import dense
 from psa_jax.attention.dsa import dsa
 from psa_jax.attention.dsa_parameters import Indexer
@@ -86,6 +88,7 @@ MECHANISMS: dict[str, Mechanism] = {
   'on_demand': on_demand,
   'dsa': dsa,
   'sla': sla,
+  'cascade': cascade,
 }
 PARAMETERS: dict[str, Parameters] = {
   'topk': topk_parameters.make,
@@ -175,7 +178,42 @@ def attend(
   return _sharded(run, mesh, *args)
 
 
-def _sharded(run, mesh, when, q, k, v, segment_ids, learned):
+def attend_and_measure(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  causal: bool = True,
+) -> tuple[AttnOut, Float[Array, 'B T']]:
+  """`attend` by cascade pruning, and the importance that its tokens got.
+
+  Args and errors as in `attend`. The importance is summed over the heads of
+  all shards.
+  """
+
+  def run(step, q, k, v, segment_ids, learned):
+    del learned
+    return cascade_lib.attend_and_measure(
+      q,
+      k,
+      v,
+      config=config,
+      step=step,
+      segment_ids=segment_ids,
+      causal=causal,
+    )
+
+  args = step, q, k, v, segment_ids, None
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run(*args)
+  return _sharded(run, mesh, *args, measured=True)
+
+
+def _sharded(run, mesh, when, q, k, v, segment_ids, learned, measured=False):
   """`run` inside shard_map: every shard has whole rows and whole groups."""
   heads = mesh.shape[HEAD_AXIS]
   if k.shape[2] % heads:
@@ -187,9 +225,12 @@ def _sharded(run, mesh, when, q, k, v, segment_ids, learned):
   batch = BATCH_AXES if q.shape[0] % rows == 0 else None
 
   def local(*args):
-    out, aux = run(*args)
+    (out, aux), mass = run(*args) if measured else (run(*args), None)
     axes = (*BATCH_AXES, HEAD_AXIS)
-    return out, jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
+    aux = jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
+    if measured:
+      mass = jax.lax.psum(mass, HEAD_AXIS)
+    return out, aux, mass
 
   by_head, by_row = P(batch, None, HEAD_AXIS), P(batch)
   own = jax.tree.map(lambda _: P(), learned)
@@ -200,7 +241,8 @@ def _sharded(run, mesh, when, q, k, v, segment_ids, learned):
     )
   documents = None if segment_ids is None else by_row
   specs = P(), by_head, by_head, by_head, documents, own
-  out, aux = jax.shard_map(
-    local, in_specs=specs, out_specs=(by_head, P()), check_vma=False
+  out, aux, mass = jax.shard_map(
+    local, in_specs=specs, out_specs=(by_head, P(), by_row), check_vma=False
   )(when, q, k, v, segment_ids, learned)
-  return AttnOut(out, aux)
+  found = AttnOut(out, aux)
+  return (found, mass) if measured else found

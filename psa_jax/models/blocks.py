@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from psa_jax.attention.cascade import Importance, Pruning
 from psa_jax.attention.layer import Rotary, SelfAttention, fan_in, project
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.norm import Norm
@@ -79,7 +80,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One layer of a decoder."""
+  """One layer of a decoder, or of an encoder."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     """Creates both halves and the norm in front of each."""
@@ -105,6 +106,7 @@ class Block(nnx.Module):
     train: bool,
     mechanism: str | None = None,
     budget: Scalar | None = None,
+    causal: bool = True,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Returns the new residual stream and attention's f32 scalars.
 
@@ -117,6 +119,7 @@ class Block(nnx.Module):
       train: move the norm's statistics; follow the training schedules.
       mechanism: overrides the configured attention mechanism.
       budget: replaces attention's schedule.
+      causal: False attends to what comes after as well.
     """
     normed = self.attention_norm(x, step=step, train=train, mask=mask)
     attended, aux = self.attention(
@@ -127,8 +130,35 @@ class Block(nnx.Module):
       train=train,
       mechanism=mechanism,
       budget=budget,
+      causal=causal,
     )
     x = x + attended
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)
     quantizer = Quantizer.at(self.quant, step, train=train)
     return x + self.mlp(normed, quantizer), aux
+
+  def pruned(
+    self,
+    x: Float[Array, 'B T D'],
+    pruning: Pruning,
+    *,
+    step: Scalar,
+    rope: Rotary,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    causal: bool = True,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
+    """`__call__` on what cascade pruning left; see `SelfAttention.pruned`."""
+    normed = self.attention_norm(x, step=step, train=train, mask=mask)
+    attended, aux, importance = self.attention.pruned(
+      normed,
+      pruning,
+      step=step,
+      rope=rope,
+      segment_ids=segment_ids,
+      causal=causal,
+    )
+    x = x + attended
+    normed = self.mlp_norm(x, step=step, train=train, mask=mask)
+    return x + self.mlp(normed), aux, importance

@@ -117,9 +117,14 @@ class LanguageModel:
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a vocabulary smaller than the tokenizer's, or a window
-        longer than the text.
+      ConfigError: a model that sees what it is to predict, a vocabulary
+        smaller than the tokenizer's, or a window longer than the text.
     """
+    if config.model.kind != 'decoder_lm':
+      raise ConfigError(
+        f'model.kind={config.model.kind} sees the next token, so it cannot '
+        'learn to predict it; set model.kind=decoder_lm'
+      )
     tokenizer = corpus.tokenizer
     self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if self.vocab_size < tokenizer.vocab_size:

@@ -16,6 +16,7 @@ import pytest
 from psa_jax.attention import base
 from psa_jax.config import (
   AttentionConfig,
+  CascadeConfig,
   DsaConfig,
   HybridConfig,
   PsaConfig,
@@ -57,6 +58,13 @@ def dsa(top_k=24, **kw):
   cfg = dict(block_q=16, block_k=8, window=12, heads=2, width=8)
   cfg |= dict(top_k=ScheduleConfig(init=float(top_k)))
   return AttentionConfig(name='dsa', dsa=DsaConfig(**cfg | kw))
+
+
+def cascade(amount):
+  """One layer: values are pruned; tokens and heads are a model's affair."""
+  schedule = ScheduleConfig(init=amount)
+  own = CascadeConfig(value_keep=0.4, amount=schedule)
+  return AttentionConfig(name='cascade', cascade=own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +110,7 @@ ROWS = {
   ),
   'dsa two stages': Row(dsa(pooling='mass'), dsa(warmup_steps=5)),
   'sla': Row(AttentionConfig('sla'), None, softmax=False),
+  'cascade': Row(cascade(1.0), cascade(0.0), sparse=False),
 }
 SOFTMAX = [name for name, row in ROWS.items() if row.softmax]
 
