@@ -20,6 +20,10 @@ dropped one at most `n exp(bound)`. With means it is an estimate;
 `retained_mass` in the aux scalars says what was really kept on a few sampled
 queries.
 
+Two controls choose without looking at the keys, at the same budget: `recent`
+takes the nearest blocks (sink and local window only), `random` takes any
+(`controls.py`).
+
 No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
@@ -33,6 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
+from psa_jax.attention import controls
 from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
@@ -74,7 +79,12 @@ def psa(
   """
   cfg = config.psa
   blocks = select_blocks(
-    q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
+    q,
+    k,
+    cfg,
+    budget=budget_at(cfg, step, train),
+    segment_ids=segment_ids,
+    seed=step if train else 0,
   )
   out, lse = block_sparse_attention(
     q,
@@ -144,6 +154,7 @@ def select_blocks(
   *,
   budget: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
+  seed: Scalar = 0,
 ) -> BlockList:
   """The block list of every query tile, causal and streamed over tiles.
 
@@ -153,6 +164,7 @@ def select_blocks(
     cfg: block sizes, window, sink, scoring and kind of budget.
     budget: traced keep ratio or mass, see `budget_at`.
     segment_ids: documents; nondecreasing along T.
+    seed: of random scoring: the step in training, 0 (as in decoding) outside.
 
   Returns:
     The lists; at least sink and window are kept whatever the budget, and a
@@ -168,7 +180,7 @@ def select_blocks(
   )
   starts = _document_start(segment_ids, B, T)[:, :: cfg.block_q]
   first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
+  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget, seed)
 
 
 def select_for_decode(
@@ -250,7 +262,7 @@ def _document_start(segment_ids, B, T):
   return lax.cummax(jnp.pad(at, ((0, 0), (1, 0))), axis=1)
 
 
-def _choose(cfg, q, pooled, first, starts, budget):
+def _choose(cfg, q, pooled, first, starts, budget, seed=0):
   """The lists of tiles whose first queries `q` are at positions `first`.
 
   Args:
@@ -260,10 +272,13 @@ def _choose(cfg, q, pooled, first, starts, budget):
     first: [1 or B, Tb].
     starts: [B, Tb] first positions of the documents of `q`.
     budget: traced.
+    seed: traced, of random scoring.
   """
   blocks = pooled.size.shape[1]
   begin = starts // cfg.block_k
   first = jnp.broadcast_to(first, begin.shape)
+  if cfg.scoring in controls.SCORINGS:
+    q, pooled = controls.blind(q, pooled, first, scoring=cfg.scoring, seed=seed)
   # A tile reads up to its end, though the last one may be cut by the end of
   # the sequence: how much it keeps of the rest must not depend on that, for
   # decoding does not know yet where the sequence ends.

@@ -48,6 +48,8 @@ ROWS = {
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),
+  'random': Row(psa(scoring='random'), psa(keep=1.0, scoring='random')),
+  'window': Row(psa(scoring='recent'), psa(keep=1.0, scoring='recent')),
 }
 IMPLEMENTATIONS = ('reference', 'xla')
 every = pytest.mark.parametrize('name', list(ROWS))
