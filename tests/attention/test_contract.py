@@ -111,6 +111,8 @@ ROWS = {
   'dsa two stages': Row(dsa(pooling='mass'), dsa(warmup_steps=5)),
   'sla': Row(AttentionConfig('sla'), None, softmax=False),
   'cascade': Row(cascade(1.0), cascade(0.0), sparse=False),
+  'random': Row(psa(scoring='random'), psa(keep=1.0, scoring='random')),
+  'window': Row(psa(scoring='recent'), psa(keep=1.0, scoring='recent')),
 }
 SOFTMAX = [name for name, row in ROWS.items() if row.softmax]
 

@@ -22,6 +22,7 @@ from psa_jax.config import (
   OptimConfig,
   PsaConfig,
   ScheduleConfig,
+  SyntheticConfig,
   TrainConfig,
 )
 from psa_jax.data import lm
@@ -126,6 +127,26 @@ def config_dsa(**changes):
     model=dataclasses.replace(found.model, attention=attention),
     train=TrainConfig(steps=(5,), seq_len=(32,), batch_size=(4,)),
     eval=EvalConfig(windows=2),
+  )
+
+
+def config_recall(source=None, **changes):
+  """Two stages of pairs to remember, with sparse attention; no text is read."""
+  del source
+  found = config(NormConfig(), **changes)
+  keep = ScheduleConfig('linear', init=1.0, final=0.3, length=3)
+  psa = PsaConfig(block_q=2, block_k=4, window=4, sink_blocks=0, keep=keep)
+  return dataclasses.replace(
+    found,
+    data=DataConfig(
+      source='synthetic:mqar',
+      synthetic=SyntheticConfig(vocab_size=64, needles=(2, 4)),
+    ),
+    model=dataclasses.replace(
+      found.model, attention=AttentionConfig('psa', psa=psa)
+    ),
+    train=TrainConfig(steps=(3, 2), seq_len=(16, 32), batch_size=(8, 4)),
+    eval=EvalConfig(windows=6),
   )
 
 
