@@ -18,6 +18,19 @@ _OPTIONAL = '[0, inf)'
 _POSITIVE = '(0, inf)'
 _DEVICES = '-1 or [1, inf)'
 
+
+def _schedule(path: str, value: str) -> dict[str, str]:
+  """Ranges of the numbers of a `ScheduleConfig` whose values are `value`."""
+  return {
+    f'{path}.init': value,
+    f'{path}.final': value,
+    f'{path}.values': value,
+    f'{path}.begin': _OPTIONAL,
+    f'{path}.length': _OPTIONAL,
+    f'{path}.boundaries': _COUNT,
+  }
+
+
 # Intervals as in mathematics; `inf` itself and NaN are never allowed. For a
 # tuple the range is that of each entry. Every number of the tree is here; whole
 # numbers end below 2^31, because steps and sizes are int32 on the device.
@@ -43,18 +56,19 @@ RANGES = {
   'model.attention.psa.sink_blocks': _OPTIONAL,
   'model.attention.psa.max_blocks': _OPTIONAL,
   'model.attention.psa.eval_keep': '[0, 1]',
-  **{
-    f'model.attention.psa.{schedule}.{key}': allowed
-    for schedule in ('keep', 'mass')
-    for key, allowed in (
-      ('init', _SHARE),
-      ('final', _SHARE),
-      ('values', _SHARE),
-      ('begin', _OPTIONAL),
-      ('length', _OPTIONAL),
-      ('boundaries', _COUNT),
-    )
-  },
+  **_schedule('model.attention.psa.keep', _SHARE),
+  **_schedule('model.attention.psa.mass', _SHARE),
+  'model.attention.nsa.compress_block': _COUNT,
+  'model.attention.nsa.stride': _COUNT,
+  'model.attention.nsa.select_block': _COUNT,
+  'model.attention.nsa.initial_blocks': _OPTIONAL,
+  'model.attention.nsa.local_blocks': _COUNT,
+  'model.attention.nsa.window': _COUNT,
+  'model.attention.nsa.tile': _COUNT,
+  'model.attention.nsa.compress_dim': _COUNT,
+  'model.attention.nsa.gate_dim': _COUNT,
+  'model.attention.nsa.eval_blocks': _OPTIONAL,
+  **_schedule('model.attention.nsa.blocks', _COUNT),
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -199,6 +213,39 @@ def _check_list_width(config: Config) -> Iterator[str]:
     )
 
 
+def _check_nsa(config: Config) -> Iterator[str]:
+  path, nsa = 'config.model.attention.nsa', config.model.attention.nsa
+  yield from _check_schedule(f'{path}.blocks', nsa.blocks)
+  for key in ('compress_block', 'select_block'):
+    if getattr(nsa, key) % nsa.stride:
+      yield (
+        f'{path}.{key} is {getattr(nsa, key)}, but it must be a multiple of '
+        f'{path}.stride, which is {nsa.stride}'
+      )
+  if nsa.compress_block > nsa.select_block:
+    yield (
+      f'{path}.compress_block is {nsa.compress_block}, but it must be at most '
+      f'{path}.select_block, which is {nsa.select_block}'
+    )
+  if nsa.select_block % nsa.tile:
+    yield (
+      f'{path}.tile is {nsa.tile}, but it must divide {path}.select_block, '
+      f'which is {nsa.select_block}'
+    )
+  blocks = nsa.blocks
+  values = {
+    'constant': (blocks.init,),
+    'piecewise': blocks.values,
+  }.get(blocks.kind, (blocks.init, blocks.final))
+  if nsa.eval_blocks:
+    values = (*values, nsa.eval_blocks)
+  if values and min(values) < nsa.forced_blocks:
+    yield (
+      f'{path}.blocks goes down to {min(values):g}, but initial_blocks and '
+      f'local_blocks, which count, are {nsa.forced_blocks} together'
+    )
+
+
 def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
   boundaries, values = schedule.boundaries, schedule.values
   if schedule.kind != 'piecewise':
@@ -269,6 +316,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_heads,
   _check_schedules,
   _check_list_width,
+  _check_nsa,
   _check_optim,
   _check_stages,
   _check_mesh,
