@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.dense import dense
+from psa_jax.attention.nsa import nsa, nsa_tile
+from psa_jax.attention.nsa_parameters import NsaParameters
 from psa_jax.attention.psa import psa
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
 from psa_jax.types import AttnOut, Learned, Scalar
@@ -61,8 +63,16 @@ class Parameters(Protocol):
   def __call__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
-MECHANISMS: dict[str, Mechanism] = {'dense': dense, 'psa': psa}
-PARAMETERS: dict[str, Parameters] = {}
+MECHANISMS: dict[str, Mechanism] = {
+  'dense': dense,
+  'psa': psa,
+  'nsa': nsa,
+  'nsa_tile': nsa_tile,
+}
+PARAMETERS: dict[str, Parameters] = {
+  'nsa': NsaParameters,
+  'nsa_tile': NsaParameters,
+}
 
 
 def attend(

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 
 from psa_jax.attention import base
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.config import (
+  AttentionConfig,
+  NsaConfig,
+  PsaConfig,
+  ScheduleConfig,
+)
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -32,13 +37,47 @@ def psa_mass(mass=0.5, **kw):
   return psa(budget='mass', mass=schedule, **kw)
 
 
+def nsa(name='nsa', blocks=3.0, **kw):
+  cfg = dict(compress_block=8, stride=4, select_block=8, window=3, tile=4)
+  cfg |= dict(blocks=ScheduleConfig(init=blocks), local_blocks=1)
+  return AttentionConfig(name=name, nsa=NsaConfig(**cfg | kw))
+
+
+def nsa_open(name='nsa'):
+  """One block that holds everything, and none that is complete."""
+  sizes = dict(compress_block=128, select_block=128, window=128, tile=128)
+  return nsa(name, **sizes)
+
+
+def nsa_learned(q, k, v):
+  """The gates of what is not compressed add up to 1, as in no real model."""
+  gate = jax.nn.sigmoid(q[..., :2].astype(jnp.float32))
+  gates = jnp.stack([gate[..., 0], gate[..., 1], 1 - gate[..., 1]], -1)
+  heads = dict(gates=gates, k_compress=2 * k, v_compress=v - 1)
+  heads |= dict(k_window=k, v_window=v)
+  weights = {}
+  rng = np.random.default_rng(5)
+  for name, width in (('k', k.shape[-1]), ('v', v.shape[-1])):
+    shapes = dict(place=(8, width), out=(6, width))
+    shapes['in'] = (8, width, 6)
+    for part, shape in shapes.items():
+      weights[f'{name}_{part}'] = jnp.asarray(
+        rng.normal(size=shape) * 0.5, q.dtype
+      )
+  return Learned(heads, {}, weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A mechanism: restricted, and with every restriction off."""
+  """A mechanism: restricted, and with every restriction off.
+
+  `ramp` are the values between which its schedules move.
+  """
 
   config: AttentionConfig
   open: AttentionConfig
   sparse: bool = True
+  ramp: tuple[float, float] = (1.0, 1e-5)
 
 
 ROWS = {
@@ -49,10 +88,18 @@ ROWS = {
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),
+  'nsa': Row(nsa(), nsa_open(), ramp=(12.0, 2.0)),
+  'nsa, shifted': Row(
+    nsa(blocks=2.0, select_block=12), nsa_open(), ramp=(12.0, 2.0)
+  ),
+  'nsa_tile': Row(nsa('nsa_tile'), nsa_open('nsa_tile'), ramp=(12.0, 2.0)),
 }
 # What stands in for a mechanism's parameters, by its name: a function of q, k
 # and v, token by token, so that a leak through it is seen as one through them.
-LEARNED: dict[str, Callable[..., Learned]] = {}
+LEARNED: dict[str, Callable[..., Learned]] = {
+  'nsa': nsa_learned,
+  'nsa_tile': nsa_learned,
+}
 IMPLEMENTATIONS = ('reference', 'xla')
 every = pytest.mark.parametrize('name', list(ROWS))
 both = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
@@ -89,6 +136,20 @@ def eager(q, k, v, config, segment_ids=None, step=0, train=True):
 
 
 attend = jax.jit(eager, static_argnames=('config', 'train'))
+
+
+def changed(config, **changes):
+  """`config` with other settings of its own mechanism."""
+  own = config.name.removesuffix('_tile')
+  new = dataclasses.replace(getattr(config, own), **changes)
+  return dataclasses.replace(config, **{own: new})
+
+
+def scheduled(config, schedule):
+  """`config` with every schedule of its own mechanism replaced."""
+  own = vars(getattr(config, config.name.removesuffix('_tile')))
+  names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
+  return changed(config, **dict.fromkeys(names, schedule))
 
 
 def using(config, implementation):
@@ -236,9 +297,9 @@ def test_a_mesh_changes_nothing(name):
 def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""
   traces, config = [], ROWS[name].config
-  ramp = ScheduleConfig(kind='linear', init=1.0, final=1e-5, length=3)
-  moving = dataclasses.replace(config.psa, keep=ramp, mass=ramp)
-  config = dataclasses.replace(config, psa=moving)
+  init, final = ROWS[name].ramp
+  ramp = ScheduleConfig(kind='linear', init=init, final=final, length=3)
+  config = scheduled(config, ramp)
 
   @jax.jit
   def run(step, *args):

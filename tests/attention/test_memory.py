@@ -19,13 +19,15 @@ import dataclasses, json, sys
 import jax
 import jax.numpy as jnp
 from psa_jax.attention import base
-from tests.attention.test_contract import ROWS
+from tests.attention.test_contract import LEARNED, ROWS
 
 def temporaries(config, T):
   psa = dataclasses.replace(config.psa, max_blocks=32)
   config = dataclasses.replace(config, psa=psa)
   def loss(q, k, v):
-    out, _ = base.attend(q, k, v, config=config, step=0)
+    make = LEARNED.get(config.name, lambda *args: None)
+    learned = make(q, k, v)
+    out, _ = base.attend(q, k, v, config=config, step=0, learned=learned)
     return out.sum()
   shape = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
   step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape)
