@@ -152,7 +152,7 @@ def _attend(q, k, v, config, budget, segment_ids, causal, learned, *, tile):
     starts=starts,
     implementation=own_kernel(config),
   )
-  ids, counts, ranges = _select(
+  ids, counts, ranges = select(
     q, kc, lse, config, budget, starts, tile, -(-k.shape[1] // cfg.select_block)
   )
   out_s, _ = block_sparse_attention(
@@ -234,8 +234,19 @@ def count_blocks(
   return jnp.minimum(wanted.astype(jnp.int32), ranges.visible())
 
 
-def _select(q, kc, lse, config, budget, starts, tile, blocks):
-  """Lists [B, K, Tb, M], counts [B, K, Tb], and the ranges [B, Tb]."""
+def select(q, kc, lse, config, budget, starts, tile, blocks):
+  """The lists of all tiles: their blocks, counts and ranges.
+
+  Args:
+    q: all queries.
+    kc: compressed keys.
+    lse: of the compressed branch.
+    config: the mechanism's.
+    budget: n.
+    starts: of the documents, or None.
+    tile: queries a list.
+    blocks: how many there are to choose from.
+  """
   cfg, (B, T) = config.nsa, q.shape[:2]
   q, lse = q[:, ::tile], lse[:, ::tile]
   starts = None if starts is None else starts[:, ::tile]

@@ -53,17 +53,18 @@ def nsa_learned(q, k, v):
   """The gates of what is not compressed add up to 1, as in no real model."""
   gate = jax.nn.sigmoid(q[..., :2].astype(jnp.float32))
   gates = jnp.stack([gate[..., 0], gate[..., 1], 1 - gate[..., 1]], -1)
-  heads = dict(gates=gates, k_compress=2 * k, v_compress=v - 1)
+  heads = dict(gates=gates, k_compress=k + 1, v_compress=v - 1)
   heads |= dict(k_window=k, v_window=v)
   weights = {}
   rng = np.random.default_rng(5)
   for name, width in (('k', k.shape[-1]), ('v', v.shape[-1])):
-    shapes = dict(place=(8, width), out=(6, width))
-    shapes['in'] = (8, width, 6)
-    for part, shape in shapes.items():
-      weights[f'{name}_{part}'] = jnp.asarray(
-        rng.normal(size=shape) * 0.5, q.dtype
-      )
+    for part, shape, size in (
+      ('place', (8, width), 1),
+      ('in', (8, width, 6), (8 * width) ** -0.5),
+      ('out', (6, width), 0.5),
+    ):
+      draw = jnp.asarray(rng.normal(size=shape) * size, q.dtype)
+      weights[f'{name}_{part}'] = draw
   return Learned(heads, {}, weights)
 
 
@@ -88,10 +89,7 @@ ROWS = {
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),
-  'nsa': Row(nsa(), nsa_open(), ramp=(12.0, 2.0)),
-  'nsa, shifted': Row(
-    nsa(blocks=2.0, select_block=12), nsa_open(), ramp=(12.0, 2.0)
-  ),
+  'nsa': Row(nsa(blocks=2.0, select_block=12), nsa_open(), ramp=(12.0, 2.0)),
   'nsa_tile': Row(nsa('nsa_tile'), nsa_open('nsa_tile'), ramp=(12.0, 2.0)),
 }
 # What stands in for a mechanism's parameters, by its name: a function of q, k

@@ -78,7 +78,8 @@ def prefill(x, lengths, cfg):
 
 
 def start(x, cfg):
-  return nsa_decode.empty(x['k'], x['v'], cfg, room=ROOM)
+  k, v = jnp.asarray(x['k']), jnp.asarray(x['v'])
+  return nsa_decode.empty(k, v, cfg, room=ROOM)
 
 
 @every
