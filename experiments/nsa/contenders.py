@@ -147,14 +147,17 @@ def branch_call(branch: str, length: int, heads: int) -> Call:
   x, _ = inputs(length, heads)
   made = learned(x, length)
   cfg, full = NsaConfig(), config('nsa')
-  sizes = dict(block=cfg.compress_block, stride=cfg.stride)
 
   def compress(made):
     raw = made.heads['k_compress'], made.heads['v_compress']
-    return nsa_compress.compress_pair(*raw, made, **sizes)
+    return nsa_compress.compress_pair(
+      *raw, made, block=cfg.compress_block, stride=cfg.stride
+    )
 
   def attend_compressed(q, kc, vc):
-    return compressed.compressed_attention(q, kc, vc, **sizes)
+    return compressed.compressed_attention(
+      q, kc, vc, block=cfg.compress_block, stride=cfg.stride
+    )
 
   def choose(q, kc, lse):
     blocks = -(-length // cfg.select_block)
