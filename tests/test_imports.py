@@ -91,7 +91,12 @@ def violations(module, source, *, is_package=False):
     bad += [f'{module} imports {top}' for top in sorted(tops - allowed)]
   elif 'ml_collections' in tops:
     bad.append(f'{module} imports ml_collections')
-  functional = own == 'attention' and module != 'psa_jax.attention.layer'
+  # Mechanisms are functions of arrays; their parameters are modules beside
+  # them, which the registry and the layer know of.
+  last = module.split('.')[-1]
+  modules = last in ('layer', 'base', 'projections')
+  modules = modules or last.endswith('_parameters')
+  functional = own == 'attention' and not modules
   if 'flax' in tops and (own == 'kernels' or functional):
     bad.append(f'{module} imports flax')
   return bad + [

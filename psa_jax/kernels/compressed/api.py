@@ -17,12 +17,11 @@ Nothing of the size of queries x compressed keys exists beyond a chunk of
 queries: the second function recomputes probabilities from the log-sum-exp of
 the first. No gradient flows through the choice.
 
-Not done here: compressing, which is the mechanism's; kernels of accelerators'
-own (they take `xla`).
+Not done here: compressing, which is the mechanism's; a choice of blocks in a
+kernel of an accelerator's own.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +29,22 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
 from psa_jax.kernels.block_scores.ranges import Ranges
-from psa_jax.kernels.compressed import reference, selection, xla
+from psa_jax.kernels.compressed import (
+  reference,
+  selection,
+  stacked,
+  xla,
+)
 from psa_jax.kernels.platform import Implementation
 
-
-class _Pair(NamedTuple):
-  """Both functions of one implementation."""
-
-  attention: Any
-  top_blocks: Any
-
-
-_XLA = _Pair(xla.compressed_attention, selection.top_blocks)
-_REFERENCE = _Pair(reference.compressed_attention, reference.top_blocks)
 IMPLEMENTATIONS = {
-  name: {
-    'xla': Implementation(getattr(_XLA, name)),
-    'reference': Implementation(getattr(_REFERENCE, name), automatic=False),
-  }
-  for name in _Pair._fields
+  'stacked': Implementation(stacked.compressed_attention, stacked.refusal),
+  'xla': Implementation(xla.compressed_attention),
+  'reference': Implementation(reference.compressed_attention, automatic=False),
+}
+CHOICES = {
+  'xla': Implementation(selection.top_blocks),
+  'reference': Implementation(reference.top_blocks, automatic=False),
 }
 
 
@@ -93,7 +89,8 @@ def compressed_attention(
     starts: position of the first token of every query's document,
       nondecreasing; None means 0.
     scale: factor on the scores; None means H ** -0.5.
-    implementation: `xla`, `reference`, or `auto`.
+    implementation: a key of `IMPLEMENTATIONS`, or `auto` for the platform's
+      best.
 
   Returns:
     The output in the dtype of `v` and the log-sum-exp of the scores (f32, or
@@ -116,10 +113,8 @@ def compressed_attention(
     return out, jnp.full(q.shape[:3], -jnp.inf, acc)
   spec = Spec(block, stride, arguments.scale_or_default(q, scale))
   args = q, k, v, starts
-  known = IMPLEMENTATIONS['attention']
-  return platform.pick(implementation, known, *args, spec=spec)(
-    *args, spec=spec
-  )
+  run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
+  return run(*args, spec=spec)
 
 
 def top_blocks(
@@ -155,7 +150,7 @@ def top_blocks(
     width: M, entries of a list; at most `blocks`.
     starts: as in `compressed_attention`, of these queries.
     scale: factor on the scores; None means H ** -0.5.
-    implementation: `xla`, `reference`, or `auto`.
+    implementation: a key of `CHOICES`, or `auto`.
 
   Returns:
     Block indices without duplicates: those that come first, the later ones
@@ -178,8 +173,7 @@ def top_blocks(
   if not k.shape[1]:  # no block is complete: one that nobody sees
     k = jnp.zeros((k.shape[0], 1, *k.shape[2:]), k.dtype)
   args = jax.lax.stop_gradient((q, k, lse, positions, starts, ranges))
-  known = IMPLEMENTATIONS['top_blocks']
-  run = platform.pick(implementation, known, *args, blocks=blocks, spec=spec)
+  run = platform.pick(implementation, CHOICES, *args, blocks=blocks, spec=spec)
   return run(*args, blocks=blocks, spec=spec)
 
 
