@@ -318,7 +318,11 @@ def density(
   tile: int,
   T: int,
 ) -> jax.Array:
-  """Rows that the branches read as a share of the visible keys, mean; f32."""
+  """Rows that the branches read as a share of the visible keys, mean; f32.
+
+  An upper bound for the tokens of a document that begins inside a tile: they
+  share the list of the one before.
+  """
   t = jnp.arange(T)[None]
   begin = jnp.zeros_like(t) if starts is None else starts
   last = compressed.newest(t, cfg.compress_block, cfg.stride)

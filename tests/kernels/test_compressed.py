@@ -7,7 +7,7 @@ import pytest
 
 from psa_jax.config import ConfigError
 from psa_jax.kernels import compressed, platform
-from psa_jax.kernels.compressed import api, stacked
+from psa_jax.kernels.compressed import api, stacked, xla
 from tests import oracles
 from tests.attention import nsa_oracle
 from tests.attention.nsa_oracle import Sizes
@@ -35,8 +35,8 @@ def run(name, sizes, q, k, v, starts):
   [(6, 2, 41, 2, True), (4, 4, 30, 1, True), (6, 3, 40, 3, False)],
 )
 def test_value_and_gradients(name, l, d, T, G, cut, monkeypatch):
-  monkeypatch.setattr(compressed.xla, 'ROWS', 16)  # many tiles of few queries
-  monkeypatch.setattr(compressed.xla, 'KEYS', 5)
+  monkeypatch.setattr(xla, 'ROWS', 16)  # many tiles of few queries
+  monkeypatch.setattr(xla, 'KEYS', 5)
   sizes = Sizes(l=l, d=d, select=12, n=3, w=1)
   q, k, v = (jnp.asarray(x) for x in arrays(sizes, T, G=G))
   segments, starts = None, None
