@@ -374,6 +374,46 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True)
+class NsaConfig:
+  """Native sparse attention (MECHANISMS section 6).
+
+  Attributes:
+    compress_block: l, keys that are compressed into one.
+    stride: d, keys from the start of one compressed block to the next.
+    select_block: l', keys of a block that is selected.
+    blocks: n, selected blocks a query, forced ones included, as a schedule.
+    initial_blocks: first blocks of the document, always selected.
+    local_blocks: the query's own block and those before it, always selected.
+    window: w, tokens up to and including the query that the window reads.
+    tile: queries that share a selection in `nsa_tile`; divides `select_block`.
+      `nsa` selects for every token.
+    share_kv: one key and value for all three branches, not one each.
+    compress_dim: hidden width of the compression networks.
+    gate_dim: hidden width of the gate's network.
+    eval_blocks: n outside training; 0 means the schedule's value at the step
+      being evaluated.
+  """
+
+  compress_block: int = 32
+  stride: int = 16
+  select_block: int = 64
+  blocks: ScheduleConfig = ScheduleConfig(init=16.0)
+  initial_blocks: int = 1
+  local_blocks: int = 2
+  window: int = 512
+  tile: int = 64
+  share_kv: bool = False
+  compress_dim: int = 128
+  gate_dim: int = 64
+  eval_blocks: int = runtime(0)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Blocks that are selected whatever their scores."""
+    return self.initial_blocks + self.local_blocks
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -383,8 +423,8 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
-    dense, psa, topk, hybrid, on_demand, dsa, sla, cascade: the settings of each
-      mechanism.
+    dense, psa, topk, hybrid, on_demand, nsa, dsa, sla, cascade: the settings of
+      each mechanism; `nsa` also those of `nsa_tile`.
   """
 
   name: str = choice(
@@ -394,6 +434,8 @@ class AttentionConfig:
     'topk',
     'hybrid',
     'on_demand',
+    'nsa',
+    'nsa_tile',
     'dsa',
     'sla',
     'cascade',
@@ -407,6 +449,7 @@ class AttentionConfig:
   topk: TopkConfig = TopkConfig()
   hybrid: HybridConfig = HybridConfig()
   on_demand: OnDemandConfig = OnDemandConfig()
+  nsa: NsaConfig = NsaConfig()
   dsa: DsaConfig = DsaConfig()
   sla: SlaConfig = SlaConfig()
   cascade: CascadeConfig = CascadeConfig()

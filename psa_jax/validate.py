@@ -119,6 +119,17 @@ RANGES = {
   'model.attention.cascade.window': _COUNT,
   'model.attention.cascade.credit': _COUNT,
   **_schedule_ranges('model.attention.cascade.amount', '[0, 1]'),
+  'model.attention.nsa.compress_block': _COUNT,
+  'model.attention.nsa.stride': _COUNT,
+  'model.attention.nsa.select_block': _COUNT,
+  'model.attention.nsa.initial_blocks': _OPTIONAL,
+  'model.attention.nsa.local_blocks': _COUNT,
+  'model.attention.nsa.window': _COUNT,
+  'model.attention.nsa.tile': _COUNT,
+  'model.attention.nsa.compress_dim': _COUNT,
+  'model.attention.nsa.gate_dim': _COUNT,
+  'model.attention.nsa.eval_blocks': _OPTIONAL,
+  **_schedule_ranges('model.attention.nsa.blocks', _COUNT),
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -376,6 +387,39 @@ def _check_hybrid(config: Config) -> Iterator[str]:
   )
 
 
+def _check_nsa(config: Config) -> Iterator[str]:
+  path, nsa = 'config.model.attention.nsa', config.model.attention.nsa
+  yield from _check_schedule(f'{path}.blocks', nsa.blocks)
+  for key in ('compress_block', 'select_block'):
+    if getattr(nsa, key) % nsa.stride:
+      yield (
+        f'{path}.{key} is {getattr(nsa, key)}, but it must be a multiple of '
+        f'{path}.stride, which is {nsa.stride}'
+      )
+  if nsa.compress_block > nsa.select_block:
+    yield (
+      f'{path}.compress_block is {nsa.compress_block}, but it must be at most '
+      f'{path}.select_block, which is {nsa.select_block}'
+    )
+  if nsa.select_block % nsa.tile:
+    yield (
+      f'{path}.tile is {nsa.tile}, but it must divide {path}.select_block, '
+      f'which is {nsa.select_block}'
+    )
+  blocks = nsa.blocks
+  values = {
+    'constant': (blocks.init,),
+    'piecewise': blocks.values,
+  }.get(blocks.kind, (blocks.init, blocks.final))
+  if nsa.eval_blocks:
+    values = (*values, nsa.eval_blocks)
+  if values and min(values) < nsa.forced_blocks:
+    yield (
+      f'{path}.blocks goes down to {min(values):g}, but initial_blocks and '
+      f'local_blocks, which count, are {nsa.forced_blocks} together'
+    )
+
+
 def _check_list_width(config: Config) -> Iterator[str]:
   for name in ('psa', 'hybrid'):
     cfg = getattr(config.model.attention, name)
@@ -489,6 +533,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_cascade,
   _check_list_width,
   _check_quant,
+  _check_nsa,
   _check_optim,
   _check_stages,
   _check_mesh,

@@ -367,3 +367,29 @@ def test_text(path, bad, good):
 def test_cascade_pruning_does_not_quantise():
   found = {'model.attention.name': 'cascade', 'model.quant.enabled': True}
   assert 'cascade pruning does not quantise' in problem(found)
+
+
+NSA = 'model.attention.nsa.'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'says'),
+  [
+    ({'stride': 5}, ['compress_block is 32', 'select_block is 64']),
+    ({'compress_block': 128}, ['must be at most', 'select_block, which is 64']),
+    ({'tile': 48}, ['tile is 48', 'must divide']),
+    ({'blocks.init': 2.0}, ['goes down to 2', 'are 3 together']),
+    ({'blocks.kind': 'linear'}, ['goes down to 1', 'are 3 together']),
+    ({'eval_blocks': 2}, ['goes down to 2']),
+    ({'local_blocks': 20}, ['are 21 together']),
+    ({'blocks.kind': 'piecewise'}, ['values has 0 entries']),
+  ],
+)
+def test_nsa_blocks_that_do_not_fit(changes, says):
+  message = problem({NSA + key: value for key, value in changes.items()})
+  assert all(text in message for text in says)
+
+
+def test_nsa_settings_that_fit():
+  fine({NSA + 'compress_block': 16, NSA + 'stride': 16, NSA + 'tile': 1})
+  fine({NSA + 'blocks.kind': 'linear', NSA + 'blocks.final': 3.0})

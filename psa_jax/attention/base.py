@@ -33,6 +33,8 @@ from psa_jax.attention.dense import dense
 from psa_jax.attention.dsa import dsa
 from psa_jax.attention.dsa_parameters import Indexer
 from psa_jax.attention.hybrid import hybrid
+from psa_jax.attention.nsa import nsa, nsa_tile
+from psa_jax.attention.nsa_parameters import NsaParameters
 from psa_jax.attention.on_demand import on_demand
 from psa_jax.attention.psa import psa
 from psa_jax.attention.sla import sla
@@ -86,6 +88,8 @@ MECHANISMS: dict[str, Mechanism] = {
   'topk': topk,
   'hybrid': hybrid,
   'on_demand': on_demand,
+  'nsa': nsa,
+  'nsa_tile': nsa_tile,
   'dsa': dsa,
   'sla': sla,
   'cascade': cascade,
@@ -94,6 +98,8 @@ PARAMETERS: dict[str, Parameters] = {
   'topk': topk_parameters.make,
   'dsa': Indexer,
   'sla': SlaParameters,
+  'nsa': NsaParameters,
+  'nsa_tile': NsaParameters,
 }
 
 

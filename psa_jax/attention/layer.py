@@ -5,17 +5,10 @@ layer knows nothing of block lists or budgets. Queries come in groups of
 G = N // K heads that share a key and value head (GQA, arXiv 2305.13245);
 keys and values are never repeated in memory.
 
-Rotary positions (RoPE, arXiv 2104.09864, equation 34) in the half-split
-layout of GPT-NeoX and Llama: channels i and i + H/2 turn together by
-`position * theta^(-2 i / H)`. Angles and the rotation are f32 whatever the
-compute dtype; a bf16 angle is off by whole turns at position 65,536.
-
 Not done: cross-attention, and the cache of decoding.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,138 +17,17 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.attention import base
 from psa_jax.attention.cascade import Importance, Pruning, head_importance
-from psa_jax.config import ConfigError, ModelConfig
-from psa_jax.quant.progressive import OFF, Quantizer
+from psa_jax.attention.projections import (
+  fan_in,
+  head_dim,
+  project,
+  project_rows,
+  take_heads,
+)
+from psa_jax.attention.rotary import Rotary, rotate
+from psa_jax.config import ModelConfig
+from psa_jax.quant.progressive import Quantizer
 from psa_jax.types import Scalar
-
-
-class Rotary(NamedTuple):
-  """Cosines and sines of the rotary angles; B is 1 where rows agree."""
-
-  cos: Float[Array, 'B T H/2']
-  sin: Float[Array, 'B T H/2']
-
-
-def rotary(
-  positions: Int[Array, 'B T'], *, head_dim: int, theta: float
-) -> Rotary:
-  """Computes the f32 rotary table, once per forward for all layers.
-
-  Args:
-    positions: index of each token within its document.
-    head_dim: H, even.
-    theta: base of the geometric series of wave lengths.
-  """
-  pairs = jnp.arange(head_dim // 2, dtype=jnp.float32)
-  frequency = jnp.float32(theta) ** (-2 * pairs / head_dim)
-  angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
-  return Rotary(jnp.cos(angle), jnp.sin(angle))
-
-
-def rotate(
-  x: Float[Array, 'B T N H'], table: Rotary
-) -> Float[Array, 'B T N H']:
-  """Turns every head of `x` by its position, in f32; keeps the dtype."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = table.cos[:, :, None, :], table.sin[:, :, None, :]
-  turned = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def head_dim(config: ModelConfig) -> int:
-  """Width of one head: `config.head_dim`, else d_model // num_heads.
-
-  Raises:
-    ConfigError: heads that do not divide, or an odd width.
-  """
-  if config.num_heads % config.num_kv_heads:
-    raise ConfigError(
-      f'model.num_heads={config.num_heads} is not a multiple of '
-      f'model.num_kv_heads={config.num_kv_heads}'
-    )
-  if not config.head_dim and config.d_model % config.num_heads:
-    raise ConfigError(
-      f'model.d_model={config.d_model} is not a multiple of '
-      f'model.num_heads={config.num_heads}; set model.head_dim'
-    )
-  width = config.head_dim or config.d_model // config.num_heads
-  if width < 2 or width % 2:
-    raise ConfigError(
-      f'rotary positions need an even head width, got {width}; set '
-      'model.head_dim'
-    )
-  return width
-
-
-def fan_in(in_axis, out_axis, *, scale: float = 1.0):
-  """Truncated normal with variance `scale` / (product of the input axes)."""
-  return jax.nn.initializers.variance_scaling(
-    scale, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis
-  )
-
-
-def project(
-  x: jax.Array,
-  kernel: nnx.Param | jax.Array,
-  *,
-  inputs: int = 1,
-  quantizer: Quantizer = OFF,
-) -> jax.Array:
-  """Contracts the last `inputs` axes of `x` with the kernel's first ones.
-
-  In the dtype of the activations: every backend accumulates a bf16 product in
-  f32 and rounds once at the end. Asking for an f32 result as well would make
-  both products of the backward pass f32 x bf16, which matrix units run at
-  half speed.
-
-  One matrix product over all tokens: as an einsum over [B, T, ...] the
-  kernel's gradient contracts two axes, which XLA runs several times slower
-  on CPU.
-  """
-  kernel = quantizer.kernel(kernel[...], count=inputs).astype(x.dtype)
-  x = quantizer.inputs(x, count=inputs)
-  batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-  size = math.prod(kernel.shape[:inputs])
-  y = x.reshape(-1, size) @ kernel.reshape(size, -1)
-  return y.reshape(*batch, *width)
-
-
-def take_heads(
-  kernel: nnx.Param, heads: Int[Array, '*R n'], groups: int, axis: int
-) -> Float[Array, '...']:
-  """The kernel's heads that belong to the kv heads `heads`.
-
-  Args:
-    kernel: the heads are axis `axis`, in `groups` groups of equal size.
-    heads: which groups; [n], or [B, n] with one choice a row.
-    groups: K.
-    axis: 0 or 1.
-
-  Returns:
-    The kernel with fewer heads; with [B, n], one a row [B, ...].
-  """
-  whole = kernel[...]
-  shape = list(whole.shape)
-  size = shape[axis] // groups
-  split = whole.reshape(*shape[:axis], groups, size, *shape[axis + 1 :])
-  chosen = jnp.take(split, heads, axis=axis)
-  shape[axis] = heads.shape[-1] * size
-  if heads.ndim == 1:
-    return chosen.reshape(shape)
-  chosen = jnp.moveaxis(chosen, axis, 0)
-  return chosen.reshape(heads.shape[0], *shape)
-
-
-def project_rows(
-  x: jax.Array, kernel: nnx.Param | jax.Array, *, inputs: int = 1
-) -> jax.Array:
-  """`project` with a kernel of its own [B, ...] for every row of the batch."""
-  kernel = kernel[...].astype(x.dtype)
-  width = kernel.shape[1 + inputs :]
-  size = math.prod(kernel.shape[1 : 1 + inputs])
-  rows = x.reshape(*x.shape[:2], size)
-  y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
-  return y.reshape(*x.shape[:2], *width)
 
 
 class SelfAttention(nnx.Module):

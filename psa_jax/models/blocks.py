@@ -20,7 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from psa_jax.attention.cascade import Importance, Pruning
-from psa_jax.attention.layer import Rotary, SelfAttention, fan_in, project
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.projections import fan_in, project
+from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.norm import Norm
 from psa_jax.quant.progressive import OFF, Quantizer

@@ -45,7 +45,7 @@ from jax import lax
 from psa_jax import schedules
 from psa_jax.attention import survivors
 from psa_jax.attention.cascade import Pruning
-from psa_jax.attention.layer import Rotary
+from psa_jax.attention.rotary import Rotary
 from psa_jax.config import CascadeConfig, ConfigError, ModelConfig
 from psa_jax.models.blocks import remat
 from psa_jax.types import Scalar

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from psa_jax.attention.layer import fan_in, head_dim, rotary
+from psa_jax.attention.projections import fan_in, head_dim
+from psa_jax.attention.rotary import rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models import stack
 from psa_jax.models.cascade import PADDING

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from psa_jax.attention.layer import Rotary
+from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ModelConfig
 from psa_jax.models import cascade
 from psa_jax.models.blocks import Block, remat

@@ -19,6 +19,7 @@ from psa_jax.config import (
   CascadeConfig,
   DsaConfig,
   HybridConfig,
+  NsaConfig,
   PsaConfig,
   ScheduleConfig,
   TopkConfig,
@@ -67,6 +68,37 @@ def cascade(amount):
   return AttentionConfig(name='cascade', cascade=own)
 
 
+def nsa(name='nsa', blocks=3.0, **kw):
+  cfg = dict(compress_block=8, stride=4, select_block=8, window=3, tile=4)
+  cfg |= dict(blocks=ScheduleConfig(init=blocks), local_blocks=1)
+  return AttentionConfig(name=name, nsa=NsaConfig(**cfg | kw))
+
+
+def nsa_open(name='nsa'):
+  """One block that holds everything, and none that is complete."""
+  sizes = dict(compress_block=128, select_block=128, window=128, tile=128)
+  return nsa(name, **sizes)
+
+
+def nsa_learned(q, k, v):
+  """The gates of what is not compressed add up to 1, as in no real model."""
+  gate = jax.nn.sigmoid(q[..., :2].astype(jnp.float32))
+  gates = jnp.stack([gate[..., 0], gate[..., 1], 1 - gate[..., 1]], -1)
+  heads = dict(gates=gates, k_compress=k + 1, v_compress=v - 1)
+  heads |= dict(k_window=k, v_window=v)
+  weights = {}
+  rng = np.random.default_rng(5)
+  for name, width in (('k', k.shape[-1]), ('v', v.shape[-1])):
+    for part, shape, size in (
+      ('place', (8, width), 1),
+      ('in', (8, width, 6), (8 * width) ** -0.5),
+      ('out', (6, width), 0.5),
+    ):
+      draw = jnp.asarray(rng.normal(size=shape) * size, q.dtype)
+      weights[f'{name}_{part}'] = draw
+  return Learned(heads, {}, weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """A mechanism: restricted, and with every restriction off.
@@ -74,12 +106,14 @@ class Row:
   `open` is None if it is never exact dense attention. `softmax` says that it
   is a softmax over keys, and that its schedules begin dense; linear attention
   is none and has none.
+  `ramp` are the values between which its schedules move.
   """
 
   config: AttentionConfig
   open: AttentionConfig | None
   sparse: bool = True
   softmax: bool = True
+  ramp: tuple[float, float] = (1.0, 1e-5)
 
 
 ROWS = {
@@ -103,16 +137,21 @@ ROWS = {
   'hybrid bounds': Row(
     hybrid(scoring='bounds', sink_blocks=1), hybrid(1.0, scoring='bounds')
   ),
-  'dsa': Row(dsa(), dsa(T)),
+  'dsa': Row(dsa(), dsa(T), ramp=(T, 1.0)),
   'dsa per token': Row(
     dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0),
     dsa(T, block_q=1, block_k=1, window=1, sink_blocks=0),
+    ramp=(T, 1.0),
   ),
-  'dsa two stages': Row(dsa(pooling='mass'), dsa(warmup_steps=5)),
+  'dsa two stages': Row(
+    dsa(pooling='mass'), dsa(warmup_steps=5), ramp=(T, 1.0)
+  ),
   'sla': Row(AttentionConfig('sla'), None, softmax=False),
   'cascade': Row(cascade(1.0), cascade(0.0), sparse=False),
   'random': Row(psa(scoring='random'), psa(keep=1.0, scoring='random')),
   'window': Row(psa(scoring='recent'), psa(keep=1.0, scoring='recent')),
+  'nsa': Row(nsa(blocks=2.0, select_block=12), nsa_open(), ramp=(12.0, 2.0)),
+  'nsa_tile': Row(nsa('nsa_tile'), nsa_open('nsa_tile'), ramp=(12.0, 2.0)),
 }
 SOFTMAX = [name for name, row in ROWS.items() if row.softmax]
 
@@ -148,6 +187,8 @@ LEARNED: dict[str, Callable[..., Learned]] = {
   ),
   'dsa': indexed,
   'sla': positioned,
+  'nsa': nsa_learned,
+  'nsa_tile': nsa_learned,
 }
 IMPLEMENTATIONS = ('reference', 'xla')
 every = pytest.mark.parametrize('name', list(ROWS))
@@ -189,19 +230,16 @@ attend = jax.jit(eager, static_argnames=('config', 'train'))
 
 def changed(config, **changes):
   """`config` with other settings of its own mechanism."""
-  own = dataclasses.replace(getattr(config, config.name), **changes)
-  return dataclasses.replace(config, **{config.name: own})
+  own = config.name.removesuffix('_tile')
+  new = dataclasses.replace(getattr(config, own), **changes)
+  return dataclasses.replace(config, **{own: new})
 
 
 def scheduled(config, schedule):
   """`config` with every schedule of its own mechanism replaced."""
-  own = vars(getattr(config, config.name))
+  own = vars(getattr(config, config.name.removesuffix('_tile')))
   names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
-  # A number of tokens, where the others are shares of them.
-  tokens = dataclasses.replace(schedule, init=float(T), final=1.0)
-  return changed(
-    config, **{n: tokens if n == 'top_k' else schedule for n in names}
-  )
+  return changed(config, **dict.fromkeys(names, schedule))
 
 
 def using(config, implementation):
@@ -353,7 +391,8 @@ def test_a_mesh_changes_nothing(name):
 def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""
   traces, config = [], ROWS[name].config
-  ramp = ScheduleConfig(kind='linear', init=1.0, final=1e-5, length=3)
+  init, final = ROWS[name].ramp
+  ramp = ScheduleConfig(kind='linear', init=init, final=final, length=3)
   config = scheduled(config, ramp)
 
   @jax.jit

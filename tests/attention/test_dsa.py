@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention import dsa as module
-from psa_jax.attention.layer import SelfAttention, rotary
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.rotary import rotary
 from psa_jax.config import (
   AttentionConfig,
   DsaConfig,

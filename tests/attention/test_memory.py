@@ -22,7 +22,7 @@ from psa_jax.attention import base
 from tests.attention.test_contract import LEARNED, ROWS, changed
 
 def temporaries(config, T):
-  if hasattr(getattr(config, config.name), 'max_blocks'):
+  if hasattr(getattr(config, config.name.removesuffix('_tile')), 'max_blocks'):
     config = changed(config, max_blocks=32)
   make = LEARNED.get(config.name, lambda *args: None)
   def loss(q, k, v):

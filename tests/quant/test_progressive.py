@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from psa_jax.attention.layer import SelfAttention, rotary
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.rotary import rotary
 from psa_jax.config import ModelConfig, NormConfig, QuantConfig
 from psa_jax.models.blocks import SwiGLU
 from psa_jax.quant.progressive import FULL, Quantizer, bits_at, fake_quantize
