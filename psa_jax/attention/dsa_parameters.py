@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.attention.projections import fan_in, project
 from psa_jax.config import ModelConfig
 from psa_jax.types import Learned
-
-
-def _fan_in(in_axis, out_axis):
-  return jax.nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis
-  )
 
 
 class Indexer(nnx.Module):
@@ -37,9 +32,9 @@ class Indexer(nnx.Module):
     dtype = jnp.dtype(config.param_dtype)
     width, own = config.d_model, config.attention.dsa
     self.scale = (own.heads * own.width) ** -0.5
-    query, many = (width, own.heads, own.width), _fan_in(0, (1, 2))
+    query, many = (width, own.heads, own.width), fan_in(0, (1, 2))
     self.index_q = nnx.Param(many(rngs.params(), query, dtype))
-    one = _fan_in(0, 1)
+    one = fan_in(0, 1)
     self.index_k = nnx.Param(one(rngs.params(), (width, own.width), dtype))
     self.index_w = nnx.Param(one(rngs.params(), (width, own.heads), dtype))
 
@@ -47,14 +42,9 @@ class Indexer(nnx.Module):
     """`q` [B, T, J, E], `k` [B, T, E] and `weights` [B, T, J] by token."""
     x = jax.lax.stop_gradient(x)
 
-    def project(kernel):
-      kernel = kernel[...].astype(x.dtype)
-      y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1)
-      return y.reshape(*x.shape[:2], *kernel.shape[1:])
-
-    q = _rotate(project(self.index_q), rope)
-    k = _rotate(project(self.index_k)[:, :, None], rope)[:, :, 0]
-    weights = project(self.index_w).astype(jnp.float32) * self.scale
+    q = _rotate(project(x, self.index_q), rope)
+    k = _rotate(project(x, self.index_k)[:, :, None], rope)[:, :, 0]
+    weights = project(x, self.index_w).astype(jnp.float32) * self.scale
     return Learned(tokens={'q': q, 'k': k, 'weights': weights})
 
 
