@@ -24,6 +24,7 @@ HOPPER, BLACKWELL = 90, 100
 ROWS = 64  # rows of a product of keys; on Hopper of every product
 WIDEST = 128  # head width: what memories have room for
 STEP = 16  # head widths and key blocks are multiples of this
+SHARED = 226 * 1024  # bytes a kernel may count on, of 227 KiB
 VECTOR = 32  # int32 that are copied at once, or a multiple: 128 bytes
 
 

@@ -104,7 +104,9 @@ class Products(NamedTuple):
       ref = self.sums[name].at[:, pl.ds(at, n)]
       part = plgpu.async_load_tmem(ref)
       plgpu.wait_load_tmem()
-      plgpu.async_store_tmem(ref, part * wg.spread(factor, (rows, n), 0))
+      plgpu.async_store_tmem(
+        ref, part * wg.spread(factor, (rows, n), 0, self.sizes.cores)
+      )
     plgpu.commit_tmem()
 
   def plus(self, name: str, total, a, b) -> None:

@@ -81,11 +81,6 @@ def tile_memory(shape: tuple[int, ...], dtype, elements: int):
   )
 
 
-def spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
-  """Repeats a vector along the other axis of a tile."""
-  return lax.broadcast_in_dim(x, shape, [axis])
-
-
 def in_layout(x: jax.Array, cores: nvidia.Cores, axis: int | None = None):
   """A constant as a tile of sums, or as a vector along `axis` of one."""
   if not cores.hardware:
@@ -96,6 +91,12 @@ def in_layout(x: jax.Array, cores: nvidia.Cores, axis: int | None = None):
 def load_vector(ref, cores: nvidia.Cores, axis: int) -> jax.Array:
   """A vector along `axis` of a tile, from shared memory."""
   return in_layout(ref[...], cores, axis)
+
+
+def spread(x, shape: tuple[int, int], axis: int, cores: nvidia.Cores):
+  """Repeats a vector along the other axis of a tile."""
+  # Vectors along columns look alike for both layouts, so it is named.
+  return in_layout(lax.broadcast_in_dim(x, shape, [axis]), cores)
 
 
 def _layout(cores: nvidia.Cores, axis: int | None):

@@ -48,7 +48,7 @@ class Products(NamedTuple):
   def scaled(self, name: str, total, factor) -> jax.Array:
     """The sum with its rows multiplied by `factor` [rows]."""
     del name
-    return total * wg.spread(factor, total.shape, 0)
+    return total * wg.spread(factor, total.shape, 0, self.sizes.cores)
 
   def plus(self, name: str, total, a, b) -> jax.Array:
     """The sum and a @ b, with `a` in registers and `b` in shared memory."""

@@ -69,8 +69,9 @@ def query_gradient(
   """Gradient [tiles, rows, H]; lists are [B, K, Tb, M] and [B, K, Tb]."""
   q, k, v = inputs.q, inputs.k, inputs.v
   lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
+  kept = 4 * 2 + q.dtype.itemsize * (q.shape[2] + v.shape[3])
   plan = forward.Plan.of(
-    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, cores
+    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, cores, kept=kept
   )
   pairs = plan.lists * plan.rows * plan.M * block_k
   read = plan.parts * plan.lists * plan.M * block_k * (plan.H + plan.Hv)
@@ -152,7 +153,7 @@ def _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring, made):
 
   def row(name):
     vector = wg.load_vector(sums[name].at[me], plan.cores, axis=0)
-    return wg.spread(vector, shape, 0)
+    return wg.spread(vector, shape, 0, plan.cores)
 
   def step(slot, block, dq):
     k = buffers['k'].at[slot]
@@ -384,7 +385,7 @@ def _key_walk(plan, count, block, first, own, segment, ring, made):
 
     def column(name):
       vector = wg.load_vector(buffers[name].at[slot], plan.cores, axis=1)
-      return wg.spread(vector, shape, 1)
+      return wg.spread(vector, shape, 1, plan.cores)
 
     s = made.scores(own['k'], q)
     p = jnp.exp2(s * (plan.scale * forward.LOG2E) - column('lse'))
@@ -415,7 +416,7 @@ def _read_by(plan, column, block, first, segment) -> jax.Array:
     may = may & (inside < plan.block_k)
   if plan.segmented:
     keys = wg.load_vector(segment, plan.cores, axis=0)
-    may = may & (wg.spread(keys, shape, 0) == column('segment'))
+    may = may & (wg.spread(keys, shape, 0, plan.cores) == column('segment'))
   return may
 
 

@@ -71,7 +71,10 @@ def forward(
     dtype: of the output.
     cores: see `nvidia.Cores.for_queries`.
   """
-  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, cores)
+  kept = 4 + q.dtype.itemsize * q.shape[2]
+  if not in_place(q.shape[2], v.shape[3], q.dtype, dtype):
+    kept += jnp.dtype(dtype).itemsize * v.shape[3]
+  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, cores, kept=kept)
   kernel = wg.launch(
     functools.partial(_kernel, plan),
     [
@@ -88,6 +91,11 @@ def forward(
   inputs = dict(q=q, k=k, v=v, ids=ids, counts=lists.counts)
   out, lse = kernel(inputs | plan.optional(rows, kv_segment))
   return out, lse
+
+
+def in_place(H: int, Hv: int, dtype, out_dtype) -> bool:
+  """Whether the output takes the queries' place in shared memory."""
+  return H == Hv and dtype == jnp.dtype(out_dtype)
 
 
 class Plan(NamedTuple):
@@ -108,10 +116,24 @@ class Plan(NamedTuple):
   lowest: bool
   segmented: bool
   cores: nvidia.Cores
+  kept: int
 
   @classmethod
-  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, cores):
-    """The numbers of a call of `forward`."""
+  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, cores, kept):
+    """The numbers of a call.
+
+    Args:
+      q: as `forward` takes it, like those up to `cores`.
+      k: likewise.
+      v: likewise.
+      lists: likewise.
+      rows: likewise.
+      block_k: likewise.
+      scale: likewise.
+      out_dtype: likewise.
+      cores: likewise.
+      kept: bytes of shared memory a row needs besides its `Rows`.
+    """
     return cls(
       *lists.ids.shape,
       per_tile=lists.per_tile,
@@ -127,12 +149,17 @@ class Plan(NamedTuple):
       lowest=rows.low is not None,
       segmented=rows.segment is not None,
       cores=cores,
+      kept=kept,
     )
 
   @property
   def stages(self):
     """Buffers of keys and values; shared memory has room for so many."""
-    return 3 if self.block_k <= 64 else 2
+    rows = self.cores.computing * self.cores.rows
+    of_row = self.kept + 4 * len(self.row_names)
+    of_key = self.dtype.itemsize * (self.H + self.Hv) + 4 * self.segmented
+    room = nvidia.SHARED - rows * of_row
+    return max(1, min(3, room // (self.block_k * of_key)))
 
   @property
   def parts(self):
@@ -254,8 +281,9 @@ def _kernel(plan, inputs, out_ref, lse_ref):
   n, rows = plan.cores.computing, plan.cores.rows
   sizes = plan.sizes(out=plan.Hv)
   vectors = plan.vectors()
-  alike = plan.out_dtype == plan.dtype and plan.Hv == plan.H
-  out = None if alike else plan.tile(n, rows, plan.Hv, dtype=plan.out_dtype)
+  out = None
+  if not in_place(plan.H, plan.Hv, plan.dtype, plan.out_dtype):
+    out = plan.tile(n, rows, plan.Hv, dtype=plan.out_dtype)
   wg.scoped(
     body,
     plan.tile(n, rows, plan.H),
@@ -309,7 +337,7 @@ def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
 
   def row(name):
     vector = wg.load_vector(vectors[name].at[me], plan.cores, axis=0)
-    return wg.spread(vector, shape, 0)
+    return wg.spread(vector, shape, 0, plan.cores)
 
   key = wg.positions(shape, 1, plan.cores) + block * plan.block_k
   may = key <= row('high')
@@ -318,7 +346,7 @@ def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
   if plan.segmented:
     keys = segment_ref.at[pl.ds(0, plan.block_k)]
     keys = wg.load_vector(keys, plan.cores, axis=1)
-    may = may & (wg.spread(keys, shape, 1) == row('segment'))
+    may = may & (wg.spread(keys, shape, 1, plan.cores) == row('segment'))
   return may
 
 
@@ -354,7 +382,7 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
     may = may_read(plan, vectors, me, block, segment)
     s = jnp.where(may, s * (plan.scale * LOG2E), softmax.MASKED)
     higher = jnp.maximum(top, s.max(1))
-    p = jnp.exp2(s - wg.spread(higher, shape, 0))
+    p = jnp.exp2(s - wg.spread(higher, shape, 0, plan.cores))
     old = jnp.exp2(top - higher)
     total = total * old + p.sum(1)
     out = made.scaled('out', out, old)
@@ -376,7 +404,7 @@ def _finish(plan, out, top, total):
   some = total > 0
   total = jnp.where(some, total, 1.0)
   lse = jnp.where(some, top / LOG2E + jnp.log(total), -jnp.inf)
-  out = out / wg.spread(total, out.shape, 0)
+  out = out / wg.spread(total, out.shape, 0, plan.cores)
   return out.astype(plan.out_dtype), lse
 
 
