@@ -24,7 +24,7 @@ HOPPER, BLACKWELL = 90, 100
 ROWS = 64  # rows of a product of keys; on Hopper of every product
 WIDEST = 128  # head width: what memories have room for
 STEP = 16  # head widths and key blocks are multiples of this
-SHARED = 226 * 1024  # bytes a kernel may count on, of 227 KiB
+SHARED = 227 * 1024  # bytes of shared memory
 VECTOR = 32  # int32 that are copied at once, or a multiple: 128 bytes
 
 
@@ -82,27 +82,48 @@ class Cores(NamedTuple):
     return cls(ROWS, blackwell, not where.interpret, 2)
 
   @classmethod
-  def for_queries(cls, rows: int, block_k: int, most: int = 2) -> 'Cores':
+  def for_queries(cls, rows: int, block_k: int, q, v, most=2) -> 'Cores':
     """For a kernel in which a warpgroup owns rows of a query tile.
 
     Args:
       rows: of the tile.
       block_k: keys a block.
+      q: queries, of which the head's width is looked at.
+      v: values, likewise.
       most: warpgroups.
     """
     made = cls.for_keys()
     if made.blackwell:
-      # Half as many rows take as long. Two warpgroups with blocks of more than
-      # 64 keys have not enough memory of either kind.
-      made = made._replace(rows=2 * ROWS)
+      # 64 rows take as long as 128, and not all widths.
+      widths = (block_k, *(up(x.shape[-1], STEP) for x in (q, v)))
+      few = rows <= ROWS and all(n % (2 * STEP) == 0 for n in widths)
+      made = made._replace(rows=ROWS if few else 2 * ROWS)
+      # Neither kind of memory has room for two with large blocks.
       most = most if block_k <= 64 else 1
     return made._replace(computing=min(most, -(-rows // made.rows)))
+
+  def for_gradient(self, block_k: int) -> 'Cores':
+    """For twice as many scores in registers."""
+    if self.blackwell and block_k > 64 and block_k % (2 * STEP) == 0:
+      return self._replace(rows=ROWS)
+    return self
 
   @property
   def gradient_step(self) -> int:
     """Head widths of gradients are a multiple of it."""
-    # Products of 64 keys are made of two halves of the columns on Blackwell.
     return 2 * STEP if self.blackwell else STEP
+
+  @property
+  def folded(self) -> bool:
+    """Whether 64 rows are folded into 128 lanes of tensor memory."""
+    return self.blackwell and self.rows == ROWS
+
+  def elements(self, *widths: int) -> int:
+    """Widest swizzle, in 16-bit elements, that suits all of these columns."""
+    # Blackwell makes a product of 64 rows of two halves of the columns.
+    halves = 1 + self.folded
+    suits = (64, 32, 16)
+    return next(n for n in suits if all(w % (n * halves) == 0 for w in widths))
 
   def padded(self, rows: int) -> int:
     """Rows of a query tile as the kernel takes it."""
@@ -112,11 +133,6 @@ class Cores(NamedTuple):
 def up(n: int, step: int) -> int:
   """The next multiple of `step`."""
   return -(-n // step) * step
-
-
-def tile_elements(*sizes: int) -> int:
-  """Widest swizzle, in 16-bit elements, that divides every size."""
-  return next(n for n in (64, 32, 16) if all(size % n == 0 for size in sizes))
 
 
 def pad_axis(x: jax.Array, axis: int, size: int, value=0) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from psa_jax.kernels import nvidia
 from psa_jax.kernels import warpgroups as wg
 
-CHUNK = 64  # columns of a sum that are rescaled at a time
+CHUNK = 64  # columns of 128 rows of a sum that are rescaled at a time
 
 
 class Products(NamedTuple):
@@ -98,15 +98,17 @@ class Products(NamedTuple):
 
   def scaled(self, name: str, total, factor) -> None:
     """The sum with its rows multiplied by `factor` [rows]."""
-    rows, width = self.sizes.cores.rows, self.sizes.sums[name]
-    for at in range(0, width, CHUNK):
-      n = min(CHUNK, width - at)
-      ref = self.sums[name].at[:, pl.ds(at, n)]
+    cores, sums = self.sizes.cores, self.sums[name]
+    # 64 rows are folded, and can only be taken as a whole.
+    width = sums.shape[1]
+    step = width if cores.rows == nvidia.ROWS else CHUNK
+    for at in range(0, width, step):
+      n = min(step, width - at)
+      ref = sums if n == width else sums.at[:, pl.ds(at, n)]
       part = plgpu.async_load_tmem(ref)
       plgpu.wait_load_tmem()
-      plgpu.async_store_tmem(
-        ref, part * wg.spread(factor, (rows, n), 0, self.sizes.cores)
-      )
+      scaled = part * wg.spread(factor, (cores.rows, n), 0, cores)
+      plgpu.async_store_tmem(ref, scaled)
     plgpu.commit_tmem()
 
   def plus(self, name: str, total, a, b) -> None:

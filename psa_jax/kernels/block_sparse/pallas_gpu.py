@@ -57,7 +57,7 @@ def _forward(spec, q, k, v, ids, counts, segments):
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
-  cores = Cores.for_queries(tiles.rows, spec.block_k)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, q, v)
   ids, counts = clip_lists(tiles, ids, counts)
   out, lse = kernel.forward(
     pack_rows(tiles, cores, nvidia.pad_width(q)),
@@ -140,10 +140,12 @@ def _backward_rule(spec, saved, grads):
   q, k, v, ids, counts, segments, out, lse = saved
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   ids, counts = clip_lists(tiles, ids, counts)
-  cores = Cores.for_queries(tiles.rows, spec.block_k)
+  step = Cores.for_keys().gradient_step
+  pad = functools.partial(nvidia.pad_width, step=step)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, pad(q), pad(v))
+  cores = cores.for_gradient(spec.block_k)
   known = softmax.Backward.of(out, lse, *grads)
   behind = nvidia.up(spec.block_k, ROWS) - spec.block_k
-  pad = functools.partial(nvidia.pad_width, step=cores.gradient_step)
   inputs = kernel.Inputs(
     q=pack_rows(tiles, cores, pad(q)),
     d_out=pack_rows(tiles, cores, pad(grads[0])),

@@ -69,7 +69,7 @@ def query_gradient(
   """Gradient [tiles, rows, H]; lists are [B, K, Tb, M] and [B, K, Tb]."""
   q, k, v = inputs.q, inputs.k, inputs.v
   lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
-  kept = 4 * 2 + q.dtype.itemsize * (q.shape[2] + v.shape[3])
+  kept = q.dtype.itemsize * (q.shape[2] + v.shape[3])
   plan = forward.Plan.of(
     q, k, v, lists, inputs.rows, block_k, scale, q.dtype, cores, kept=kept
   )
@@ -201,10 +201,7 @@ class KeyPlan(NamedTuple):
   @property
   def elements(self):
     """Of a swizzled row; one number for all tiles, as products ask."""
-    if not self.cores.blackwell:
-      return nvidia.tile_elements(self.H, self.Hv)
-    # Of 64 rows, each half of the columns is a product of its own.
-    return nvidia.tile_elements(self.H // 2, self.Hv // 2, ROWS // 2)
+    return self.cores.elements(self.H, self.Hv, ROWS)
 
   @property
   def sizes(self):

@@ -71,7 +71,7 @@ def forward(
     dtype: of the output.
     cores: see `nvidia.Cores.for_queries`.
   """
-  kept = 4 + q.dtype.itemsize * q.shape[2]
+  kept = q.dtype.itemsize * q.shape[2]
   if not in_place(q.shape[2], v.shape[3], q.dtype, dtype):
     kept += jnp.dtype(dtype).itemsize * v.shape[3]
   plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, cores, kept=kept)
@@ -132,7 +132,7 @@ class Plan(NamedTuple):
       scale: likewise.
       out_dtype: likewise.
       cores: likewise.
-      kept: bytes of shared memory a row needs besides its `Rows`.
+      kept: bytes of tiles in shared memory that belong to a row.
     """
     return cls(
       *lists.ids.shape,
@@ -156,10 +156,14 @@ class Plan(NamedTuple):
   def stages(self):
     """Buffers of keys and values; shared memory has room for so many."""
     rows = self.cores.computing * self.cores.rows
-    of_row = self.kept + 4 * len(self.row_names)
-    of_key = self.dtype.itemsize * (self.H + self.Hv) + 4 * self.segmented
-    room = nvidia.SHARED - rows * of_row
-    return max(1, min(3, room // (self.block_k * of_key)))
+    kept = self.kept
+    if self.cores.folded:
+      kept += self.block_k * self.dtype.itemsize  # the left operands
+    block = self.block_k * self.dtype.itemsize * (self.H + self.Hv)
+    # Vectors, which are rounded up to whole kilobytes, and barriers.
+    small = 1024 * (4 + len(self.row_names) + 3 * self.segmented)
+    room = nvidia.SHARED - rows * kept - small
+    return max(1, min(3, room // block))
 
   @property
   def parts(self):
@@ -169,7 +173,7 @@ class Plan(NamedTuple):
   @property
   def elements(self):
     """Of a swizzled row; one number for all tiles, as products ask."""
-    return nvidia.tile_elements(self.H, self.Hv, self.block_k)
+    return self.cores.elements(self.H, self.Hv, self.block_k)
 
   @property
   def row_names(self):

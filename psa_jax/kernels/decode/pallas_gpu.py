@@ -1,7 +1,7 @@
 """Decoding by block list on GPUs, by the forward kernel of block_sparse.
 
 The T queries of the G heads of a group are the rows of one tile, padded to 64
-(Blackwell: 128): the tensor cores have time to spare, because decoding waits
+or 128: the tensor cores have time to spare, because decoding waits
 for the cache. So that a small batch uses the whole GPU, a list is dealt out to
 several blocks of threads, each with its own softmax; the parts are merged
 through their log-sum-exp (split-K, as in Flash-Decoding; Dao et al. 2023).
@@ -35,7 +35,7 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
-  cores = Cores.for_queries(tiles.rows, spec.block_k, most=1)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, q, v, most=1)
   ids, counts = block_sparse.clip_lists(tiles, ids, counts)
   ids, counts = deal(ids, counts, parts=_parts(tiles, ids.shape[-1]))
   parts = ids.shape[2]
