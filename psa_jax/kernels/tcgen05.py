@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from psa_jax.kernels import nvidia
 from psa_jax.kernels import warpgroups as wg
 
-CHUNK = 64  # columns of 128 rows of a sum that are rescaled at a time
+CHUNK = 32  # columns of 128 rows of a sum that are rescaled at a time
 
 
 class Products(NamedTuple):
