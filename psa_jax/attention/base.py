@@ -2,7 +2,7 @@
 
 A mechanism is a function of arrays
 
-    mechanism(q, k, v, *, config, step, segment_ids, train, implementation)
+    mechanism(q, k, v, *, config, step, segment_ids, train, causal, learned)
       -> AttnOut
 
 that decides *which* keys a query reads (its own sub-config of
@@ -10,7 +10,9 @@ that decides *which* keys a query reads (its own sub-config of
 `psa_jax/kernels` that reads only those. To add one: write a file here, add its
 sub-config to `AttentionConfig`, its name to the options of
 `AttentionConfig.name`, a line to `MECHANISMS`, and a row to the contract table
-in `tests/attention/test_contract.py`.
+in `tests/attention/test_contract.py`. One with parameters of its own also gets
+a line in `PARAMETERS`: a module that the attention layer owns and whose call
+turns the layer's input into the `Learned` arrays that the function is given.
 """
 
 import dataclasses
@@ -18,13 +20,14 @@ import math
 from typing import Protocol
 
 import jax
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.dense import dense
 from psa_jax.attention.psa import psa
-from psa_jax.config import AttentionConfig, ConfigError
-from psa_jax.types import AttnOut, Scalar
+from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
+from psa_jax.types import AttnOut, Learned, Scalar
 
 BATCH_AXES = ('data', 'fsdp')
 HEAD_AXIS = 'tensor'
@@ -43,10 +46,23 @@ class Mechanism(Protocol):
     step: Scalar,
     segment_ids: Int[Array, 'B T'] | None,
     train: bool,
+    causal: bool,
+    learned: Learned | None,
   ) -> AttnOut: ...
 
 
+class Parameters(Protocol):
+  """Makes the module of a mechanism that has parameters.
+
+  The module answers `module(x, *, rope) -> Learned` for the layer's
+  normalised input x [B, T, D] and the rotary table of its positions.
+  """
+
+  def __call__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
 MECHANISMS: dict[str, Mechanism] = {'dense': dense, 'psa': psa}
+PARAMETERS: dict[str, Parameters] = {}
 
 
 def attend(
@@ -58,9 +74,11 @@ def attend(
   step: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
   train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
   mechanism: str | None = None,
 ) -> AttnOut:
-  """Causal self-attention by the configured mechanism.
+  """Self-attention by the configured mechanism.
 
   Args:
     q: queries, rotated already.
@@ -71,6 +89,10 @@ def attend(
     segment_ids: no attention between different ids, if given.
     train: whether this is a training step; a mechanism may have its own
       budget outside training.
+    causal: whether a query reads only keys up to its own position; not every
+      mechanism can do otherwise.
+    learned: what the parameters of the configured mechanism made of the
+      layer's input; None for one without parameters.
     mechanism: overrides `config.name` (evaluation with dense attention).
 
   Returns:
@@ -87,22 +109,32 @@ def attend(
       f'unknown attention {name!r}; choose from {sorted(MECHANISMS)}'
     )
 
-  if name != config.name:
+  own = config.name
+  if name != own:
     # The implementation was named for the configured mechanism.
     config = dataclasses.replace(config, implementation='auto')
 
-  def run(step, q, k, v, segment_ids=None):
+  def run(step, q, k, v, segment_ids, learned):
     return MECHANISMS[name](
-      q, k, v, config=config, step=step, segment_ids=segment_ids, train=train
+      q,
+      k,
+      v,
+      config=config,
+      step=step,
+      segment_ids=segment_ids,
+      train=train,
+      causal=causal,
+      learned=learned,
     )
 
+  args = step, q, k, v, segment_ids, learned if name == own else None
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return run(step, q, k, v, segment_ids)
-  return _sharded(run, mesh, step, q, k, v, segment_ids)
+    return run(*args)
+  return _sharded(run, mesh, *args)
 
 
-def _sharded(run, mesh, step, q, k, v, segment_ids):
+def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
   """`run` inside shard_map: every shard has whole rows and whole groups."""
   heads = mesh.shape[HEAD_AXIS]
   if k.shape[2] % heads:
@@ -118,11 +150,16 @@ def _sharded(run, mesh, step, q, k, v, segment_ids):
     axes = (*BATCH_AXES, HEAD_AXIS)
     return out, jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
 
-  spec = P(batch, None, HEAD_AXIS, None)
-  args, specs = [step, q, k, v], [P(), spec, spec, spec]
-  if segment_ids is not None:
-    args, specs = [*args, segment_ids], [*specs, P(batch, None)]
+  by_head, by_row = P(batch, None, HEAD_AXIS), P(batch)
+  own = jax.tree.map(lambda _: P(), learned)
+  if own is not None:
+    own = own._replace(
+      heads=jax.tree.map(lambda _: by_head, learned.heads),
+      tokens=jax.tree.map(lambda _: by_row, learned.tokens),
+    )
+  documents = None if segment_ids is None else by_row
+  specs = P(), by_head, by_head, by_head, documents, own
   out, aux = jax.shard_map(
-    local, in_specs=tuple(specs), out_specs=(spec, P()), check_vma=False
-  )(*args)
+    local, in_specs=specs, out_specs=(by_head, P()), check_vma=False
+  )(step, q, k, v, segment_ids, learned)
   return AttnOut(out, aux)

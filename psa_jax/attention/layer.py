@@ -116,6 +116,7 @@ class SelfAttention(nnx.Module):
   Attributes:
     wq: [D, N, H]; wk, wv: [D, K, H]; wo: [N, H, D]. No biases. `wo` writes
       to the residual stream, so it starts smaller by 1 / sqrt(2 L).
+    mechanism: the parameters of the configured mechanism, if it has any.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -134,6 +135,8 @@ class SelfAttention(nnx.Module):
     self.wk = nnx.Param(project(rngs.params(), key, dtype))
     self.wv = nnx.Param(project(rngs.params(), key, dtype))
     self.wo = nnx.Param(merge(rngs.params(), (*query[1:], query[0]), dtype))
+    make = base.PARAMETERS.get(config.attention.name)
+    self.mechanism = None if make is None else make(config, rngs=rngs)
 
   def __call__(
     self,
@@ -161,6 +164,10 @@ class SelfAttention(nnx.Module):
     q = rotate(project(x, self.wq), rope)
     k = rotate(project(x, self.wk), rope)
     v = project(x, self.wv)
+    own = mechanism in (None, self.config.attention.name)
+    learned = None
+    if self.mechanism is not None and own:
+      learned = self.mechanism(x, rope=rope)
     out, aux = base.attend(
       q,
       k,
@@ -169,6 +176,7 @@ class SelfAttention(nnx.Module):
       step=step,
       segment_ids=segment_ids,
       train=train,
+      learned=learned,
       mechanism=mechanism,
     )
     return project(out, self.wo, inputs=2), aux

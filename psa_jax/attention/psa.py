@@ -36,7 +36,7 @@ from psa_jax import schedules
 from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
-from psa_jax.types import AttnOut, Scalar
+from psa_jax.types import AttnOut, Learned, Scalar
 
 SAMPLES = 8  # queries whose retained mass is measured
 
@@ -64,6 +64,8 @@ def psa(
   step: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
   train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
@@ -72,6 +74,11 @@ def psa(
   (the share of the exact softmax mass that lies on the keys read, the mean
   over a few sampled queries).
   """
+  del learned  # no parameters
+  if not causal:
+    raise ConfigError(
+      'attention psa is causal; a bidirectional model takes dense'
+    )
   cfg = config.psa
   blocks = select_blocks(
     q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
