@@ -134,7 +134,8 @@ def _memory(cores: nvidia.Cores, width: int):
   """Tensor memory of f32 for each warpgroup, side by side."""
   shape = (cores.rows, cores.computing * width)
   if cores.rows == nvidia.ROWS:
-    return plgpu.TMEM(shape, jnp.float32, layout=_Halves(width))
+    halves: Any = _Halves(width)
+    return plgpu.TMEM(shape, jnp.float32, layout=halves)
   return plgpu.TMEM(shape, jnp.float32)
 
 
