@@ -6,10 +6,13 @@ when it arrives at a barrier. They read the left operand from shared or, with
 tensor memory: 128 lanes of 512 columns of 32 bits. A warpgroup loads from it
 into registers and stores to it.
 
-Not done: starting a product before the one before it was waited for. Two
-warpgroups share a multiprocessor, so that one's products run during the other's
-softmax. Products of two multiprocessors together (`collective`). Leaving out
-the rescaling of a sum where no row found a larger score.
+The forward kernel begins the scores of the next block before the softmax of
+this one, and two warpgroups share a multiprocessor, so that one's products run
+during the other's softmax.
+
+Not done: the former in the gradients, for which tensor memory has no room;
+products of two multiprocessors together (`collective`); leaving out the
+rescaling of a sum where no row found a larger score.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +40,7 @@ class Products(NamedTuple):
     scored: tensor memory of `scores`.
     left: where a left operand goes that is in registers.
     sums: tensor memory by name.
-    done: barrier at which products arrive.
+    done: barriers at which scores and products into sums arrive.
   """
 
   sizes: wg.Sizes
@@ -61,7 +64,10 @@ class Products(NamedTuple):
       scored=_memory(cores, width),
       left=left,
       sums={name: _memory(cores, n) for name, n in sizes.sums.items()},
-      done=plgpu.Barrier(num_barriers=cores.computing, orders_tensor_core=True),
+      done=tuple(
+        plgpu.Barrier(num_barriers=cores.computing, orders_tensor_core=True)
+        for _ in range(2)
+      ),
     )
 
   @classmethod
@@ -78,16 +84,33 @@ class Products(NamedTuple):
       mine(scratch['scored'], sizes.columns),
       left.at[me] if in_shared else mine(left, sizes.columns),
       {name: mine(scratch['sums'][name], n) for name, n in sizes.sums.items()},
-      scratch['done'].at[me],
+      tuple(x.at[me] for x in scratch['done']),
     )
 
-  def scores(self, a, b) -> jax.Array:
-    """The f32 product a @ b.T of tiles in shared memory."""
-    self._multiply(self.scored, a, b.transpose((1, 0)), False)
+  @property
+  def ahead(self) -> bool:
+    """Whether to begin scores before they are needed."""
+    return self.sizes.ahead
+
+  def begin(self, a, b) -> None:
+    """Starts the f32 product a @ b.T of tiles in shared memory."""
+    plgpu.tcgen05_mma(
+      self.scored, a, b.transpose((1, 0)), self.done[0], accumulate=False
+    )
+
+  def end(self, a, b) -> jax.Array:
+    """Waits for what was begun."""
+    del a, b
+    plgpu.barrier_wait(self.done[0])
     scores = plgpu.async_load_tmem(self.scored)
     # The next product may overwrite it.
     plgpu.wait_load_tmem()
     return scores
+
+  def scores(self, a, b) -> jax.Array:
+    """Both at once."""
+    self.begin(a, b)
+    return self.end(a, b)
 
   def zero(self, name: str) -> None:
     """A sum of nothing."""
@@ -119,15 +142,12 @@ class Products(NamedTuple):
     else:
       plgpu.async_store_tmem(self.left, a)
       plgpu.commit_tmem()
-    self._multiply(self.sums[name], self.left, b, True)
+    plgpu.tcgen05_mma(self.sums[name], self.left, b, self.done[1])
+    plgpu.barrier_wait(self.done[1])
 
   def read(self, name: str, total) -> jax.Array:
     """The sum as an array."""
     return plgpu.async_load_tmem(self.sums[name])
-
-  def _multiply(self, to, a, b, accumulate: bool) -> None:
-    plgpu.tcgen05_mma(to, a, b, self.done, accumulate=accumulate)
-    plgpu.barrier_wait(self.done)
 
 
 def _memory(cores: nvidia.Cores, width: int):

@@ -121,6 +121,7 @@ class Sizes(NamedTuple):
     sums: columns by name.
     dtype: of operands.
     elements: of a swizzled row; see `tile_memory`.
+    ahead: whether scores may be begun while other products are made.
   """
 
   cores: nvidia.Cores
@@ -128,6 +129,7 @@ class Sizes(NamedTuple):
   sums: dict[str, int]
   dtype: jnp.dtype
   elements: int
+  ahead: bool = False
 
 
 def release(free, *, loaded: bool) -> None:

@@ -35,9 +35,21 @@ class Products(NamedTuple):
     del scratch, me
     return cls(sizes)
 
-  def scores(self, a, b) -> jax.Array:
+  @property
+  def ahead(self) -> bool:
+    """Never: a product is an expression here, and waited for."""
+    return False
+
+  def begin(self, a, b) -> None:
+    """Nothing; see `end`."""
+
+  def end(self, a, b) -> jax.Array:
     """The f32 product a @ b.T of tiles in shared memory."""
     return _product(a, b, None, self.sizes.cores.hardware, True)
+
+  def scores(self, a, b) -> jax.Array:
+    """The same."""
+    return self.end(a, b)
 
   def zero(self, name: str) -> jax.Array:
     """A sum of nothing."""

@@ -155,19 +155,17 @@ def _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring, made):
     vector = wg.load_vector(sums[name].at[me], plan.cores, axis=0)
     return wg.spread(vector, shape, 0, plan.cores)
 
-  def step(slot, block, dq):
-    k = buffers['k'].at[slot]
-    s = made.scores(q, k)
+  def step(s, slot, block, dq):
     segment = buffers['segment'].at[slot] if plan.segmented else None
     may = forward.may_read(plan, vectors, me, block, segment)
     p = jnp.exp2(s * (plan.scale * forward.LOG2E) - row('lse'))
     p = jnp.where(may, p, 0.0)
     dp = made.scores(d_out, buffers['v'].at[slot])
     ds = (p * (dp - row('delta'))).astype(plan.dtype)
-    return made.plus('dq', dq, ds, k)
+    return made.plus('dq', dq, ds, buffers['k'].at[slot])
 
   start = made.zero('dq')
-  dq = forward.walk(plan, inputs, where, count, ring, step, start)
+  dq = forward.walk(plan, inputs, where, count, ring, made, q, step, start)
   return made.read('dq', dq)
 
 

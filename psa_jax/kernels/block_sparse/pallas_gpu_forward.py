@@ -283,7 +283,7 @@ def _kernel(plan, inputs, out_ref, lse_ref):
       copy_blocks(plan, inputs, where, count, ring)
 
   n, rows = plan.cores.computing, plan.cores.rows
-  sizes = plan.sizes(out=plan.Hv)
+  sizes = plan.sizes(out=plan.Hv)._replace(ahead=plan.stages > 1)
   vectors = plan.vectors()
   out = None
   if not in_place(plan.H, plan.Hv, plan.dtype, plan.out_dtype):
@@ -354,21 +354,44 @@ def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
   return may
 
 
-def walk(plan, inputs, where, count, ring, step, carry):
-  """A computing warpgroup's loop: `step(slot, block, carry)` a listed block."""
-  _, full, free = ring
+def walk(plan, inputs, where, count, ring, made, q, step, carry):
+  """A computing warpgroup's loop over a list.
+
+  Args:
+    plan: of the call.
+    inputs: of the kernel.
+    where: the list is.
+    count: blocks to read.
+    ring: buffers of keys and values, and their barriers.
+    made: products.
+    q: queries in shared memory.
+    step: takes scores [rows, block_k], the buffer, the block and the carry.
+    carry: the first one.
+  """
+  buffers, full, free = ring
+
+  def begin(i):
+    slot = lax.rem(i, jnp.int32(plan.stages))
+    plgpu.barrier_wait(full.at[slot])
+    made.begin(q, buffers['k'].at[slot])
 
   def body(i, carry):
     block, carry = carry
     # Known one step ahead: the way to global memory is long.
     following = inputs['ids'][where.at, i + 1]
+    if not made.ahead:
+      begin(i)
     slot = lax.rem(i, jnp.int32(plan.stages))
-    plgpu.barrier_wait(full.at[slot])
-    carry = step(slot, block, carry)
+    scores = made.end(q, buffers['k'].at[slot])
+    if made.ahead:
+      pl.when(i + 1 < count)(lambda: begin(i + 1))
+    carry = step(scores, slot, block, carry)
     loaded = plan.segmented or not plan.cores.hardware
     wg.release(free.at[slot], loaded=loaded)
     return following, carry
 
+  if made.ahead:
+    pl.when(count > 0)(lambda: begin(jnp.int32(0)))
   first = inputs['ids'][where.at, 0]
   return lax.fori_loop(jnp.int32(0), count, body, (first, carry))[1]
 
@@ -379,9 +402,8 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
   buffers = ring[0]
   shape = (plan.cores.rows, plan.block_k)
 
-  def step(slot, block, carry):
+  def step(s, slot, block, carry):
     out, top, total = carry
-    s = made.scores(q, buffers['k'].at[slot])
     segment = buffers['segment'].at[slot] if plan.segmented else None
     may = may_read(plan, vectors, me, block, segment)
     s = jnp.where(may, s * (plan.scale * LOG2E), softmax.MASKED)
@@ -399,7 +421,7 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
     return wg.in_layout(x, plan.cores, 0)
 
   start = made.zero('out'), rows(softmax.MASKED / 2), rows(0.0)
-  out, *rest = walk(plan, inputs, where, count, ring, step, start)
+  out, *rest = walk(plan, inputs, where, count, ring, made, q, step, start)
   return made.read('out', out), *rest
 
 
