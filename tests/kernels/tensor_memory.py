@@ -19,6 +19,7 @@ the code is generated and compiled. Nor a barrier that orders no tensor cores,
 and waits by another thread than the product's own.
 """
 
+import collections
 import contextlib
 from typing import NamedTuple
 from unittest import mock
@@ -38,6 +39,9 @@ _get, _swap = gpu_callbacks._get, gpu_callbacks._swap
 _wait, _to_global = gpu_callbacks._barrier_wait, gpu_callbacks.copy_smem_to_gmem
 
 
+SPACES = ('smem', 'tmem')
+
+
 class Place(NamedTuple):
   """A part of a buffer, as one thread sees it."""
 
@@ -51,10 +55,9 @@ class Place(NamedTuple):
 
   def meets(self, other) -> bool:
     """Whether both have elements in common."""
-    if (self.thread, self.buffer) != (other.thread, other.buffer):
-      return False
     pairs = zip(self.range, other.range, strict=False)
-    return all(_meet(a, b) for a, b in pairs)
+    same = self.buffer == other.buffer
+    return same and all(_meet(a, b) for a, b in pairs)
 
 
 def _meet(a, b):
@@ -71,22 +74,21 @@ class State:
 
   def __init__(self):
     self.products = {}  # by barrier, in order
-    self.stored = {'smem': [], 'tmem': []}
-    self.loading = []
+    # Places by thread: a thread only touches its own.
+    self.stored = {kind: collections.defaultdict(list) for kind in SPACES}
+    self.loading = collections.defaultdict(list)
+    # Raised at the end: an error in one thread leaves the others waiting.
+    self.faults = []
 
   def need(self, kind: str, place: Place, what: str) -> None:
-    """Fails if a store to the place was not committed."""
-    if any(place.meets(x) for x in self.stored[kind]):
-      raise AssertionError(f'{what} before commit_{kind}: {place}')
+    """It is a fault if a store to the place was not committed."""
+    if any(place.meets(x) for x in self.stored[kind][place.thread]):
+      self.faults.append(f'{what} before commit_{kind}: {place}')
 
   def free(self, place: Place, what: str) -> None:
-    """Fails if the place is still being loaded."""
-    if any(place.meets(x) for x in self.loading):
-      raise AssertionError(f'{what} before wait_load_tmem: {place}')
-
-  def done(self, places: list, thread: int) -> None:
-    """Forgets what a thread has waited for."""
-    places[:] = [x for x in places if x.thread != thread]
+    """It is a fault if the place is still being loaded."""
+    if any(place.meets(x) for x in self.loading[place.thread]):
+      self.faults.append(f'{what} before wait_load_tmem: {place}')
 
 
 _state = State()
@@ -160,7 +162,7 @@ def _load(where, ref: Ref):
   assert not turned
   place = Place.of(where['thread_id'], *ref)
   _state.need('tmem', place, 'a load')
-  _state.loading.append(place)
+  _state.loading[place.thread].append(place)
   return _read(where, ref)
 
 
@@ -169,7 +171,7 @@ def _store(where, ref: Ref, value):
   assert not turned
   place = Place.of(where['thread_id'], *ref)
   _state.free(place, 'a store')
-  _state.stored['tmem'].append(place)
+  _state.stored['tmem'][place.thread].append(place)
   _write(where, ref, value)
 
 
@@ -199,7 +201,7 @@ def _start(where, total: Ref, a: Ref, b: Ref, accumulate, barrier):
   (a, a_turned), (b, b_turned) = a.settled(), b.settled()
   thread = where['thread_id']
   for ref in (a, b, total):
-    for kind in ('smem', 'tmem'):
+    for kind in SPACES:
       _state.need(kind, Place.of(thread, *ref), 'a product')
   _state.free(Place.of(thread, *total), 'a product')
   made = Product(where, total, a, a_turned, b, b_turned, bool(accumulate))
@@ -219,7 +221,7 @@ def _noted_swap(*args, **kw):
   if args:  # a copy hands over names only
     _, _, _, thread, key, transforms, *_ = args
     place = Place.of(thread, key, _static(transforms)[0])
-    _state.stored['smem'].append(place)
+    _state.stored['smem'][place.thread].append(place)
   return _swap(*args, **kw)
 
 
@@ -269,7 +271,7 @@ def _on_product(interpreter, eqn, token, total, a, b, accumulate, *rest):
 def _on_commit(places):
   def handler(interpreter, eqn, token):
     def forget(where):
-      _state.done(places(), int(where['thread_id']))
+      places()[int(where['thread_id'])].clear()
 
     return _call(interpreter, eqn, token, forget, None)
 
@@ -316,7 +318,7 @@ def _allow(space):
 
 @contextlib.contextmanager
 def simulated():
-  """The simulator knows tensor memory inside; fails if a product is left."""
+  """The simulator knows tensor memory inside; fails for what was forgotten."""
   global _state
   _state = State()
   with contextlib.ExitStack() as stack:
@@ -329,4 +331,5 @@ def simulated():
     ):
       stack.enter_context(mock.patch.object(owner, name, replacement))
     yield
+  assert not _state.faults, _state.faults[0]
   assert not _state.products, 'a product that nobody waited for'
