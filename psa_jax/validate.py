@@ -471,6 +471,11 @@ def _check_quant(config: Config) -> Iterator[str]:
       f'config.model.quant.levels is {levels}, but it must have an entry and '
       'fall strictly'
     )
+  if quant.enabled and config.model.attention.name == 'cascade':
+    yield (
+      'config.model.quant.enabled is on, but cascade attention does not '
+      'quantise what it has pruned; turn one of them off'
+    )
   last = quant.warmup_steps + len(levels) * quant.quantization_interval
   if last >= 2**31:
     yield (
