@@ -371,11 +371,6 @@ def test_text(path, bad, good):
   fine({path: good})
 
 
-def test_cascade_pruning_does_not_quantise():
-  found = {'model.attention.name': 'cascade', 'model.quant.enabled': True}
-  assert 'cascade pruning does not quantise' in problem(found)
-
-
 NSA = 'model.attention.nsa.'
 
 
