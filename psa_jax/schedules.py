@@ -22,7 +22,7 @@ is made here.
 
 Not done here: values that change a shape (those are stages of the recipe,
 each compiled once) and the adaptive controller, which needs state in the
-train state.
+train state (`train/controller.py`).
 """
 
 import math

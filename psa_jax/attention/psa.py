@@ -20,6 +20,10 @@ dropped one at most `n exp(bound)`. With means it is an estimate;
 `retained_mass` in the aux scalars says what was really kept on a few sampled
 queries.
 
+Two controls choose without looking at the keys, at the same budget: `recent`
+takes the nearest blocks (sink and local window only), `random` takes any
+(`controls.py`).
+
 No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
@@ -32,6 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
+from psa_jax.attention import controls
 from psa_jax.attention.blocks import (
   BlockList,
   document_start,
@@ -57,13 +62,14 @@ def psa(
   train: bool = True,
   causal: bool = True,
   learned: Learned | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
   Args and errors as in `base.attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
-  over a few sampled queries).
+  over a few sampled queries), and `budget`, the keep ratio (or mass) used.
   """
   del learned  # no parameters
   if not causal:
@@ -71,8 +77,14 @@ def psa(
       'attention psa is causal; a bidirectional model takes dense'
     )
   cfg = config.psa
+  budget = budget_at(cfg, step, train, budget)
   blocks = select_blocks(
-    q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
+    q,
+    k,
+    cfg,
+    budget=budget,
+    segment_ids=segment_ids,
+    seed=step if train else 0,
   )
   out, lse = block_sparse_attention(
     q,
@@ -90,18 +102,29 @@ def psa(
   aux = {
     'density': share_read(blocks),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'budget': budget,
   }
   return AttnOut(out, aux)
 
 
-def budget_at(cfg: PsaConfig, step: Scalar, train: bool) -> jax.Array:
+def budget_at(
+  cfg: PsaConfig, step: Scalar, train: bool, budget: Scalar | None = None
+) -> jax.Array:
   """The keep ratio (or the mass) at `step`; outside training its own, if set.
+
+  Args:
+    cfg: the schedules.
+    step: optimiser step.
+    train: whether this is a training step.
+    budget: takes the place of the schedule, if given.
 
   Returns:
     f32 scalar in (0, 1].
   """
   if not train and cfg.eval_keep:
     return jnp.float32(cfg.eval_keep)
+  if budget is not None:
+    return jnp.asarray(budget, jnp.float32)
   schedule = cfg.keep if cfg.budget == 'ratio' else cfg.mass
   return schedules.make(schedule)(step)
 
@@ -137,6 +160,7 @@ def select_blocks(
   *,
   budget: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
+  seed: Scalar = 0,
 ) -> BlockList:
   """The block list of every query tile, causal and streamed over tiles.
 
@@ -146,6 +170,7 @@ def select_blocks(
     cfg: block sizes, window, sink, scoring and kind of budget.
     budget: traced keep ratio or mass, see `budget_at`.
     segment_ids: documents; nondecreasing along T.
+    seed: of random scoring: the step in training, 0 (as in decoding) outside.
 
   Returns:
     The lists; at least sink and window are kept whatever the budget, and a
@@ -161,7 +186,7 @@ def select_blocks(
   )
   starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
   first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
+  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget, seed)
 
 
 def select_for_decode(
@@ -224,7 +249,7 @@ def next_blocks(
   return renew(previous, select, cfg.block_q, lengths)
 
 
-def _choose(cfg, q, pooled, first, starts, budget):
+def _choose(cfg, q, pooled, first, starts, budget, seed=0):
   """The lists of tiles whose first queries `q` are at positions `first`.
 
   Args:
@@ -234,8 +259,12 @@ def _choose(cfg, q, pooled, first, starts, budget):
     first: [1 or B, Tb].
     starts: [B, Tb] first positions of the documents of `q`.
     budget: traced.
+    seed: traced, of random scoring.
   """
   blocks = pooled.size.shape[1]
+  if cfg.scoring in controls.SCORINGS:
+    at = jnp.broadcast_to(first, starts.shape)
+    q, pooled = controls.blind(q, pooled, at, scoring=cfg.scoring, seed=seed)
   ranges, cut = tile_ranges(cfg, first, starts, blocks)
   mass = functools.partial(_mass_counts, budget=budget)
   width = list_width(cfg, blocks)

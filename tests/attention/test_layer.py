@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention import layer as layer_lib
-from psa_jax.attention.layer import SelfAttention, head_dim, rotary, rotate
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.projections import head_dim
+from psa_jax.attention.rotary import rotary, rotate
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.types import AttnOut
 

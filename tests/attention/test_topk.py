@@ -12,7 +12,8 @@ from flax import nnx
 
 from psa_jax.attention import base, topk_parameters
 from psa_jax.attention import topk as module
-from psa_jax.attention.layer import SelfAttention, rotary
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.rotary import rotary
 from psa_jax.config import (
   AttentionConfig,
   ModelConfig,
