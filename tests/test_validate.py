@@ -322,6 +322,13 @@ def test_bits_fall(levels):
   fine({'model.quant.levels': (16, 12, 3)})
 
 
+def test_pruned_layers_are_not_quantised():
+  cascade = {'model.attention.name': 'cascade'}
+  message = problem(cascade | {'model.quant.enabled': True})
+  assert 'quant.enabled is on, but cascade' in message
+  fine({'model.quant.enabled': True})
+
+
 def test_the_last_level_begins_below_int32():
   long = {'model.quant.quantization_interval': 2**29}
   assert 'below 2^31' in problem(long)
@@ -362,11 +369,6 @@ def test_text(path, bad, good):
     message = problem({path: value})
     assert message.startswith(f'config.{path} is ')
   fine({path: good})
-
-
-def test_cascade_pruning_does_not_quantise():
-  found = {'model.attention.name': 'cascade', 'model.quant.enabled': True}
-  assert 'cascade pruning does not quantise' in problem(found)
 
 
 NSA = 'model.attention.nsa.'
