@@ -58,7 +58,8 @@ class Constant:
 def test_the_loss_is_that_of_the_answers(config):
   mesh = sharding.make_mesh(config.mesh)
   task, batch = batch_of(config, mesh)
-  loss = task.loss(Constant(), batch, step=0, train=True)
+  arrays = sharding.put_batch(batch, mesh)
+  loss = task.loss(Constant(), arrays, step=0, train=True)
   real = batch['weights'] == 1
   targets = batch['targets'][real]
   log_z = np.log(np.exp(2.0) + 63)
