@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from psa_jax import sharding
-from psa_jax.config import Config, RunError
+from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.data import lm, synthetic
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
@@ -107,9 +107,7 @@ class Run:
     """Restores the last good checkpoint, or makes the first state."""
     found = self.checkpoints.restore_latest(self.program.abstract)
     if found is None:
-      self.state = state_lib.init_state(
-        self.config, self.task.vocab_size, self.program
-      )
+      self.state = self._first_state()
     elif found.step > self.total:
       raise RunError(
         f'the checkpoint of step {found.step} is beyond the end of the run; '
@@ -124,6 +122,26 @@ class Run:
       self.config, self.folder, step=self.step, quality=self.task.quality
     )
     self._open.callback(self.log.close)
+
+  def _first_state(self) -> state_lib.TrainState:
+    """Initial values, or the parameters that another run ended with."""
+    state = state_lib.init_state(
+      self.config, self.task.vocab_size, self.program
+    )
+    source = self.config.train.init_from
+    if not source:
+      return state
+    checkpoints = Checkpoints(
+      pathlib.Path(source) / CHECKPOINTS, read_only=True, say=self.console.say
+    )
+    saved = checkpoints.read_arrays()
+    checkpoints.close()
+    if saved is None:
+      raise ConfigError(f'train.init_from: there is no checkpoint in {source}')
+    state, new = state_lib.adopt(state, saved)
+    beside = f'; initial values for {", ".join(new)}' if new else ''
+    self.console.say(f'beginning with the parameters of {source}{beside}')
+    return state
 
   def train(self) -> None:
     """Makes the steps that are left, with evaluations and checkpoints."""

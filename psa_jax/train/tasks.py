@@ -34,12 +34,27 @@ class Loss(NamedTuple):
     weight: how much counts (tokens, images).
     sums: other quantities that add up (bytes, hits).
     means: scalars that are averaged (attention density).
+    auxiliary: what the model adds to the training loss (see `auxiliary`), in
+      the unit of `total`. It is no part of any metric of the text.
   """
 
   total: Float[Array, '']
   weight: Float[Array, '']
   sums: dict[str, jax.Array]
   means: dict[str, jax.Array]
+  auxiliary: Float[Array, ''] | float = 0.0
+
+
+def auxiliary(
+  aux: Mapping[str, jax.Array], weight: Float[Array, '']
+) -> Float[Array, '']:
+  """Sum of a model's scalars named `loss/...`, each a mean, times `weight`.
+
+  Divided by the weight of the whole batch it is their mean again, weighted as
+  the loss is, however the batch was cut into micro-batches.
+  """
+  losses = [value for name, value in aux.items() if name.startswith('loss/')]
+  return weight * sum(losses, jnp.float32(0))
 
 
 @runtime_checkable
@@ -62,6 +77,7 @@ class Task(Protocol):
     step: Scalar,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
   ) -> Loss:
     """The loss of one batch; pure apart from the module's statistics."""
     ...
@@ -127,9 +143,14 @@ class LanguageModel:
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a vocabulary smaller than the tokenizer's, or a window
-        longer than the text.
+      ConfigError: a model that sees what it is to predict, a vocabulary
+        smaller than the tokenizer's, or a window longer than the text.
     """
+    if config.model.kind != 'decoder_lm':
+      raise ConfigError(
+        f'model.kind={config.model.kind} sees the next token, so it cannot '
+        'learn to predict it; set model.kind=decoder_lm'
+      )
     tokenizer = corpus.tokenizer
     self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if self.vocab_size < tokenizer.vocab_size:
@@ -144,7 +165,9 @@ class LanguageModel:
     spare = self.vocab_size - len(lengths)
     self._byte_lengths = np.pad(lengths, (0, spare)).astype(np.float32)
 
-  def loss(self, model, batch, *, step, train, mechanism=None) -> Loss:
+  def loss(
+    self, model, batch, *, step, train, mechanism=None, budget=None
+  ) -> Loss:
     """Nats of the next tokens; `bytes` are those the targets stand for."""
     cut = self._config.data.cut_documents
     weights = batch['weights']
@@ -156,6 +179,7 @@ class LanguageModel:
       mask=weights,
       train=train,
       mechanism=mechanism,
+      budget=budget,
     )
     total, weight = next_token_loss(
       model,
@@ -165,7 +189,8 @@ class LanguageModel:
       chunk=self._config.train.loss_chunk,
     )
     size = jnp.asarray(self._byte_lengths)[batch['targets']]
-    return Loss(total, weight, {'bytes': jnp.sum(weights * size)}, out.aux)
+    sums = {'bytes': jnp.sum(weights * size)}
+    return Loss(total, weight, sums, out.aux, auxiliary(out.aux, weight))
 
   def metrics(self, loss: Loss) -> dict[str, Any]:
     """`loss` in nats per token and `bits_per_byte`."""
@@ -235,9 +260,17 @@ class Recall:
       needles=data.config.needles,
     )
 
-  def loss(self, model, batch, *, step, train, mechanism=None) -> Loss:
+  def loss(
+    self, model, batch, *, step, train, mechanism=None, budget=None
+  ) -> Loss:
     """Nats of the answers; `hits` are questions that are wholly right."""
-    out = model(batch['inputs'], step=step, train=train, mechanism=mechanism)
+    out = model(
+      batch['inputs'],
+      step=step,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+    )
     answers, asked = batch['answers'], batch['weights']
     total, weight, hits = answer_loss(
       model, out.hidden, answers, batch['targets'], asked
@@ -251,7 +284,7 @@ class Recall:
       by=self._buckets,
     )
     sums |= {'hits': jnp.sum(hits * asked), 'questions': jnp.sum(asked)}
-    return Loss(total, weight, sums, out.aux)
+    return Loss(total, weight, sums, out.aux, auxiliary(out.aux, weight))
 
   def metrics(self, loss: Loss) -> dict[str, Any]:
     """`loss` in nats per answer token and `accuracy` over questions."""

@@ -9,6 +9,7 @@ import pytest
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError
+from psa_jax.data import synthetic
 from psa_jax.models import ModelOut
 from psa_jax.train import loop
 from psa_jax.train import result as result_lib
@@ -110,7 +111,7 @@ def test_evaluation_prints_the_same_by_bucket(whole, config, capsys):
 
 def test_validation_is_the_same_for_every_seed_of_the_run(config):
   left, right = (
-    load_data(dataclasses.replace(config, seed=seed)) for seed in (0, 1)
+    synthetic.build(dataclasses.replace(config, seed=seed)) for seed in (0, 1)
   )
   assert left.manifest == right.manifest
   one, two = (d.validation(seq_len=16, rows=2)[0] for d in (left, right))

@@ -12,7 +12,9 @@ from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
   Config,
+  ControllerConfig,
   DataConfig,
+  DsaConfig,
   EvalConfig,
   MeshConfig,
   ModelConfig,
@@ -88,6 +90,42 @@ def config_psa(**changes):
     found,
     model=model,
     train=TrainConfig(steps=(5,), seq_len=(64,), batch_size=(4,)),
+    eval=EvalConfig(windows=2),
+  )
+
+
+def config_controller(**changes):
+  """Six steps of `config_psa` whose budget the controller sets."""
+  found = config_psa(**changes)
+  rules = ControllerConfig(
+    'mass', target=0.6, tolerance=0.05, every=1, lower=0.75, hold=1
+  )
+  psa = dataclasses.replace(found.model.attention.psa, keep=ScheduleConfig())
+  attention = dataclasses.replace(found.model.attention, psa=psa)
+  return dataclasses.replace(
+    found,
+    model=dataclasses.replace(found.model, attention=attention),
+    train=dataclasses.replace(found.train, steps=(6,), controller=rules),
+  )
+
+
+def config_dsa(**changes):
+  """A learned indexer: two steps of stage 1, then stage 2."""
+  found = config(**changes)
+  dsa = DsaConfig(
+    heads=2,
+    width=4,
+    block_q=8,
+    block_k=4,
+    window=4,
+    top_k=ScheduleConfig(init=16.0),
+    warmup_steps=2,
+  )
+  attention = AttentionConfig('dsa', dsa=dsa)
+  return dataclasses.replace(
+    found,
+    model=dataclasses.replace(found.model, attention=attention),
+    train=TrainConfig(steps=(5,), seq_len=(32,), batch_size=(4,)),
     eval=EvalConfig(windows=2),
   )
 
