@@ -19,6 +19,8 @@ from psa_jax.kernels.tiles import Tiles
 
 CHUNK_KEYS = 512  # keys fetched and multiplied at a time
 PIECE_ROWS = 256  # query rows that meet them at a time
+MASKED_UNROLL = 1
+UNROLL = 4
 
 # Rows of the statistics of a tile, int32 so that one copy brings them all;
 # the floats among them are bit patterns.
@@ -103,6 +105,55 @@ class Call(NamedTuple):
     buffers = 2 * keys * shape.kv_width * item
     return shape.rows * row + buffers + 24 * self.piece * keys
 
+  def cuts(self, ids, counts) -> jax.Array:
+    """[B, K, nq, chunks] int32: 1 where a chunk of a list needs a mask.
+
+    It needs none where every query of the tile reads every key of the chunk.
+    Rows and tokens that are padding count for nothing: nobody reads what they
+    give. Segments and padded keys may cut any chunk.
+    """
+    tiles, block_k = self.shape.tiles, self.spec.block_k
+    first = jnp.arange(tiles.nq, dtype=jnp.int32) * tiles.block_q
+    first = (first + self.spec.q_offset)[None, None, :, None]
+    past = self.end_of(first)
+    free = jnp.arange(self.M)[None, None, None] < counts[..., None]
+    free &= (ids + 1) * block_k <= past
+    if self.spec.window is not None:
+      last = first + (tiles.block_q - 1)
+      free &= ids * block_k > last - self.spec.window
+    pad = -self.M % self.chunk
+    free = jnp.pad(free, [(0, 0)] * 3 + [(0, pad)])
+    free = free.reshape(*free.shape[:3], -1, self.chunk).all(-1)
+    return (~free).astype(jnp.int32)
+
+  def cut_keys(self, j, least, most):
+    """Whether a query of tiles `least` to `most` misses a key of block j."""
+    tiles, block_k = self.shape.tiles, self.spec.block_k
+    first = least * tiles.block_q + self.spec.q_offset
+    cut = (j + 1) * block_k > self.end_of(first)
+    if self.spec.window is not None:
+      last = (most + 1) * tiles.block_q - 1 + self.spec.q_offset
+      cut |= j * block_k <= last - self.spec.window
+    return cut
+
+  def end_of(self, t):
+    """One past the last key that a query at position t may read."""
+    S = self.shape.tiles.S
+    return jnp.minimum(t + 1, S) if self.spec.causal else S
+
+  @property
+  def always_cut(self) -> bool:
+    """Whether chunks need a mask wherever they lie."""
+    return self.segmented or self.shape.keys != self.spec.block_k
+
+  def positions(self, i, at) -> jax.Array:
+    """[piece, 128] positions of the rows of query tile i from `at` on."""
+    block_q = self.spec.block_q
+    row = lax.broadcasted_iota(jnp.int32, (self.piece, mosaic.LANES), 0) + at
+    power = block_q & (block_q - 1) == 0
+    token = row & (block_q - 1) if power else lax.rem(row, block_q)
+    return token + (i * block_q + self.spec.q_offset)
+
   def mask(self, position, t, same_segment):
     """Who reads whom: key positions, query positions, equality of segments."""
     mask = position <= t if self.spec.causal else position < FAR
@@ -149,12 +200,13 @@ class Walk(NamedTuple):
   Attributes:
     listed: this tile's list.
     following: the next tile's.
-    stats: [1, 8, lanes] of this tile.
+    stats: [8, lanes] of this tile; None if no column is wanted.
     kv: keys and values in HBM.
     kv_seg: segments of the keys in HBM.
     buffer: two chunks of `kv`.
     seg_buffer: two chunks of `kv_seg`.
-    columns: [known, rows, 128], `stats` with a query a row, equal lanes.
+    columns: rows of `stats` as [rows, 128] each, a query a row, equal lanes;
+      None for those that are not wanted.
     sems: one for each half of the buffers.
     parity: which half comes first.
   """
@@ -174,7 +226,9 @@ class Walk(NamedTuple):
   def inputs(call: Call, ids, counts, stats, kv, kv_seg):
     """The arrays of the first five, and their block specs."""
     nq = call.shape.tiles.nq
-    lists = Listed.pack(ids, counts, call.shape.tiles.nk)
+    lists = Listed.pack(
+      ids, counts, call.shape.tiles.nk, call.cuts(ids, counts)
+    )
 
     def this(bh, i):
       return bh * nq + i, 0, 0
@@ -187,40 +241,43 @@ class Walk(NamedTuple):
     specs = (
       pl.BlockSpec(block, this, memory_space=pltpu.SMEM),
       pl.BlockSpec(block, after, memory_space=pltpu.SMEM),
-      pl.BlockSpec((None, *stats.shape[1:]), this),
+      None if stats is None else pl.BlockSpec((None, *stats.shape[1:]), this),
       anywhere,
       None if kv_seg is None else anywhere,
     )
     return (lists, lists, stats, kv, kv_seg), specs
 
   @staticmethod
-  def scratch(call: Call, dtype, known: int):
-    """Shapes of the last five; the first `known` statistics are used."""
+  def scratch(call: Call, dtype, *known: int):
+    """Shapes of the last five; `known` statistics are used, and segments."""
     shape = call.shape
     half = (2, call.chunk)
     seg = pltpu.VMEM((*half, 1, mosaic.lanes_of(shape.keys)), jnp.int32)
+    known += (SEGMENT,) * call.segmented
+    column = pltpu.VMEM((shape.rows, mosaic.LANES), jnp.int32)
+    planes = shape.kv_width // mosaic.LANES
     return (
-      pltpu.VMEM((*half, shape.keys, shape.kv_width), dtype),
+      pltpu.VMEM((*half, planes, shape.keys, mosaic.LANES), dtype),
       seg if call.segmented else None,
-      pltpu.VMEM((known, shape.rows, mosaic.LANES), jnp.int32),
+      tuple(column if n in known else None for n in range(DELTA + 1)),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SMEM((1,), jnp.int32),
     )
 
   def run(self, call: Call, body) -> None:
-    """Calls `body(at, k, v, mask)` for every chunk and piece of rows.
+    """Calls `body(rows, k, v, mask)` for every chunk and piece of rows.
 
     Args:
       call: the static part.
-      body: `at` is the piece's first row; `mask` is [piece, keys].
+      body: `rows` is a slice; `mask` is [piece, keys], or None where all is
+        read.
     """
     tiles = call.shape.tiles
     bh, i = pl.program_id(0), pl.program_id(1)
-    columns = jnp.transpose(self.stats[...])[: call.shape.rows]
-    for n in range(self.columns.shape[0]):
-      self.columns[n] = jnp.broadcast_to(
-        columns[:, n : n + 1], self.columns.shape[1:]
-      )
+    if self.stats is not None:
+      for n, column in enumerate(self.columns):
+        if column is not None:
+          mosaic.fill_column(column, self.stats.at[n : n + 1])
     gather = Gather(
       (self.kv,) if self.kv_seg is None else (self.kv, self.kv_seg),
       (self.buffer,) if self.kv_seg is None else (self.buffer, self.seg_buffer),
@@ -249,27 +306,53 @@ class Walk(NamedTuple):
       lambda c, half: start(listed, c, half),
       start_next,
       lambda c, half: gather.wait(half),
-      lambda c, half: self._chunk(call, listed, c, half, body),
+      lambda c, half: self._chunk(call, i, listed, c, half, body),
     )
 
-  def _chunk(self, call, listed, c, half, body):
-    shape, chunk = call.shape, call.chunk
-    kv = self.buffer[half].reshape(chunk * shape.keys, shape.kv_width)
-    k, v = shape.split(kv)
-    position = listed.positions(c, chunk, shape)
+  def _chunk(self, call, i, listed, c, half, body):
+    if call.always_cut:
+      self._masked(call, i, listed, c, half, body)
+      return
+    cut = listed.ref[0, call.M + c] == 1
+
+    @pl.when(cut)
+    def _():
+      self._masked(call, i, listed, c, half, body)
+
+    @pl.when(~cut)
+    def _():
+      self._pieces(call, half, lambda rows, k, v: body(rows, k, v, None))
+
+  def _masked(self, call, i, listed, c, half, body):
+    position = listed.positions(c, call.chunk, call.shape)
+    keys = position.shape[1]
     segment = None
     if self.seg_buffer is not None:
-      segment = mosaic.side_by_side(self.seg_buffer[half], shape.keys)
+      segment = mosaic.side_by_side(self.seg_buffer[half], call.shape.keys)
 
-    def piece(n, carry):
-      at = pl.multiple_of(n * call.piece, call.piece)
-      rows = pl.ds(at, call.piece)
-      t = mosaic.spread(self.columns[POSITION, rows], len(k))
+    def piece(rows, k, v):
+      t = mosaic.spread(call.positions(i, rows.start), keys)
       same = None
       if segment is not None:
-        same = mosaic.spread(self.columns[SEGMENT, rows], len(k)) == segment
+        same = mosaic.spread(self.columns[SEGMENT][rows], keys) == segment
       body(rows, k, v, call.mask(position, t, same))
+
+    self._pieces(call, half, piece, MASKED_UNROLL)
+
+  def _pieces(self, call, half, body, most=None):
+    """Calls `body(rows, k, v)`."""
+    shape = call.shape
+    most = UNROLL if most is None else most
+
+    def plane(n):
+      return self.buffer[half, :, n].reshape(-1, mosaic.LANES)
+
+    def piece(n, carry):
+      for m in range(most):
+        at = pl.multiple_of((n * most + m) * call.piece, call.piece)
+        body(pl.ds(at, call.piece), *shape.split(plane))
       return carry
 
     pieces = shape.rows // call.piece
-    lax.fori_loop(0, pieces, piece, 0, unroll=pieces <= 4)
+    most = most if pieces % most == 0 else 1
+    lax.fori_loop(0, pieces // most, piece, 0, unroll=pieces == most)
