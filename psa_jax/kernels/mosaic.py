@@ -397,12 +397,8 @@ class Listed(NamedTuple):
   ) -> jax.Array:
     """[1, chunk * keys] positions of a chunk's keys; FAR where not to read.
 
-    Args:
-      c: the chunk.
-      chunk: blocks of one.
-      shape: padded sizes.
-      clamped: a partial last block was read from where it still fits: the
-        keys before it belong to its neighbour.
+    With `clamped` a partial last block was read from where it still fits: the
+    keys before it belong to its neighbour.
     """
     block_k, S = shape.tiles.block_k, shape.tiles.S
     clamped = clamped and S % block_k > 0

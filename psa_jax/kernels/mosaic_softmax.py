@@ -9,7 +9,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import mosaic, softmax
 
-
 FINISH_ROWS = 256  # that are divided and written at a time
 
 
