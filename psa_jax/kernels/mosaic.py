@@ -154,7 +154,9 @@ class Shape(NamedTuple):
     at = self.H if self.shared else self.q_width
     k = self._pad(k, self.keys, 0, at)
     v = self._pad(v, self.keys, 0, self.kv_width - at)
-    return in_planes(jnp.concatenate([k, v], -1))
+    if self.shared:
+      return jnp.concatenate([k, v], -1)[:, None]
+    return in_planes(k, v)
 
   def unpack_q(self, x):
     """The inverse of `pack_q`."""
@@ -171,10 +173,13 @@ class Shape(NamedTuple):
 
   def unpack_kv(self, kv):
     """The inverse of `pack_kv`."""
-    at = self.H if self.shared else self.q_width
-    kv = jnp.swapaxes(kv, 1, 2)[:, : self.tiles.block_k]
-    kv = kv.reshape(*kv.shape[:2], self.kv_width)
-    k, v = kv[..., : self.H], kv[..., at : at + self.Hv]
+    kv = kv[:, :, : self.tiles.block_k]
+    if self.shared:
+      k, v = kv[:, 0, :, : self.H], kv[:, 0, :, self.H : self.H + self.Hv]
+    else:
+      at = self.q_width // LANES
+      k = _in_rows(kv[:, :at])[..., : self.H]
+      v = _in_rows(kv[:, at:])[..., : self.Hv]
     return self.tiles.unpack_k(k), self.tiles.unpack_k(v)
 
   @staticmethod
@@ -183,9 +188,18 @@ class Shape(NamedTuple):
     return jnp.pad(x, [(0, 0), (0, rows - x.shape[1]), (lane, after)])
 
 
-def in_planes(x) -> jax.Array:
-  """[n, rows, width] -> [n, width / 128, rows, 128]."""
-  return jnp.swapaxes(x.reshape(*x.shape[:2], -1, LANES), 1, 2)
+def in_planes(*xs) -> jax.Array:
+  """Each [n, rows, width] -> together [n, widths / 128, rows, 128].
+
+  Joined as planes and not as rows: that would take another copy.
+  """
+  planes = [x.reshape(*x.shape[:2], -1, LANES).swapaxes(1, 2) for x in xs]
+  return jnp.concatenate(planes, 1)
+
+
+def _in_rows(x):
+  """[n, planes, rows, 128] -> [n, rows, planes * 128]."""
+  return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
 
 
 def wide(planes, first: int, last: int) -> jax.Array:
@@ -397,8 +411,7 @@ class Listed(NamedTuple):
   ) -> jax.Array:
     """[1, chunk * keys] positions of a chunk's keys; FAR where not to read.
 
-    With `clamped` a partial last block was read from where it still fits: the
-    keys before it belong to its neighbour.
+    If `clamped`, a partial last block was read from where it still fits.
     """
     block_k, S = shape.tiles.block_k, shape.tiles.S
     clamped = clamped and S % block_k > 0
@@ -422,14 +435,6 @@ def column(row, rows: int) -> jax.Array:
   """[1, lanes] -> [rows, 1]."""
   full = jnp.broadcast_to(row, (8, row.shape[1]))
   return jnp.transpose(full)[:rows, :1]
-
-
-def fill_column(out, row) -> None:
-  """Writes a reference [1, lanes] as [rows, 128] with equal lanes."""
-  for at in range(0, out.shape[0], LANES):
-    rows = min(LANES, out.shape[0] - at)
-    square = jnp.broadcast_to(row[:, at : at + LANES], (LANES, LANES))
-    out[at : at + rows] = jnp.transpose(square)[:rows]
 
 
 def row(x) -> jax.Array:

@@ -45,8 +45,7 @@ def backward(spec, interpret, saved, grads):
   shape = call.shape
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
   known = stats(call, segments, rows.lse * LOG2_E, rows.delta)
-  qd = jnp.concatenate([shape.pack_q(q), shape.pack_out(d_out)], -1)
-  qd = mosaic.in_planes(qd)
+  qd = mosaic.in_planes(shape.pack_q(q), shape.pack_out(d_out))
   kv = shape.pack_kv(k, v)
   kv_seg = None
   if segments is not None:

@@ -210,6 +210,15 @@ def _of_tokens(tiles, x):
   return jnp.broadcast_to(x[..., None], shape)
 
 
+def _fill_column(out, row):
+  """Writes a reference [1, lanes] as [rows, 128] with equal lanes."""
+  lanes = mosaic.LANES
+  for at in range(0, out.shape[0], lanes):
+    rows = min(lanes, out.shape[0] - at)
+    square = jnp.broadcast_to(row[:, at : at + lanes], (lanes, lanes))
+    out[at : at + rows] = jnp.transpose(square)[:rows]
+
+
 class Walk(NamedTuple):
   """References of the walk; segments are None where there are none.
 
@@ -293,7 +302,7 @@ class Walk(NamedTuple):
     if self.stats is not None:
       for n, column in enumerate(self.columns):
         if column is not None:
-          mosaic.fill_column(column, self.stats.at[n : n + 1])
+          _fill_column(column, self.stats.at[n : n + 1])
     gather = Gather(
       (self.kv,) if self.kv_seg is None else (self.kv, self.kv_seg),
       (self.buffer,) if self.kv_seg is None else (self.buffer, self.seg_buffer),
