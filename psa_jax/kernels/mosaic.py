@@ -189,10 +189,7 @@ class Shape(NamedTuple):
 
 
 def in_planes(*xs) -> jax.Array:
-  """Each [n, rows, width] -> together [n, widths / 128, rows, 128].
-
-  Joined as planes and not as rows: that would take another copy.
-  """
+  """[n, rows, width] each -> [n, planes, rows, 128], in one copy."""
   planes = [x.reshape(*x.shape[:2], -1, LANES).swapaxes(1, 2) for x in xs]
   return jnp.concatenate(planes, 1)
 
