@@ -91,7 +91,12 @@ def violations(module, source, *, is_package=False):
     bad += [f'{module} imports {top}' for top in sorted(tops - allowed)]
   elif 'ml_collections' in tops:
     bad.append(f'{module} imports ml_collections')
-  functional = own == 'attention' and module != 'psa_jax.attention.layer'
+  # Mechanisms are functions of arrays; their parameters are modules beside
+  # them, which the registry and the layer know of.
+  last = module.split('.')[-1]
+  modules = last in ('layer', 'base', 'projections')
+  modules = modules or last.endswith('_parameters')
+  functional = own == 'attention' and not modules
   if 'flax' in tops and (own == 'kernels' or functional):
     bad.append(f'{module} imports flax')
   return bad + [
@@ -161,6 +166,8 @@ def test_a_forbidden_import_is_seen(module, source):
   ('module', 'source'),
   [
     ('psa_jax.attention.layer', 'from flax import nnx'),
+    ('psa_jax.attention.base', 'from flax import nnx'),
+    ('psa_jax.attention.topk_parameters', 'from flax import nnx'),
     ('psa_jax.attention.psa', 'from psa_jax.kernels.dense import api'),
     ('psa_jax.data.lm', 'from psa_jax.data.text import load_documents'),
     ('psa_jax.data.text', 'import tensorflow_datasets as tfds'),

@@ -10,6 +10,7 @@ reads, of which the mean tile sees 514.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ from psa_jax.kernels.decode import decode_attention
 from psa_jax.kernels.dense import dense_attention
 
 HEAD_DIM, BLOCK_Q, BLOCK_K, WINDOW = 64, 256, 64, 512
+# The kernel alone is timed with these tiles too, to show what larger products
+# bring; with 24 blocks they leave little to select.
+LARGE_BLOCK_Q = 512
 PASSES = ('forward', 'backward', 'forward+backward')
 OURS_DENSE = 'psa_jax dense'
 JAX_DENSE = 'jax.nn.dot_product_attention'
@@ -38,17 +42,25 @@ def whole(blocks: int) -> str:
   return f'psa, {blocks} blocks'
 
 
-def kernel(blocks: int) -> str:
+def kernel(blocks: int, block_q: int = BLOCK_Q) -> str:
   """Name of the kernel alone, on lists that are there already."""
-  return f'psa kernel alone, {blocks} blocks'
+  tiles = '' if block_q == BLOCK_Q else f', tiles of {block_q}'
+  return f'psa kernel alone, {blocks} blocks{tiles}'
 
 
-def config(blocks: int) -> AttentionConfig:
+def config(blocks: int, block_q: int = BLOCK_Q) -> AttentionConfig:
   """The mechanism that keeps as many of the visible blocks as fit."""
   psa = PsaConfig(
-    block_q=BLOCK_Q, block_k=BLOCK_K, window=WINDOW, max_blocks=blocks
+    block_q=block_q, block_k=BLOCK_K, window=WINDOW, max_blocks=blocks
   )
   return AttentionConfig(name='psa', psa=psa)
+
+
+def tiles(blocks: int, settings: Sequence[int]) -> tuple[int, ...]:
+  """Tiles that the kernel alone is timed with at one of the settings."""
+  room = config(blocks, LARGE_BLOCK_Q).psa.forced_blocks <= blocks
+  least = blocks == min(settings)
+  return (BLOCK_Q, LARGE_BLOCK_Q) if least and room else (BLOCK_Q,)
 
 
 def is_sparse(length: int, blocks: int) -> bool:
@@ -69,10 +81,10 @@ def attend_sparse(blocks: int, q, k, v):
   return base.attend(q, k, v, config=config(blocks), step=jnp.int32(0)).out
 
 
-def attend_listed(q, k, v, ids, counts):
+def attend_listed(q, k, v, ids, counts, *, block_q=BLOCK_Q):
   """The kernel alone."""
   out, _ = block_sparse_attention(
-    q, k, v, ids, counts, block_q=BLOCK_Q, block_k=BLOCK_K
+    q, k, v, ids, counts, block_q=block_q, block_k=BLOCK_K
   )
   return out
 
@@ -88,10 +100,12 @@ def attend_jax(q, k, v):
 
 
 @functools.cache
-def lists(length: int, blocks: int) -> psa_lib.BlockList:
+def lists(
+  length: int, blocks: int, block_q: int = BLOCK_Q
+) -> psa_lib.BlockList:
   """The block lists that the whole operation makes for `inputs`."""
   q, k, _, _ = inputs(length)
-  cfg = config(blocks).psa
+  cfg = config(blocks, block_q).psa
   select = jax.jit(
     functools.partial(psa_lib.select_blocks, cfg=cfg, budget=1.0)
   )
@@ -150,10 +164,12 @@ def all_passes(
   """
   found = {(GEMM, 'forward'): lazily(gemm)}
   for n in (n for n in blocks if is_sparse(length, n)):
-    listed = functools.partial(lambda n: lists(length, n)[:2], n)
     sparse = functools.partial(attend_sparse, n)
     found |= passes(whole(n), sparse, length)
-    found |= passes(kernel(n), attend_listed, length, listed)
+    for block_q in tiles(n, blocks):
+      listed = functools.partial(lambda *at: lists(length, *at)[:2], n, block_q)
+      attend = functools.partial(attend_listed, block_q=block_q)
+      found |= passes(kernel(n, block_q), attend, length, listed)
   found |= passes(OURS_DENSE, attend_dense, length)
   if quadratic:
     found |= passes(JAX_DENSE, attend_jax, length)
@@ -183,15 +199,15 @@ class Work(NamedTuple):
   share_of_square: float
 
 
-def work(length: int, blocks: int) -> Work:
+def work(length: int, blocks: int, block_q: int = BLOCK_Q) -> Work:
   """Counts what the lists of one setting read."""
-  made = lists(length, blocks)
+  made = lists(length, blocks, block_q)
   ids, counts, visible = (np.asarray(x)[0, 0] for x in made)
   read = np.arange(ids.shape[-1]) < counts[:, None]
-  t = np.arange(len(ids) * BLOCK_Q).reshape(len(ids), BLOCK_Q)
+  t = np.arange(len(ids) * block_q).reshape(len(ids), block_q)
   keys = t[:, :, None] - ids[:, None, :] * BLOCK_K + 1
   keys = np.clip(keys, 0, BLOCK_K) * read[:, None] * (t < length)[..., None]
-  rows = np.minimum(length - t[:, 0], BLOCK_Q)
+  rows = np.minimum(length - t[:, 0], block_q)
   return Work(
     pairs_read=int((counts * rows).sum() * BLOCK_K),
     pairs_visible=int(keys.sum()),

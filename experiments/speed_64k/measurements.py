@@ -151,10 +151,13 @@ def _about(length, blocks, counted):
   """{contender: further fields} of what is ours."""
   about = {lib.GEMM: {'flops': 2 * lib.GEMM_SIZE**3}}
   for n in (n for n in blocks if lib.is_sparse(length, n)):
-    fields = {'blocks': n}
-    if counted:
-      fields |= lib.work(length, n)._asdict() | {'head_dim': lib.HEAD_DIM}
-    about[lib.whole(n)] = about[lib.kernel(n)] = fields
+    for block_q in lib.tiles(n, blocks):
+      fields = {'blocks': n}
+      if counted:
+        fields |= lib.work(length, n, block_q)._asdict()
+        fields |= {'head_dim': lib.HEAD_DIM}
+      about[lib.kernel(n, block_q)] = fields
+    about[lib.whole(n)] = about[lib.kernel(n)]
   return about
 
 

@@ -7,7 +7,8 @@ version, then reads one JSON request a line on standard input,
   {"what": "forward", "T": 65536, "H": 64, "calls": 1, "threads": 2}
 
 and answers with the seconds of one call, or with an error if it cannot be
-made. `threads` may be left out for THREADS; `what` is `forward`, `backward`,
+made. `threads` may be left out for THREADS; `heads` are query heads that share
+one of keys and values, 1 if left out; `what` is `forward`, `backward`,
 `forward+backward`, `decode` or `peak` (bytes of memory that the process has
 had at most). Inputs stay between requests, so that another program can
 interleave several of these.
@@ -24,20 +25,24 @@ from torch.nn import functional as F
 
 
 class Sdpa:
-  """`scaled_dot_product_attention`, [B, N, T, H] with one head."""
+  """`scaled_dot_product_attention`, [B, N, T, H] with one kv head."""
 
   name = f'PyTorch {torch.__version__}'
   sizes = 'one head'
 
-  def __init__(self, T, H):
+  def __init__(self, T, H, heads=1):
     """Makes inputs; the graph of a backward pass is kept once it is made."""
-    self.inputs = [torch.randn(1, 1, T, H, requires_grad=True) for _ in 'qkv']
-    self.grad = torch.randn(1, 1, T, H)
+    self.inputs = [
+      torch.randn(1, n, T, H, requires_grad=True) for n in (heads, 1, 1)
+    ]
+    self.grad = torch.randn(1, heads, T, H)
     self.out = None
 
   def attend(self):
     """The output, with a graph if gradients are on."""
-    return F.scaled_dot_product_attention(*self.inputs, is_causal=True)
+    q, k, v = self.inputs
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # no copy
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
   def forward(self):
     """Without a graph."""
@@ -77,14 +82,14 @@ class NativeSparse:
   )
   L, D, BLOCK, SELECTED, W = 32, 16, 64, 16, 512
 
-  def __init__(self, T, H):
+  def __init__(self, T, H, heads=1):
     """Makes the module and its input."""
     import native_sparse_attention_pytorch as nsa
 
     self.module = nsa.SparseAttention(
-      dim=H,
+      dim=heads * H,
       dim_head=H,
-      heads=1,
+      heads=heads,
       kv_heads=1,
       causal=True,
       sliding_window_size=self.W,
@@ -93,8 +98,9 @@ class NativeSparse:
       selection_block_size=self.BLOCK,
       num_selected_blocks=self.SELECTED,
     )
-    self.x = torch.randn(1, T, H, requires_grad=True)
-    self.grad = torch.randn(1, T, H)
+    self.width = H
+    self.x = torch.randn(1, T, heads * H, requires_grad=True)
+    self.grad = torch.randn(1, T, heads * H)
     weights = [p for p in self.module.parameters() if p.requires_grad]
     self.leaves = [self.x, *weights]
     self.out = None
@@ -126,7 +132,7 @@ class NativeSparse:
   def cache(self):
     """All keys but the last; the last window of compression is part full."""
     if not hasattr(self, 'kept'):
-      T, H = self.x.shape[1:]
+      T, H = self.x.shape[1], self.width
 
       def pair(n):
         return torch.randn(1, 1, n, H), torch.randn(1, 1, n, H)
@@ -173,7 +179,7 @@ def answer(kept, request, make):
     torch.set_num_threads(request['threads'])
   if request['what'] == 'peak':
     return {'bytes': peak_bytes()}
-  shape = request['T'], request['H']
+  shape = request['T'], request['H'], request.get('heads', 1)
   try:
     if shape not in kept:
       kept.clear()

@@ -2,6 +2,8 @@
 
 import jax
 
+from psa_jax.kernels.softmax import Kind
+
 
 def check_attention(q, k, v, q_segment_ids, kv_segment_ids) -> None:
   """Refuses queries, keys, values and segments that do not fit each other.
@@ -38,3 +40,21 @@ def segments(q_segment_ids, kv_segment_ids) -> tuple[jax.Array, ...] | None:
 def scale_or_default(q: jax.Array, scale: float | None) -> float:
   """The factor on the scores; None means H ** -0.5."""
   return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def softmax_kind(softmax: str | Kind, coefficients: jax.Array | None) -> Kind:
+  """The softmax that is asked for.
+
+  Raises:
+    ValueError: an unknown one, a polynomial without its coefficients, or
+      coefficients of what has none.
+  """
+  kind = Kind(softmax) if isinstance(softmax, str) else softmax
+  if (kind.name == 'polynomial') != (coefficients is not None):
+    raise ValueError(
+      f'softmax {kind.name!r} with coefficients={coefficients}: a polynomial '
+      'takes 4 coefficients and nothing else takes any'
+    )
+  if coefficients is not None and coefficients.shape != (4,):
+    raise ValueError(f'coefficients {coefficients.shape} must be (4,)')
+  return kind

@@ -1,12 +1,26 @@
-"""The online softmax that the tiled kernels share.
+"""The softmax that the tiled kernels share, exact or approximate.
 
 A tile of queries meets its keys in pieces. `start`, `add` and `finish` keep
 the running maximum, sum and output of FlashAttention (Dao et al. 2022, Alg.
 1); `Backward` recomputes the probabilities from the log-sum-exp.
 
-Not done: the polynomial softmax and SAS, which will join here.
+Two approximations (`Kind`), each with its derivative:
+
+  polynomial  softmax of a cubic of the clamped score (MECHANISMS section 4);
+              with the coefficients (0, 1, 0, 0) and no clamp it is exact
+  sas         TurboAttention (arXiv 2412.08585, section 4): with x = score -
+              row maximum, e^x is 0 below -6 and else a table entry for the
+              whole part times a cubic for the fraction
+
+SAS depends on the row maximum itself and not only on differences, so the
+maximum has to be known before anything is summed: one more pass over the
+scores, which the online form does without. Its derivative takes the maximum as
+a constant, which for the exact exponential makes no difference; here what is
+left out is bounded by how far the cubic's derivative is from itself.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +31,132 @@ from jaxtyping import Array, Float
 # Masked scores. Half of it is the initial row maximum, so that a row that has
 # read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
 MASKED = -1e30
+
+
+# SAS: least-squares cubic of e^-t on [0, 1], largest error 3.9e-4, highest
+# power first; and where it stops.
+SAS_CUBIC = (-0.10250, 0.46247, -0.99205, 0.99961)
+SAS_LEAST = -6.0
+KINDS = ('exact', 'polynomial', 'sas')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Which softmax; static.
+
+  Attributes:
+    name: one of `KINDS`.
+    clamp: a polynomial's scores are clamped to [-clamp, clamp].
+  """
+
+  name: str = 'exact'
+  clamp: float = 10.0
+
+  def __post_init__(self):
+    """Checks the values.
+
+    Raises:
+      ValueError: an unknown name, or a clamp that is not positive.
+    """
+    if self.name not in KINDS:
+      raise ValueError(
+        f'unknown softmax {self.name!r}; choose from {list(KINDS)}'
+      )
+    if not self.clamp > 0:
+      raise ValueError(f'softmax clamp={self.clamp} must be above 0')
+
+  @property
+  def needs_top(self) -> bool:
+    """Whether the row maximum must be known before the first sum."""
+    return self.name == 'sas'
+
+  def scores(self, s: jax.Array, coefficients: jax.Array | None) -> jax.Array:
+    """What the exponential is taken of."""
+    if coefficients is None:
+      return s
+    return polynomial(s, coefficients, clamp=self.clamp)
+
+  def weights(self, x: jax.Array) -> jax.Array:
+    """e^x, or its approximation, for x <= 0."""
+    return sas(x) if self.name == 'sas' else jnp.exp(x)
+
+  def slopes(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Derivative of `weights` by x."""
+    return sas_slope(x) if self.name == 'sas' else weights
+
+
+EXACT = Kind()
+
+
+def polynomial(
+  s: Float[Array, '...'], coefficients: Float[Array, '4'], *, clamp: float
+) -> Float[Array, '...']:
+  """a3 s^3 + a2 s^2 + a1 s + a0 of the score clamped to [-clamp, clamp].
+
+  Args:
+    s: raw scores.
+    coefficients: (a0, a1, a2, a3).
+    clamp: largest magnitude that counts.
+  """
+  a0, a1, a2, a3 = (coefficients[i].astype(s.dtype) for i in range(4))
+  s = jnp.clip(s, -clamp, clamp)
+  return ((a3 * s + a2) * s + a1) * s + a0
+
+
+def polynomial_slope(s, coefficients, *, clamp):
+  """Derivative of `polynomial` by s; 0 where it is clamped."""
+  _, a1, a2, a3 = (coefficients[i].astype(s.dtype) for i in range(4))
+  inside = (s >= -clamp) & (s <= clamp)
+  return jnp.where(inside, (3 * a3 * s + 2 * a2) * s + a1, 0)
+
+
+def through_polynomial(ds, raw, coefficients, kind: Kind):
+  """From gradients of a polynomial's values to those of what it was made of.
+
+  Args:
+    ds: of the values; 0 where a score is masked.
+    raw: the scores.
+    coefficients: (a0, a1, a2, a3).
+    kind: the softmax.
+
+  Returns:
+    Gradients of the scores and of the coefficients.
+  """
+  s = jnp.clip(raw, -kind.clamp, kind.clamp)
+  powers = [ds, ds * s, ds * s**2, ds * s**3]
+  of_coefficients = jnp.stack([x.sum() for x in powers])
+  slope = polynomial_slope(raw, coefficients, clamp=kind.clamp)
+  return ds * slope, of_coefficients
+
+
+def sas(x: Float[Array, '...']) -> Float[Array, '...']:
+  """SAS's e^x for x <= 0: table of whole parts times cubic, 0 below -6."""
+  table, fraction, some = _sas_parts(x)
+  a3, a2, a1, a0 = SAS_CUBIC
+  value = ((a3 * fraction + a2) * fraction + a1) * fraction + a0
+  return jnp.where(some, table * value, 0)
+
+
+def sas_slope(x: Float[Array, '...']) -> Float[Array, '...']:
+  """Derivative of `sas` by x between its jumps."""
+  table, fraction, some = _sas_parts(x)
+  a3, a2, a1, _ = SAS_CUBIC
+  slope = (3 * a3 * fraction + 2 * a2) * fraction + a1
+  return jnp.where(some, -table * slope, 0)
+
+
+def _sas_parts(x):
+  """Table entry, fraction in [0, 1), and whether x is above the cut-off."""
+  # Rounding may put a recomputed score above the row's maximum.
+  t = jnp.minimum(jnp.where(x > 0, 0, -x), -SAS_LEAST + 1)
+  whole = jnp.floor(t)
+  # The table's entry for 0 to 7, by the bits of its index: no gather, which
+  # vector units do not have.
+  index = whole.astype(jnp.int32)
+  table = jnp.ones_like(t)
+  for bit in (1, 2, 4):
+    table = table * jnp.where(index & bit, math.exp(-bit), 1.0).astype(t.dtype)
+  return table, t - whole, x >= SAS_LEAST
 
 
 class Running(NamedTuple):
@@ -56,6 +196,15 @@ def start(rows: int, width: int, acc) -> Running:
   )
 
 
+def add_below(
+  run: Running, scores: jax.Array, values: jax.Array, kind: Kind
+) -> Running:
+  """Like `add` where `run.top` is the row's final maximum already."""
+  p = kind.weights(scores - run.top[:, None])
+  read = dot('rs,sh->rh', p.astype(values.dtype), values, scores.dtype)
+  return Running(run.out + read, run.top, run.total + p.sum(-1))
+
+
 def add(run: Running, scores: jax.Array, values: jax.Array) -> Running:
   """Reads values [keys, Hv] with scores [rows, keys], but not MASKED ones."""
   top = jnp.maximum(run.top, scores.max(-1))
@@ -81,17 +230,31 @@ class Backward(NamedTuple):
   Attributes:
     lse: log-sum-exp; +inf where nothing was read, so that its exp is 0.
     delta: what every score's gradient has in common.
+    top: row maximum, where the softmax depends on it, else None.
   """
 
   lse: jax.Array
   delta: jax.Array
+  top: jax.Array | None = None
 
   @classmethod
-  def of(cls, out, lse, d_out, d_lse) -> 'Backward':
+  def of(cls, out, lse, d_out, d_lse, top=None) -> 'Backward':
     """From the forward pass's results [B, T, N, ...] and their gradients."""
     dtype = lse.dtype
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
-    return cls(jnp.where(lse == -jnp.inf, jnp.inf, lse), delta)
+    return cls(jnp.where(lse == -jnp.inf, jnp.inf, lse), delta, top)
+
+  def probabilities(self, s: jax.Array, kind: Kind):
+    """Of a tile [keys, rows], and their derivatives by the scores.
+
+    The attributes are those of the tile's rows, [rows].
+    """
+    if self.top is None:
+      p = jnp.exp(s - self.lse[None])
+      return p, p
+    x, share = s - self.top[None], jnp.exp(self.top - self.lse)[None]
+    p = kind.weights(x)
+    return p * share, kind.slopes(x, p) * share
 
 
 def merge(
@@ -100,8 +263,10 @@ def merge(
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Attention over the union of disjoint sets of keys, from its parts.
 
-  Exact, and differentiable in both arguments: the log-sum-exp of a part is all
-  that its share of the whole softmax depends on.
+  Exact for parts with the exact or a polynomial softmax, and differentiable
+  in both arguments: the log-sum-exp of a part is all that its share of the
+  whole softmax depends on. (With SAS parts keep the cut-off of their own row
+  maximum.)
 
   Args:
     outs: outputs over each set.

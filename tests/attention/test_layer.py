@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention import layer as layer_lib
-from psa_jax.attention.layer import SelfAttention, head_dim, rotary, rotate
+from psa_jax.attention.layer import SelfAttention
+from psa_jax.attention.projections import head_dim
+from psa_jax.attention.rotary import rotary, rotate
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.types import AttnOut
 
@@ -132,7 +134,7 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   assert kwargs.pop('config') == CONFIG.attention
   assert kwargs.pop('step') == 3
   np.testing.assert_array_equal(kwargs.pop('segment_ids'), SEGMENTS)
-  assert kwargs == {'train': False, 'mechanism': 'dense'}
+  assert kwargs == {'train': False, 'learned': None, 'mechanism': 'dense'}
   w = {n: np.asarray(getattr(layer, n)[...], np.float64) for n in KERNELS}
   want_q = turn(np.einsum('btd,dnh->btnh', x, w['wq']), POSITIONS)
   want_k = turn(np.einsum('btd,dkh->btkh', x, w['wk']), POSITIONS)

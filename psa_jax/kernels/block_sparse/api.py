@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import softmax as softmax_lib
 from psa_jax.kernels.block_sparse import (
   lists,
   pallas_gpu,
@@ -25,13 +26,24 @@ from psa_jax.kernels.block_sparse import (
 )
 from psa_jax.kernels.platform import Implementation
 
+
+def _exact_only(kernel, machine: str) -> Implementation:
+  """A kernel that knows no other softmax, and takes no coefficients."""
+
+  def run(*args, spec):
+    return kernel.block_sparse_attention(*args[:-1], spec=spec)
+
+  def refusal(where, *args, spec):
+    if spec.softmax.name != 'exact':
+      return f'its softmax is exact, not {spec.softmax.name}'
+    return kernel.refusal(where, *args[:-1], spec=spec)
+
+  return Implementation(run, refusal, platform=machine)
+
+
 IMPLEMENTATIONS = {
-  'pallas_tpu': Implementation(
-    pallas_tpu.block_sparse_attention, pallas_tpu.refusal, platform='tpu'
-  ),
-  'pallas_gpu': Implementation(
-    pallas_gpu.block_sparse_attention, pallas_gpu.refusal, platform='gpu'
-  ),
+  'pallas_tpu': _exact_only(pallas_tpu, 'tpu'),
+  'pallas_gpu': _exact_only(pallas_gpu, 'gpu'),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(
     reference.block_sparse_attention, automatic=False
@@ -49,6 +61,7 @@ class Spec:
   window: int | None
   q_offset: int
   scale: float
+  softmax: softmax_lib.Kind = softmax_lib.EXACT
 
 
 def block_sparse_attention(
@@ -66,7 +79,8 @@ def block_sparse_attention(
   kv_segment_ids: Int[Array, 'B S'] | None = None,
   q_offset: int = 0,
   scale: float | None = None,
-  softmax: str = 'exact',
+  softmax: str | softmax_lib.Kind = 'exact',
+  coefficients: Float[Array, '4'] | None = None,
   check_lists: bool = False,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
@@ -91,7 +105,10 @@ def block_sparse_attention(
     kv_segment_ids: see `q_segment_ids`.
     q_offset: position of the first query, for prefill in chunks.
     scale: factor on the scores; None means H ** -0.5.
-    softmax: `exact`, the only one so far.
+    softmax: `exact`, `polynomial` or `sas`, see `psa_jax/kernels/softmax.py`;
+      a `Kind` sets the polynomial's clamp too.
+    coefficients: (a0, a1, a2, a3) of the polynomial; traced, and `xla` and
+      `reference` differentiate by them.
     check_lists: for debugging: the running program stops with the first list
       that names a block twice or one that is not there. Costs a copy of the
       lists to the host.
@@ -118,15 +135,14 @@ def block_sparse_attention(
     window,
     q_offset,
     arguments.scale_or_default(q, scale),
+    arguments.softmax_kind(softmax, coefficients),
   )
-  if softmax != 'exact':
-    raise ValueError(f"unknown softmax {softmax!r}; choose from ['exact']")
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
   ids = jax.lax.stop_gradient(block_ids.astype(jnp.int32))
   counts = jax.lax.stop_gradient(block_counts.astype(jnp.int32))
   if check_lists:
     lists.check_when_run(ids, counts, -(-k.shape[1] // block_k))
-  args = q, k, v, ids, counts, segments
+  args = q, k, v, ids, counts, segments, coefficients
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
   return run(*args, spec=spec)
 

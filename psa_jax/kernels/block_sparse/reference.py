@@ -4,16 +4,19 @@ It expands the list to a [T, S] mask: memory is quadratic, so this is the
 oracle for small shapes and for float64, not a path to train with.
 """
 
+import jax
 import jax.numpy as jnp
 
+from psa_jax.kernels import softmax
 
-def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+
+def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
   """See `api.block_sparse_attention`."""
   mask = read_mask(ids, counts, q.shape[1], k.shape[1], segments, spec)
-  return masked_attention(q, k, v, mask, spec.scale)
+  return masked_attention(q, k, v, mask, spec.scale, spec.softmax, cubic)
 
 
-def masked_attention(q, k, v, mask, scale):
+def masked_attention(q, k, v, mask, scale, kind=softmax.EXACT, cubic=None):
   """Softmax attention where `mask` [B, K, T, S] says who reads what.
 
   Returns the output [B, T, N, Hv] and the log-sum-exp [B, T, N]; a row with
@@ -24,10 +27,10 @@ def masked_attention(q, k, v, mask, scale):
   mask = jnp.repeat(mask, G, axis=1)
   k, values = (jnp.repeat(x, G, axis=2).astype(acc) for x in (k, v))
   s = jnp.einsum('btnh,bsnh->bnts', q.astype(acc), k) * scale
-  s = jnp.where(mask, s, -jnp.inf)
-  top = jnp.max(s, axis=-1, keepdims=True)
+  s = jnp.where(mask, kind.scores(s, cubic), -jnp.inf)
+  top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
   top = jnp.where(jnp.isfinite(top), top, 0)
-  e = jnp.where(mask, jnp.exp(jnp.where(mask, s, 0) - top), 0)
+  e = jnp.where(mask, kind.weights(jnp.where(mask, s, 0) - top), 0)
   total = e.sum(-1, keepdims=True)
   some = total > 0
   total = jnp.where(some, total, 1)

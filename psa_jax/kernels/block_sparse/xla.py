@@ -7,7 +7,7 @@ and nothing larger than one tile of scores exists. The softmax is the online
 one of FlashAttention (Dao et al. 2022, Alg. 1); the backward pass recomputes
 the probabilities from the log-sum-exp and adds into dk and dv block by block,
 in list order, so it is deterministic. It holds its tiles keys first, [keys,
-rows]: two of its three products with them are then plain ones.
+rows], and sums dq transposed: then no product has to turn a large operand.
 
 One tile a step on purpose: on CPU, batching small products with vmap is an
 order of magnitude slower than this loop, which keeps both cores in GEMM.
@@ -24,51 +24,100 @@ from jax.ad_checkpoint import checkpoint_name
 from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
-# Keys gathered at a time. Large enough for an efficient product, small enough
-# that a tile of scores stays in the second-level cache and that little of the
-# last chunk of a list is wasted (experiments/LOG.md).
-CHUNK_KEYS = 512
+# Keys gathered at a time. Products are faster the larger they are, so a list
+# is read in chunks of the first size while it fills three quarters of one, then
+# of the next; the small ones at its end waste little. A tile of scores has at
+# most `SCORES` entries. Measured in experiments/LOG.md.
+CHUNKS, SCORES = (3072, 1536, 128), 2**21
 
 
-def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
+def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
   """See `api.block_sparse_attention`."""
-  return _attention(spec, q, k, v, ids, counts, segments)
+  return _attention(spec, q, k, v, ids, counts, segments, cubic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, ids, counts, segments):
-  return _forward(spec, q, k, v, ids, counts, segments)
+def _attention(spec, q, k, v, ids, counts, segments, cubic):
+  return _forward(spec, q, k, v, ids, counts, segments, cubic)[:2]
 
 
 class _Lists(NamedTuple):
   """What the tile loop reads besides q, k and v."""
 
-  ids: jax.Array  # [B * K * nq, chunks, chunk]
+  ids: jax.Array  # [B * K * nq, M and the largest chunk]
   counts: jax.Array  # [B * K * nq]
   q_seg: jax.Array | None  # [B * nq, block_q]
   kv_seg: jax.Array | None  # [B * nk, block_k]
 
 
+def _chunk_sizes(tiles, width):
+  """Blocks of a chunk, falling; none is much larger than a list can be."""
+  small = max(1, min(CHUNKS[-1] // tiles.block_k, width))
+  whole = -(-width // small) * small
+  sizes = []
+  for keys in CHUNKS:
+    keys = min(keys, SCORES // tiles.rows)
+    size = min(max(keys // tiles.block_k // small, 1) * small, whole)
+    if not sizes or size <= sizes[-1] // 2 or size == small < sizes[-1]:
+      sizes.append(size)
+  return sizes
+
+
 def _pack_lists(tiles, ids, counts, segments):
-  chunk = max(1, min(CHUNK_KEYS // tiles.block_k, ids.shape[-1]))
   counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
-  pad = -ids.shape[-1] % chunk
+  # Room for a chunk that the end of a list does not fill.
+  pad = _chunk_sizes(tiles, ids.shape[-1])[0]
   ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), [(0, 0)] * 3 + [(0, pad)])
-  ids = ids.reshape(len(counts), -1, chunk)
+  ids = ids.reshape(len(counts), -1)
   if segments is None:
     return _Lists(ids, counts, None, None)
   return _Lists(ids, counts, *tiles.pack_segments(*segments))
 
 
-def _chunk_mask(spec, tiles, lists, tile, c):
-  """[rows, chunk * block_k] bool: which query of the tile reads which key."""
-  ids = lists.ids[tile, c]
-  slot = c * ids.shape[0] + jnp.arange(ids.shape[0])
+def _walk(spec, tiles, lists, sizes, tile, step, carry):
+  """`step(ids, mask, carry)` over the chunks of a tile's list.
+
+  `mask` is [rows, keys] bool, which query reads which key, or None in the
+  branch for chunks that every query of the tile reads whole.
+  """
+
+  def visit(first, blocks, carry):
+    ids = lax.dynamic_slice_in_dim(lists.ids[tile], first, blocks)
+
+    def masked(carry):
+      used = first + jnp.arange(blocks) < lists.counts[tile]
+      return step(ids, _mask(spec, tiles, lists, tile, ids, used), carry)
+
+    if lists.q_seg is not None or spec.window is not None:
+      return masked(carry)
+    # The first position that some query of the tile does not read.
+    end = tiles.S
+    if spec.causal:
+      begin = spec.q_offset + (tile % tiles.nq) * tiles.block_q
+      end = jnp.minimum(end, begin + 1)
+    whole = (ids.max() + 1) * spec.block_k <= end
+    whole = whole & (first + blocks <= lists.counts[tile])
+    return lax.cond(whole, lambda c: step(ids, None, c), masked, carry)
+
+  done = jnp.int32(0)
+  for size in sizes:
+    spare = size - 1 if size == sizes[-1] else size // 4
+    trips = jnp.maximum(lists.counts[tile] - done + spare, 0) // size
+
+    def one(i, carry, done=done, size=size):
+      return visit(done + i * size, size, carry)
+
+    carry = lax.fori_loop(0, trips, one, carry)
+    done = done + trips * size
+  return carry
+
+
+def _mask(spec, tiles, lists, tile, ids, used):
+  """[rows, keys] bool: which query of the tile reads which key of a chunk."""
   pos = ids[:, None] * spec.block_k + jnp.arange(spec.block_k)[None]
-  used = (slot < lists.counts[tile])[:, None] & (pos < tiles.S)
   # A key that must not be read gets a position after every query.
   far = jnp.iinfo(jnp.int32).max
-  pos = jnp.where(used, pos, far).reshape(1, -1)
+  pos = jnp.where(used[:, None] & (pos < tiles.S), pos, far).reshape(1, -1)
   t = tiles.q_positions(tile, spec.q_offset)[:, None]
   mask = pos <= t if spec.causal else pos < far
   if spec.window is not None:
@@ -81,90 +130,114 @@ def _chunk_mask(spec, tiles, lists, tile, c):
   return mask
 
 
-def _trips(lists, tile):
-  chunk = lists.ids.shape[-1]
-  return (lists.counts[tile] + chunk - 1) // chunk
-
-
-def _forward(spec, q, k, v, ids, counts, segments):
+def _forward(spec, q, k, v, ids, counts, segments, cubic):
+  """Output, log-sum-exp, and the row maximum where the softmax needs it."""
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
+  sizes = _chunk_sizes(tiles, ids.shape[-1])
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  kind = spec.softmax
 
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(c, run):
-      at = base + lists.ids[tile, c]
-      kc = kb[at].reshape(-1, kb.shape[-1])
-      vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('rh,sh->rs', qt[tile], kc, acc) * factor
-      s = jnp.where(_chunk_mask(spec, tiles, lists, tile, c), s, softmax.MASKED)
-      return softmax.add(run, s, vc)
+    def scores(ids, mask):
+      keys = _read(kb, base + ids)
+      s = softmax.dot('rh,sh->rs', qt[tile], keys, acc) * factor
+      s = kind.scores(s, cubic)
+      return s if mask is None else jnp.where(mask, s, softmax.MASKED)
 
+    def highest(ids, mask, top):
+      return jnp.maximum(top, scores(ids, mask).max(-1))
+
+    def read(ids, mask, run):
+      s, values = scores(ids, mask), _read(vb, base + ids)
+      if kind.needs_top:
+        return softmax.add_below(run, s, values, kind)
+      return softmax.add(run, s, values)
+
+    walk = functools.partial(_walk, spec, tiles, lists, sizes, tile)
     run = softmax.start(tiles.rows, vb.shape[-1], acc)
-    run = lax.fori_loop(0, _trips(lists, tile), step, run)
-    return softmax.finish(run, v.dtype)
+    if kind.needs_top:
+      run = run._replace(top=walk(highest, run.top))
+    run = walk(read, run)
+    return *softmax.finish(run, v.dtype), run.top if kind.needs_top else None
 
-  out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
-  return tiles.unpack_q(out), tiles.unpack_q(lse)
+  found = lax.map(tile_out, jnp.arange(qt.shape[0]))
+  return jax.tree.map(tiles.unpack_q, found)
 
 
-def _forward_rule(spec, q, k, v, ids, counts, segments):
-  out, lse = _forward(spec, q, k, v, ids, counts, segments)
+def _read(blocks, at):
+  """[keys, *]: the keys of the blocks `at`, one after the other."""
+  return blocks[at].reshape(-1, blocks.shape[-1])
+
+
+def _forward_rule(spec, q, k, v, ids, counts, segments, cubic):
+  out, lse, top = _forward(spec, q, k, v, ids, counts, segments, cubic)
   # Named so that a rematerialisation policy can keep them: then the backward
   # pass recomputes the projections but not the attention.
   out = checkpoint_name(out, 'attn_out')
   lse = checkpoint_name(lse, 'attn_lse')
-  return (out, lse), (q, k, v, ids, counts, segments, out, lse)
+  if top is not None:
+    top = checkpoint_name(top, 'attn_lse')
+  return (out, lse), (q, k, v, ids, counts, segments, cubic, out, lse, top)
 
 
 def _backward_rule(spec, saved, grads):
-  q, k, v, ids, counts, segments, out, lse = saved
+  q, k, v, ids, counts, segments, cubic, out, lse, top = saved
   d_out, d_lse = grads
   acc = lse.dtype
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   lists = _pack_lists(tiles, ids, counts, segments)
+  sizes = _chunk_sizes(tiles, ids.shape[-1])
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
-  rows = softmax.Backward.of(out, lse, d_out, d_lse)
+  turned = jnp.swapaxes(kb, 1, 2)
+  rows = softmax.Backward.of(out, lse, d_out, d_lse, top)
   rows = jax.tree.map(tiles.pack_q, rows)
+  kind = spec.softmax
 
   def tile_grads(carry, tile):
     base = (tile // tiles.nq) * tiles.nk
-    dk, dv = carry
+    row = jax.tree.map(lambda x: x[tile], rows)
 
-    def step(c, carry):
-      dq, dk, dv = carry
-      at = base + lists.ids[tile, c]
-      kc = kb[at].reshape(-1, kb.shape[-1])
-      vc = vb[at].reshape(-1, vb.shape[-1])
-      s = softmax.dot('sh,rh->sr', kc, qt[tile], acc) * factor
-      mask = _chunk_mask(spec, tiles, lists, tile, c).T
-      p = jnp.where(mask, jnp.exp(s - rows.lse[tile][None]), 0)
-      dp = softmax.dot('sh,rh->sr', vc, dot_[tile], acc)
-      ds = (p * (dp - rows.delta[tile][None])).astype(q.dtype)
+    def step(ids, mask, carry):
+      dq, dk, dv, d_cubic = carry
+      at = base + ids
+      keys, values = _read(kb, at), _read(vb, at)
+      raw = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
+      p, slope = row.probabilities(kind.scores(raw, cubic), kind)
+      if mask is not None:
+        p, slope = jnp.where(mask.T, p, 0), jnp.where(mask.T, slope, 0)
+      dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
+      ds = slope * (dp - row.delta[None])
+      if cubic is not None:
+        ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
+        d_cubic = d_cubic + more
+      ds = ds.astype(q.dtype)
       dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
       dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
-      dq = dq + softmax.dot('sr,sh->rh', ds, kc, acc)
+      keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
+      dq = dq + softmax.dot('hs,sr->hr', keys, ds, acc)
       dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
       dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
-      return dq, dk, dv
+      return dq, dk, dv, d_cubic
 
-    dq = jnp.zeros((qt.shape[1], qt.shape[2]), acc)
-    trips = _trips(lists, tile)
-    dq, dk, dv = lax.fori_loop(0, trips, step, (dq, dk, dv))
-    return (dk, dv), (dq * spec.scale).astype(q.dtype)
+    dq = jnp.zeros((qt.shape[2], qt.shape[1]), acc)
+    dq, *carry = _walk(spec, tiles, lists, sizes, tile, step, (dq, *carry))
+    return tuple(carry), (dq.T * spec.scale).astype(q.dtype)
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
-  (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  init = *init, None if cubic is None else jnp.zeros_like(cubic, acc)
+  (dk, dv, d_cubic), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
   dq = tiles.unpack_q(dq)
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
-  return dq, dk, dv, None, None, None
+  d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)
+  return dq, dk, dv, None, None, None, d_cubic
 
 
 _attention.defvjp(_forward_rule, _backward_rule)

@@ -5,9 +5,9 @@ few on it do (all of them when segments are cut). See Dao et al. 2022 (Alg. 1)
 for the online softmax and the recomputation in the backward pass. Everything
 is a loop over tiles, so memory is linear in T and S.
 
-The backward pass holds its tiles keys first, [keys, rows]: then two of its
-three products with them are plain ones and only that of dq is transposed,
-which saves a fifth of its time on CPU (experiments/LOG.md).
+The backward pass holds its tiles keys first, [keys, rows], and sums dq
+transposed: then no product has to turn a large operand, which saves a quarter
+of its time on CPU (experiments/LOG.md).
 """
 
 import functools
@@ -20,9 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from psa_jax.kernels import softmax
 from psa_jax.kernels.tiles import Tiles
 
-# Rows of a score tile over all G heads, and keys of one: a tile of f32 scores
-# of this size fits the second-level cache and is a large product.
+# Rows of a score tile over all G heads, and keys of one that needs a mask.
+# Where none does, `WIDE` blocks of keys make one product: on CPU a product of
+# 64-wide heads is faster the more keys it has (experiments/LOG.md).
 ROWS, KEYS, MIN_BLOCK_Q = 1024, 512, 128
+WIDE = 4
 
 
 def dense_attention(q, k, v, segments, *, spec):
@@ -55,6 +57,33 @@ def _ranges(spec, tiles, tile, segments):
   return plain, jnp.clip(stop, 0, tiles.nk)
 
 
+def _walk(spec, tiles, tile, segments, wide, step, carry):
+  """`step(masked, first block, blocks, carry)` over what the tile sees."""
+  plain, stop = _ranges(spec, tiles, tile, segments)
+  done = 0
+  # Of a single such chunk the compiler would take the work out of the loop.
+  if tiles.nk > wide:
+    done = plain // wide * wide
+    carry = lax.fori_loop(
+      0, plain // wide, lambda i, c: step(False, i * wide, wide, c), carry
+    )
+  carry = lax.fori_loop(done, plain, lambda j, c: step(False, j, 1, c), carry)
+  return lax.fori_loop(plain, stop, lambda j, c: step(True, j, 1, c), carry)
+
+
+def _keys(blocks, first, count):
+  """[count * block_k, *]: consecutive blocks of one head."""
+  read = lax.dynamic_slice_in_dim(blocks, first, count)
+  return read.reshape(-1, blocks.shape[-1])
+
+
+def _add(blocks, first, count, values):
+  """Adds `values` to what `_keys` reads."""
+  values = values.reshape(count, *blocks.shape[1:])
+  sums = lax.dynamic_slice_in_dim(blocks, first, count) + values
+  return lax.dynamic_update_slice_in_dim(blocks, sums, first, 0)
+
+
 def _mask(spec, tiles, tile, j, segments):
   """[rows, block_k] bool: which query of the tile reads which key."""
   pos = j * tiles.block_k + jnp.arange(tiles.block_k)[None]
@@ -80,17 +109,15 @@ def _forward(spec, q, k, v, segments):
   def tile_out(tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(masked, j, run):
-      s = softmax.dot('rh,sh->rs', qt[tile], kb[base + j], acc) * factor
+    def step(masked, j, count, run):
+      keys = _keys(kb, base + j, count)
+      s = softmax.dot('rh,sh->rs', qt[tile], keys, acc) * factor
       if masked:
         s = jnp.where(_mask(spec, tiles, tile, j, packed), s, softmax.MASKED)
-      return softmax.add(run, s, vb[base + j])
+      return softmax.add(run, s, _keys(vb, base + j, count))
 
     run = softmax.start(tiles.rows, vb.shape[-1], acc)
-    plain, stop = _ranges(spec, tiles, tile, segments)
-    run = lax.fori_loop(0, plain, functools.partial(step, False), run)
-    step_masked = functools.partial(step, True)
-    run = lax.fori_loop(plain, stop, step_masked, run)
+    run = _walk(spec, tiles, tile, segments, WIDE, step, run)
     return softmax.finish(run, v.dtype)
 
   out, lse = lax.map(tile_out, jnp.arange(qt.shape[0]))
@@ -113,34 +140,34 @@ def _backward_rule(spec, saved, grads):
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   dot_ = tiles.pack_q(d_out)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
+  turned = jnp.swapaxes(kb, 1, 2)
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
   rows = jax.tree.map(tiles.pack_q, rows)
 
   def tile_grads(carry, tile):
     base = (tile // tiles.nq) * tiles.nk
 
-    def step(masked, j, carry):
+    def step(masked, j, count, carry):
       dq, dk, dv = carry
       at = base + j
-      s = softmax.dot('sh,rh->sr', kb[at], qt[tile], acc) * factor
+      keys, values = _keys(kb, at, count), _keys(vb, at, count)
+      s = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
       p = jnp.exp(s - rows.lse[tile][None])
       if masked:
         p = jnp.where(_mask(spec, tiles, tile, j, packed).T, p, 0)
-      dp = softmax.dot('sh,rh->sr', vb[at], dot_[tile], acc)
+      dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
       ds = (p * (dp - rows.delta[tile][None])).astype(q.dtype)
-      dv = dv.at[at].add(
-        softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
-      )
-      dk = dk.at[at].add(softmax.dot('sr,rh->sh', ds, qt[tile], acc))
-      return dq + softmax.dot('sr,sh->rh', ds, kb[at], acc), dk, dv
+      dv_j = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+      dk_j = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
+      dk, dv = _add(dk, at, count, dk_j), _add(dv, at, count, dv_j)
+      keys = lax.dynamic_slice_in_dim(turned, at, count)
+      keys = jnp.swapaxes(keys, 0, 1).reshape(q.shape[-1], -1)
+      return dq + softmax.dot('hs,sr->hr', keys, ds, acc), dk, dv
 
-    dq = jnp.zeros((tiles.rows, q.shape[-1]), acc)
-    plain, stop = _ranges(spec, tiles, tile, segments)
+    dq = jnp.zeros((q.shape[-1], tiles.rows), acc)
     carry = dq, *carry
-    carry = lax.fori_loop(0, plain, functools.partial(step, False), carry)
-    step_masked = functools.partial(step, True)
-    dq, dk, dv = lax.fori_loop(plain, stop, step_masked, carry)
-    return (dk, dv), (dq * spec.scale).astype(q.dtype)
+    dq, dk, dv = _walk(spec, tiles, tile, segments, WIDE, step, carry)
+    return (dk, dv), (dq.T * spec.scale).astype(q.dtype)
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))

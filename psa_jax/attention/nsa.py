@@ -1,0 +1,341 @@
+"""Native sparse attention (`nsa`), arXiv 2502.11089: three gated branches.
+
+  out_t = sum over the branches c of g^c_t * Attn(q_t, K^c_t, V^c_t)   (eq. 5)
+
+* compress: every complete block of l keys that starts at a multiple of d, as
+  one key and value (`nsa_compress.py`, eq. 7);
+* select: whole blocks of l' keys, the n most important ones by the compressed
+  branch's own probabilities (eq. 8 to 12), of which the document's first and
+  the query's own and the one before it are always there and count;
+* window: the last w keys.
+
+Each has a softmax of its own, and keys and values of its own unless they are
+shared; gates are sigmoids and not normalised. `nsa` selects for every query
+token and kv head, as the paper does; `nsa_tile` once for `tile` queries, by
+the tile's first (see MECHANISMS section 3 in `psa.py`: nothing later may be
+asked), which gives kernels tiles with many rows.
+
+Where the paper is silent: scores are scaled by H ** -0.5; a query that no
+complete block precedes gets 0 from the compressed branch; the earlier of two
+equally important blocks is taken; a document of a packed row sees compressed
+blocks that lie in it as a whole, and the grid of blocks is the row's. n may
+follow a schedule: it is traced, and the lists are as wide as its largest
+value.
+
+The choice has no gradient; it learns through the compressed branch, which is
+what it reads. Not done: bidirectional attention.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from psa_jax import schedules
+from psa_jax.attention import nsa_compress
+from psa_jax.config import AttentionConfig, ConfigError, NsaConfig
+from psa_jax.kernels import compressed
+from psa_jax.kernels.block_scores import Ranges
+from psa_jax.kernels.block_sparse import block_sparse_attention
+from psa_jax.types import AttnOut, Learned, Scalar
+
+# Queries of a tile of the window, over all G heads, and keys of a block.
+WINDOW_ROWS, WINDOW_KEYS = 1024, 64
+
+
+def nsa(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
+) -> AttnOut:
+  """Compressed, selected and recent keys; a selection for every token.
+
+  Args and errors as in `base.attend`; `learned` as `NsaParameters` returns
+  it. The aux scalars are `density` (rows of keys read by all branches as a
+  share of the visible ones; a query that reads as many as it sees, or more,
+  counts as 1) and `selected_blocks` (the mean a query).
+  """
+  budget = blocks_at(config.nsa, step, train)
+  return _attend(q, k, v, config, budget, segment_ids, causal, learned, tile=1)
+
+
+def nsa_tile(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
+) -> AttnOut:
+  """As `nsa`, but `config.nsa.tile` queries share a selection."""
+  budget = blocks_at(config.nsa, step, train)
+  tile = config.nsa.tile
+  return _attend(
+    q, k, v, config, budget, segment_ids, causal, learned, tile=tile
+  )
+
+
+def blocks_at(cfg: NsaConfig, step: Scalar, train: bool) -> jax.Array:
+  """Selected blocks at `step`, int32; outside training its own, if set."""
+  if not train and cfg.eval_blocks:
+    return jnp.int32(cfg.eval_blocks)
+  # The small constant keeps rounding in f32 from adding a block.
+  return jnp.ceil(schedules.make(cfg.blocks)(step) - 1e-3).astype(jnp.int32)
+
+
+def list_width(cfg: NsaConfig, blocks: int) -> int:
+  """M: entries of a list over `blocks` key blocks (static).
+
+  Raises:
+    ConfigError: n is less than the blocks that are always selected.
+  """
+  most = math.ceil(schedules.upper_bound(cfg.blocks) - 1e-3)
+  if most < cfg.forced_blocks:
+    raise ConfigError(
+      f'attention.nsa.blocks is at most {most}, less than the '
+      f'{cfg.forced_blocks} initial and local blocks that count'
+    )
+  return min(max(most, cfg.eval_blocks), blocks)
+
+
+def check(config: AttentionConfig, causal: bool, learned: Learned | None):
+  """Refuses what NSA cannot do.
+
+  Raises:
+    ConfigError: bidirectional attention, no parameters, or block sizes that
+      do not divide.
+  """
+  cfg = config.nsa
+  if not causal:
+    raise ConfigError(
+      'attention nsa is causal; a bidirectional model takes dense'
+    )
+  if learned is None or 'gates' not in learned.heads:
+    raise ConfigError(
+      'attention nsa needs the gates and networks that its parameters make '
+      '(attention.base.PARAMETERS)'
+    )
+  if cfg.select_block % cfg.tile:
+    raise ConfigError(
+      f'attention.nsa.tile={cfg.tile} must divide select_block='
+      f'{cfg.select_block}'
+    )
+
+
+def _attend(q, k, v, config, budget, segment_ids, causal, learned, *, tile):
+  """Both mechanisms; `tile` queries share a selection."""
+  check(config, causal, learned)
+  cfg, gates = config.nsa, learned.heads['gates']
+  starts = document_starts(segment_ids)
+  raw = nsa_compress.raw_pair(k, v, learned)
+  sizes = dict(block=cfg.compress_block, stride=cfg.stride)
+  kc, vc = nsa_compress.compress_pair(*raw, learned, **sizes)
+  out_c, lse = compressed.compressed_attention(
+    q,
+    kc,
+    vc,
+    **sizes,
+    starts=starts,
+    implementation=own_kernel(config),
+  )
+  ids, counts, ranges = select(
+    q, kc, lse, config, budget, starts, tile, -(-k.shape[1] // cfg.select_block)
+  )
+  out_s, _ = block_sparse_attention(
+    q,
+    k,
+    v,
+    checkpoint_name(ids, 'attn_ids'),
+    checkpoint_name(counts, 'attn_counts'),
+    block_q=tile,
+    block_k=cfg.select_block,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    check_lists=config.check_lists,
+    implementation=config.implementation,
+  )
+  heads = learned.heads
+  kw, vw = heads.get('k_window', k), heads.get('v_window', v)
+  out_w = window_attention(q, kw, vw, config, segment_ids, starts)
+  out = combine(gates, out_c, out_s, out_w)
+  aux = {
+    'density': density(cfg, ids, counts, ranges, starts, tile, q.shape[1]),
+    'selected_blocks': counts.astype(jnp.float32).mean(),
+  }
+  return AttnOut(out, aux)
+
+
+def own_kernel(config: AttentionConfig) -> str:
+  """Implementation of the compressed branch, which has no kernel by name."""
+  return 'reference' if config.implementation == 'reference' else 'auto'
+
+
+def combine(
+  gates: Float[Array, 'B T N 3'], *branches: Float[Array, 'B T N Hv']
+) -> Float[Array, 'B T N Hv']:
+  """Equation 5, in the gates' dtype or the branches', whichever is finer."""
+  acc = jnp.promote_types(gates.dtype, branches[0].dtype)
+  gates = gates.astype(acc)
+  out = sum(
+    gates[..., i, None] * branch.astype(acc)
+    for i, branch in enumerate(branches)
+  )
+  return jnp.asarray(out).astype(branches[0].dtype)
+
+
+def document_starts(
+  segment_ids: Int[Array, 'B T'] | None,
+) -> Int[Array, 'B T'] | None:
+  """Position of the first token of every token's document."""
+  if segment_ids is None:
+    return None
+  T = segment_ids.shape[1]
+  new = segment_ids[:, 1:] != segment_ids[:, :-1]
+  at = jnp.where(new, jnp.arange(1, T)[None], 0)
+  return lax.cummax(jnp.pad(at, ((0, 0), (1, 0))), axis=1)
+
+
+def visible_blocks(
+  cfg: NsaConfig,
+  positions: Int[Array, 'B Tb'],
+  starts: Int[Array, 'B Tb'] | None,
+) -> Ranges:
+  """Which blocks the queries at `positions` may select, which they must."""
+  begin = 0 * positions if starts is None else starts // cfg.select_block
+  own = positions // cfg.select_block
+  return Ranges(
+    begin=begin,
+    end=own + 1,
+    scored=own + 1,
+    sink=begin + cfg.initial_blocks,
+    near=own + 1 - cfg.local_blocks,
+  )
+
+
+def count_blocks(
+  cfg: NsaConfig, ranges: Ranges, budget: Scalar, width: int
+) -> Int[Array, 'B Tb']:
+  """How many entries of a list are read: n, or all if there are fewer."""
+  wanted = jnp.clip(budget, min(cfg.forced_blocks, width), width)
+  return jnp.minimum(wanted.astype(jnp.int32), ranges.visible())
+
+
+def select(q, kc, lse, config, budget, starts, tile, blocks):
+  """The lists of all tiles: their blocks, counts and ranges.
+
+  Args:
+    q: all queries.
+    kc: compressed keys.
+    lse: of the compressed branch.
+    config: the mechanism's.
+    budget: n.
+    starts: of the documents, or None.
+    tile: queries a list.
+    blocks: how many there are to choose from.
+  """
+  cfg, (B, T) = config.nsa, q.shape[:2]
+  q, lse = q[:, ::tile], lse[:, ::tile]
+  starts = None if starts is None else starts[:, ::tile]
+  at = jnp.broadcast_to(jnp.arange(0, T, tile)[None], (B, q.shape[1]))
+  ranges = visible_blocks(cfg, at, starts)
+  width = list_width(cfg, blocks)
+  ids = compressed.top_blocks(
+    q,
+    kc,
+    lse,
+    at,
+    ranges,
+    block=cfg.compress_block,
+    stride=cfg.stride,
+    select_block=cfg.select_block,
+    blocks=blocks,
+    width=width,
+    starts=starts,
+    implementation=own_kernel(config),
+  )
+  counts = count_blocks(cfg, ranges, budget, width)
+  return ids, jnp.broadcast_to(counts[:, None], ids.shape[:3]), ranges
+
+
+def window_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T K Hv'],
+  config: AttentionConfig,
+  segment_ids: Int[Array, 'B T'] | None,
+  starts: Int[Array, 'B T'] | None,
+) -> Float[Array, 'B T N Hv']:
+  """Attention to the last `config.nsa.window` keys of the document."""
+  (B, T, N), K = q.shape[:3], k.shape[2]
+  window, block_k = config.nsa.window, WINDOW_KEYS
+  block_q = min(max(64, WINDOW_ROWS // (N // K)), T)
+  first = jnp.arange(0, T, block_q)[None]
+  low = jnp.maximum(first - window + 1, 0)
+  if starts is not None:
+    low = jnp.maximum(low, starts[:, ::block_q])
+  low = jnp.broadcast_to(low, (B, low.shape[1])) // block_k
+  stop = jnp.minimum(first + block_q, T) - 1
+  counts = stop // block_k - low + 1
+  most = (window + block_q - 2) // block_k + 2
+  width = min(most, -(-T // block_k))
+  ids = low[..., None] + jnp.arange(width)[None, None]
+  out, _ = block_sparse_attention(
+    q,
+    k,
+    v,
+    jnp.broadcast_to(ids[:, None], (B, K, *ids.shape[1:])),
+    jnp.broadcast_to(counts[:, None], (B, K, *counts.shape[1:])),
+    block_q=block_q,
+    block_k=block_k,
+    window=window,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    implementation=config.implementation,
+  )
+  return out
+
+
+def density(
+  cfg: NsaConfig,
+  ids: Int[Array, 'B K Tb M'],
+  counts: Int[Array, 'B K Tb'],
+  ranges: Ranges,
+  starts: Int[Array, 'B T'] | None,
+  tile: int,
+  T: int,
+) -> jax.Array:
+  """Rows that the branches read as a share of the visible keys, mean; f32.
+
+  An upper bound for the tokens of a document that begins inside a tile: they
+  share the list of the one before.
+  """
+  t = jnp.arange(T)[None]
+  begin = jnp.zeros_like(t) if starts is None else starts
+  last = compressed.newest(t, cfg.compress_block, cfg.stride)
+  rows = jnp.maximum(last + 1 - -(-begin // cfg.stride), 0)
+  rows = rows + jnp.minimum(t - begin + 1, cfg.window)
+  # Selected blocks are whole but for the query's own and the document's first.
+  slot = jnp.arange(ids.shape[-1])[None, None, None]
+  read = (slot < counts[..., None]) & (ids == ranges.begin[:, None, :, None])
+  first, counts = (
+    jnp.repeat(x, tile, axis=2)[..., :T] for x in (read.any(-1), counts)
+  )
+  size = cfg.select_block
+  cut = jnp.where(first, (begin % size)[:, None], 0)
+  keys = counts * size - (size - 1 - t % size)[:, None] - cut
+  share = (rows[:, None] + keys) / (t - begin + 1)[:, None]
+  return jnp.minimum(share.astype(jnp.float32), 1).mean()

@@ -1,0 +1,107 @@
+"""Projections of attention layers: head width, initial kernels, product."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.quant.progressive import OFF, Quantizer
+
+
+def head_dim(config: ModelConfig) -> int:
+  """Width of one head: `config.head_dim`, else d_model // num_heads.
+
+  Raises:
+    ConfigError: heads that do not divide, or an odd width.
+  """
+  if config.num_heads % config.num_kv_heads:
+    raise ConfigError(
+      f'model.num_heads={config.num_heads} is not a multiple of '
+      f'model.num_kv_heads={config.num_kv_heads}'
+    )
+  if not config.head_dim and config.d_model % config.num_heads:
+    raise ConfigError(
+      f'model.d_model={config.d_model} is not a multiple of '
+      f'model.num_heads={config.num_heads}; set model.head_dim'
+    )
+  width = config.head_dim or config.d_model // config.num_heads
+  if width < 2 or width % 2:
+    raise ConfigError(
+      f'rotary positions need an even head width, got {width}; set '
+      'model.head_dim'
+    )
+  return width
+
+
+def fan_in(in_axis, out_axis, *, scale: float = 1.0):
+  """Truncated normal with variance `scale` / (product of the input axes)."""
+  return jax.nn.initializers.variance_scaling(
+    scale, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis
+  )
+
+
+def project(
+  x: jax.Array,
+  kernel: nnx.Param | jax.Array,
+  *,
+  inputs: int = 1,
+  quantizer: Quantizer = OFF,
+) -> jax.Array:
+  """Contracts the last `inputs` axes of `x` with the kernel's first ones.
+
+  In the dtype of the activations: every backend accumulates a bf16 product in
+  f32 and rounds once at the end. Asking for an f32 result as well would make
+  both products of the backward pass f32 x bf16, which matrix units run at
+  half speed.
+
+  One matrix product over all tokens: as an einsum over [B, T, ...] the
+  kernel's gradient contracts two axes, which XLA runs several times slower
+  on CPU.
+  """
+  kernel = quantizer.kernel(kernel[...], count=inputs).astype(x.dtype)
+  x = quantizer.inputs(x, count=inputs)
+  batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+  size = math.prod(kernel.shape[:inputs])
+  y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+  return y.reshape(*batch, *width)
+
+
+def take_heads(
+  kernel: nnx.Param, heads: Int[Array, '*R n'], groups: int, axis: int
+) -> Float[Array, '...']:
+  """The kernel's heads that belong to the kv heads `heads`.
+
+  Args:
+    kernel: the heads are axis `axis`, in `groups` groups of equal size.
+    heads: which groups; [n], or [B, n] with one choice a row.
+    groups: K.
+    axis: 0 or 1.
+
+  Returns:
+    The kernel with fewer heads; with [B, n], one a row [B, ...].
+  """
+  whole = kernel[...]
+  shape = list(whole.shape)
+  size = shape[axis] // groups
+  split = whole.reshape(*shape[:axis], groups, size, *shape[axis + 1 :])
+  chosen = jnp.take(split, heads, axis=axis)
+  shape[axis] = heads.shape[-1] * size
+  if heads.ndim == 1:
+    return chosen.reshape(shape)
+  chosen = jnp.moveaxis(chosen, axis, 0)
+  return chosen.reshape(heads.shape[0], *shape)
+
+
+def project_rows(
+  x: jax.Array, kernel: nnx.Param | jax.Array, *, inputs: int = 1
+) -> jax.Array:
+  """`project` with a kernel of its own [B, ...] for every row of the batch."""
+  kernel = kernel[...].astype(x.dtype)
+  width = kernel.shape[1 + inputs :]
+  size = math.prod(kernel.shape[1 : 1 + inputs])
+  rows = x.reshape(*x.shape[:2], size)
+  y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
+  return y.reshape(*x.shape[:2], *width)
