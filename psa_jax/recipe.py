@@ -2,8 +2,8 @@
 
 A recipe is a Python file with `get_config(arg='')` that returns a `ConfigDict`
 of what differs from the defaults; a dict `ARGS` in it names the arguments that
-it takes. Whatever goes wrong in it is one line, `ConfigError`. Sweeps are not
-done here.
+it takes, a dict `OPTIONS` what may follow them after a comma. Whatever goes
+wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
@@ -41,7 +41,7 @@ def default_workdir(spec: str) -> pathlib.Path:
   """`runs/<recipe>[_<arg>]`: the same command finds its run again."""
   file, _, arg = spec.partition(':')
   name = f'{pathlib.Path(file).stem}_{arg}' if arg else pathlib.Path(file).stem
-  return pathlib.Path('runs') / name.replace('/', '_')
+  return pathlib.Path('runs') / name.replace('/', '_').replace(',', '_')
 
 
 def _execute(file: str) -> types.ModuleType:
@@ -76,8 +76,16 @@ def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
   if not callable(get_config):
     raise ConfigError(f'the recipe {file} has no function get_config(arg)')
   known = getattr(module, 'ARGS', None)
-  if known is not None and arg not in known:
+  options = getattr(module, 'OPTIONS', {})
+  first, comma, option = arg.partition(',')
+  if known is not None and (first if options else arg) not in known:
     raise ConfigError(_bad_arg(file, arg, list(known)))
+  if options and comma and option not in options:
+    near = nearest(option, options)
+    raise ConfigError(
+      f'the recipe {file} has no {option!r} after :{first}, did you mean '
+      f':{first},{near}? options: {", ".join(options)}'
+    )
   words = (arg,) if arg else ()
   try:
     inspect.signature(get_config).bind(*words)

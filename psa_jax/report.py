@@ -100,7 +100,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
-  """Draws bits per byte, density and gamma, and seconds over the steps."""
+  """Draws the quality, density and gamma, and seconds over the steps."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -135,7 +135,8 @@ def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _draw_quality(axis, steps, train, final, baselines):
-  axis.plot(steps, [r['bits_per_byte'] for r in train], label='train')
+  metric = 'accuracy' if 'accuracy' in train[0] else 'bits_per_byte'
+  axis.plot(steps, [r[metric] for r in train], label='train')
   for name, value in baselines.items():
     axis.axhline(value, color='grey', linestyle=':')
     middle = steps[len(steps) // 2]
@@ -143,11 +144,11 @@ def _draw_quality(axis, steps, train, final, baselines):
   for marker, (name, row) in zip('ox+', final.items(), strict=False):
     axis.plot(
       [steps[-1]],
-      [row['bits_per_byte']],
+      [row[metric]],
       marker,
-      label=f'validation, {name}: {row["bits_per_byte"]:.3f}',
+      label=f'validation, {name}: {row[metric]:.3f}',
     )
-  axis.set(ylabel='bits per byte')
+  axis.set(ylabel=metric.replace('_', ' '))
   axis.legend()
 
 

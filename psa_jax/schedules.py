@@ -22,7 +22,7 @@ is made here.
 
 Not done here: values that change a shape (those are stages of the recipe,
 each compiled once) and the adaptive controller, which needs state in the
-train state.
+train state (`train/controller.py`).
 """
 
 import math
@@ -121,6 +121,14 @@ def upper_bound(cfg: ScheduleConfig) -> float:
   else:
     values = (cfg.init, cfg.final)
   return float(np.float32(max(values)))
+
+
+def last_value(cfg: ScheduleConfig) -> float:
+  """Returns the value that `make(cfg)` keeps in the end."""
+  validate(cfg)
+  if cfg.kind == 'piecewise':
+    return cfg.values[-1]
+  return cfg.init if cfg.kind == 'constant' else cfg.final
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:

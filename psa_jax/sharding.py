@@ -51,6 +51,12 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'w_gate': ('embed', 'mlp'),
   'w_up': ('embed', 'mlp'),
   'w_down': ('mlp', 'embed'),
+  'index_q': ('embed', 'index_heads', 'head_dim'),
+  'index_k': ('embed', 'head_dim'),
+  'index_w': ('embed', 'index_heads'),
+  'sla_position': ('positions', 'kv', 'head_dim'),
+  'sla_conv': ('taps', 'head_dim'),
+  'sla_bias': ('head_dim',),
   'wk_compress': ('embed', 'kv', 'head_dim'),
   'wv_compress': ('embed', 'kv', 'head_dim'),
   'wk_window': ('embed', 'kv', 'head_dim'),
@@ -70,6 +76,8 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'mean': ('norm',),
   'var': ('norm',),
   'eta': (),
+  'coefficients': ('power',),
+  'head_importance': ('heads_seen',),
 }
 
 

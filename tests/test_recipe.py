@@ -64,6 +64,21 @@ def test_a_bad_argument_lists_the_valid_ones(recipe):
   assert message.endswith('it takes (none), :tiny')
 
 
+def test_an_option_may_follow_after_a_comma(recipe):
+  source = (
+    "def get_config(arg):\n  return {'name': arg}\n"
+    "ARGS, OPTIONS = {'one': 1}, {'two': 2, 'three': 3}\n"
+  )
+  path = recipe(source)
+  assert load_recipe(path + ':one').name == 'one'
+  assert load_recipe(path + ':one,two').name == 'one,two'
+  assert 'did you mean :one?' in refusal(path + ':onn,two')
+  message = refusal(path + ':one,tow')
+  assert "no 'tow' after :one, did you mean :one,two?" in message
+  assert message.endswith('options: two, three')
+  assert 'no argument :tiny,x' in refusal(recipe(GOOD) + ':tiny,x')
+
+
 def test_an_argument_that_is_needed_or_not_taken(recipe):
   needs = recipe(GOOD.replace("'': lambda: {'seed': 1}, ", ''))
   assert 'needs an argument' in refusal(needs)
@@ -136,6 +151,7 @@ def test_the_values_are_checked(recipe):
     ('configs/lm_64k.py:', 'runs/lm_64k'),
     ('configs/lm_64k.py:quick', 'runs/lm_64k_quick'),
     ('lm.py:a/../b', 'runs/lm_a_.._b'),
+    ('recall.py:psa,mqar', 'runs/recall_psa_mqar'),
   ],
 )
 def test_default_workdir(spec, folder):

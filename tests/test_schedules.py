@@ -97,6 +97,7 @@ def test_piecewise_boundaries_are_inclusive_on_the_left():
 def test_upper_bound_is_the_largest_value(cfg):
   got = values(schedules.make(cfg), range(15))
   assert schedules.upper_bound(cfg) == got.max()
+  assert np.float32(schedules.last_value(cfg)) == got[-1]
 
 
 @pytest.mark.parametrize('kind', SHAPES)

@@ -10,7 +10,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from psa_jax import models, sharding
-from psa_jax.config import ConfigError, MeshConfig, ModelConfig, NormConfig
+from psa_jax.config import (
+  AttentionConfig,
+  ConfigError,
+  MeshConfig,
+  ModelConfig,
+  NormConfig,
+  TopkConfig,
+)
 from psa_jax.norm import prepbn
 
 
@@ -90,11 +97,31 @@ def test_every_array_of_every_model_has_names(kind):
   config = ModelConfig(
     d_model=8, num_heads=2, mlp_dim=8, norm=NormConfig(kind, scale_init=1.0)
   )
+  check_names(config)
+
+
+@pytest.mark.parametrize(
+  ('attention', 'names'),
+  [
+    (
+      AttentionConfig('topk', topk=TopkConfig(learnable=True)),
+      {'coefficients'},
+    )
+  ],
+)
+def test_every_array_of_a_mechanism_has_names(attention, names):
+  config = ModelConfig(d_model=8, num_heads=2, mlp_dim=8, attention=attention)
+  assert names <= check_names(config)
+
+
+def check_names(config):
+  """Looks up every array of the model; their last names."""
   for scan_layers in (True, False):
     config = dataclasses.replace(config, scan_layers=scan_layers)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1))):
       shapes = jax.eval_shape(lambda c=config: state_of(c))
     jax.tree.map_with_path(sharding.axis_names, shapes)
+  return {path[-1].key for path, _ in jax.tree.leaves_with_path(shapes)}
 
 
 def state_of(config):

@@ -9,6 +9,11 @@ from psa_jax.config_dict import apply_overrides, leaves
 from psa_jax.validate import RANGES, validate
 
 PSA = 'model.attention.psa.'
+ON_DEMAND = 'model.attention.on_demand.'
+TOPK = 'model.attention.topk.'
+HYBRID = 'model.attention.hybrid.'
+DSA = 'model.attention.dsa.'
+CASCADE = 'model.attention.cascade.'
 STAGES = {'train.steps': (40, 1), 'train.seq_len': (8, 16)}
 
 
@@ -74,8 +79,62 @@ def test_no_number_is_nan_or_infinite_or_beyond_int32(path):
     (PSA + 'keep.init', 0.0, 1e-3),
     (PSA + 'keep.final', 1.01, 1.0),
     (PSA + 'mass.init', 0.0, 0.9),
+    (CASCADE + 'token_keep', 0.0, 0.1),
+    (CASCADE + 'head_keep', 1.01, 1.0),
+    (CASCADE + 'value_keep', 0.0, 0.01),
+    (CASCADE + 'token_start', 1.01, 1.0),
+    (CASCADE + 'head_start', -0.1, 0.0),
+    (CASCADE + 'slope', 1.0, 0.0),
+    (CASCADE + 'amount.init', 1.01, 0.0),
+    (CASCADE + 'amount.values', (-0.1,), ()),
+    (CASCADE + 'rungs', 0, 1),
+    (CASCADE + 'documents', 0, 1),
+    (CASCADE + 'window', 0, 1),
+    (CASCADE + 'credit', 0, 1),
     (PSA + 'keep.begin', -1, 0),
     (PSA + 'keep.length', -1, 0),
+    (ON_DEMAND + 'high_bits', 1, 2),
+    (ON_DEMAND + 'high_bits', 13, 12),
+    (ON_DEMAND + 'low_bits', 0, 1),
+    (ON_DEMAND + 'low_bits', 9, 8),
+    (ON_DEMAND + 'query_bits', 1, 2),
+    (ON_DEMAND + 'query_bits', 13, 12),
+    (ON_DEMAND + 'threshold', -0.1, 0.0),
+    ('model.quant.levels', (17,), (16, 2)),
+    ('model.quant.levels', (8, 1), (8,)),
+    ('model.quant.warmup_steps', -1, 0),
+    ('model.quant.quantization_interval', 0, 1),
+    ('model.quant.eval_bits', 1, 0),
+    ('model.quant.eval_bits', 17, 2),
+    (TOPK + 'keep.init', 0.0, 1e-3),
+    (TOPK + 'mix.init', 1.01, 0.0),
+    (TOPK + 'clamp', -1.0, 0.0),
+    (TOPK + 'sparsify_q', 0.0, 0.5),
+    (TOPK + 'sparsify_k', 1.5, 1.0),
+    (TOPK + 'eval_keep', 1.01, 1.0),
+    (HYBRID + 'block_q', 0, 1),
+    (HYBRID + 'block_k', 0, 1),
+    (HYBRID + 'window', 0, 1),
+    (HYBRID + 'sink_blocks', -1, 0),
+    (HYBRID + 'coefficient', 0.0, 0.1),
+    (HYBRID + 'min_blocks', -1, 0),
+    (HYBRID + 'max_blocks', -1, 0),
+    (HYBRID + 'eval_keep', -0.1, 0.0),
+    (HYBRID + 'keep.final', 1.01, 1.0),
+    (DSA + 'heads', 0, 1),
+    (DSA + 'width', 0, 2),
+    (DSA + 'block_k', 0, 1),
+    (DSA + 'top_k.init', 0.5, 1.0),
+    (DSA + 'keep.init', 0.0, 0.1),
+    (DSA + 'warmup_steps', -1, 0),
+    (DSA + 'eval_budget', -1.0, 0.0),
+    ('model.attention.sla.positions', 0, 1),
+    ('train.controller.target', 1.0, 0.99),
+    ('train.controller.tolerance', 0.0, 0.01),
+    ('train.controller.begin', -1, 0),
+    ('train.controller.every', 0, 1),
+    ('train.controller.floor', 0.0, 1.0),
+    ('train.controller.forget', 1.1, 1.0),
     ('optim.learning_rate', 0.0, 1e-9),
     ('optim.final_lr_ratio', 1.1, 1.0),
     ('optim.b1', 1.0, 0.0),
@@ -124,13 +183,68 @@ def test_settings_that_would_not_be_read_are_refused():
   fine({PSA + 'budget': 'mass', PSA + 'mass.init': 0.9})
 
 
-def test_a_block_list_holds_sink_and_window():
+def test_an_indexer():
+  assert 'need an even one' in problem({DSA + 'width': 7})
+  ratio = {DSA + 'budget': 'ratio'}
+  message = problem(ratio | {DSA + 'eval_budget': 2.0})
+  assert 'with budget=ratio it must be in [0, 1]' in message
+  fine(ratio | {DSA + 'eval_budget': 0.5})
+  fine({DSA + 'eval_budget': 2.0, DSA + 'top_k.init': 64.0})
+  message = problem({DSA + 'top_k.final': 9.0})
+  assert 'top_k.final, begin and length are not read' in message
+
+
+def test_a_controller_begins_when_there_is_something_to_control():
+  name = {'model.attention.name': 'dsa', DSA + 'budget': 'ratio'}
+  found = name | {'train.controller.kind': 'mass', DSA + 'warmup_steps': 9}
+  message = problem(found | {'train.controller.begin': 8})
+  assert 'begin is 8, but attention is dense for the 9 steps' in message
+  fine(found | {'train.controller.begin': 9})
+
+
+@pytest.mark.parametrize(('path', 'forced'), [(PSA, 12), (HYBRID, 11)])
+def test_a_block_list_holds_sink_and_window(path, forced):
   """By default 1 block of sink, 8 of window and 2 of the tile, or parts."""
   long = {'train.seq_len': (4096,)}
-  message = problem(long | {PSA + 'max_blocks': 11})
-  assert 'max_blocks is 11, but sink and window take up to 12' in message
-  fine(long | {PSA + 'max_blocks': 12})
-  fine({'train.seq_len': (256,), PSA + 'max_blocks': 4})
+  message = problem(long | {path + 'max_blocks': forced - 1})
+  words = f'is {forced - 1}, but sink and window take up to {forced} blocks'
+  assert f'{path}max_blocks {words}' in message
+  fine(long | {path + 'max_blocks': forced})
+  fine({'train.seq_len': (256,), path + 'max_blocks': 4})
+
+
+@pytest.mark.parametrize('path', [TOPK, HYBRID])
+def test_schedules_that_fall_to_a_quarter_by_default(path):
+  """A length alone makes a ramp; constant takes any value."""
+  fine({path + 'keep.length': 100})
+  fine({path + 'keep.kind': 'constant', path + 'keep.init': 0.5})
+  message = problem({path + 'keep.kind': 'constant', path + 'keep.final': 0.1})
+  assert 'not read by kind=constant' in message
+
+
+def test_a_cubic_has_four_coefficients():
+  message = problem({TOPK + 'coefficients': (1.0, 0.0)})
+  assert 'coefficients has 2 entries' in message and 'a0 to a3' in message
+  fine({TOPK + 'coefficients': (0.0, -1.0, 0.5, 0.1)})
+
+
+def test_an_exponential_mix_cannot_start_at_nothing():
+  changes = {TOPK + 'mix.kind': 'exponential', TOPK + 'mix.length': 5}
+  assert 'mix.kind=linear' in problem(changes | {TOPK + 'mix.init': 0.0})
+  fine(changes | {TOPK + 'mix.init': 1e-3})
+
+
+def test_cascade_pruning_prunes_something():
+  name = {'model.attention.name': 'cascade'}
+  fine(name)
+  message = problem(name | {CASCADE + 'token_keep': 1.0})
+  assert 'which prunes nothing' in message
+  fine(name | {CASCADE + 'token_keep': 1.0, CASCADE + 'value_keep': 0.5})
+  fine({CASCADE + 'token_keep': 1.0})
+  message = problem(name | {'train.seq_len': (2**21,)})
+  assert 'counts up to 2097151 tokens a row' in message
+  message = problem({CASCADE + 'amount.final': 0.5})
+  assert 'amount.final, begin and length are not read' in message
 
 
 def test_all_problems_are_named_at_once():
@@ -198,6 +312,27 @@ def test_only_piecewise_reads_boundaries():
   fine(schedule(kind='piecewise', **steps))
   fine(schedule(kind='piecewise', values=(0.5,)))
   assert 'kind=piecewise only' in problem(schedule(kind='linear', **steps))
+
+
+@pytest.mark.parametrize('levels', [(), (8, 8), (4, 6), (16, 4, 5)])
+def test_bits_fall(levels):
+  message = problem({'model.quant.levels': levels})
+  assert message.startswith(f'config.model.quant.levels is {levels}, but ')
+  assert 'fall strictly' in message
+  fine({'model.quant.levels': (16, 12, 3)})
+
+
+def test_pruned_layers_are_not_quantised():
+  cascade = {'model.attention.name': 'cascade'}
+  message = problem(cascade | {'model.quant.enabled': True})
+  assert 'quant.enabled is on, but cascade' in message
+  fine({'model.quant.enabled': True})
+
+
+def test_the_last_level_begins_below_int32():
+  long = {'model.quant.quantization_interval': 2**29}
+  assert 'below 2^31' in problem(long)
+  fine(long | {'model.quant.levels': (8, 4, 2)})
 
 
 def test_the_cosine_ends_after_the_warm_up():

@@ -144,15 +144,12 @@ def update(golden, now) -> int:
   """Records what was found, and renews the tables."""
   from psa_jax import report
 
-  results = {
-    machine: {
-      key: row
-      for key, row in golden['results'].get(machine, {}).items()
-      if key not in chosen(golden['results']).get(machine, {})
-    }
-    | now['results'].get(machine, {})
-    for machine in cases.MACHINES
-  }
+  looked_at, results = chosen(golden['results']), {}
+  for machine in cases.MACHINES:
+    old, new = (x['results'].get(machine, {}) for x in (golden, now))
+    gone = looked_at.get(machine, {}).keys() - new.keys()
+    # What is renewed keeps its place, so that the change is a small one.
+    results[machine] = {k: v for k, v in old.items() if k not in gone} | new
   text = json.dumps({**now, 'results': results}, indent=1)
   GOLDEN.write_text(text + '\n')
   shown = table.text(results, now['versions'])

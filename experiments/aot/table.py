@@ -3,7 +3,11 @@
 from psa_jax import report
 
 # Shown in full; of the others, only whether they compile and spill.
-SHOWN = {'v5e': 'TPU v5e', 'sm_90a': 'H100 (sm_90a)'}
+SHOWN = {
+  'v5e': 'TPU v5e',
+  'sm_90a': 'H100 (sm_90a)',
+  'sm_100a': 'B200 (sm_100a)',
+}
 COLUMNS = {
   'v5e': {
     'temp_bytes': 'temporary MiB',
@@ -25,11 +29,12 @@ COLUMNS = {
     'spill_bytes': 'spilled bytes',
   },
 }
+COLUMNS['sm_100a'] = COLUMNS['sm_90a']
 UNITS = {'temp_bytes': 2**20, 'peak_bytes': 2**20, 'flops': 1e6, 'cycles': 1e3}
 
 
 def text(results, versions) -> str:
-  """The whole section: what compiles where, two machines in full."""
+  """The whole section: what compiles where, some machines in full."""
   reasons = []
   parts = ['**What compiles**', overview(results, reasons)]
   parts += [f'{i + 1}. {reason}' for i, reason in enumerate(reasons)]

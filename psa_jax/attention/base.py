@@ -5,6 +5,8 @@ A mechanism is a function of arrays
     mechanism(q, k, v, *, config, step, segment_ids, train, causal, learned)
       -> AttnOut
 
+(one that `config.BUDGETED` names also takes `budget`, below)
+
 that decides *which* keys a query reads (its own sub-config of
 `AttentionConfig` and the optimiser step say how much) and calls a kernel from
 `psa_jax/kernels` that reads only those. To add one: write a file here, add its
@@ -24,11 +26,26 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from psa_jax.attention import cascade as cascade_lib
+from psa_jax.attention import topk_parameters
+from psa_jax.attention.cascade import cascade
 from psa_jax.attention.dense import dense
+from psa_jax.attention.dsa import dsa
+from psa_jax.attention.dsa_parameters import Indexer
+from psa_jax.attention.hybrid import hybrid
 from psa_jax.attention.nsa import nsa, nsa_tile
 from psa_jax.attention.nsa_parameters import NsaParameters
+from psa_jax.attention.on_demand import on_demand
 from psa_jax.attention.psa import psa
-from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
+from psa_jax.attention.sla import sla
+from psa_jax.attention.sla_parameters import SlaParameters
+from psa_jax.attention.topk import topk
+from psa_jax.config import (
+  BUDGETED,
+  AttentionConfig,
+  ConfigError,
+  ModelConfig,
+)
 from psa_jax.types import AttnOut, Learned, Scalar
 
 BATCH_AXES = ('data', 'fsdp')
@@ -54,22 +71,33 @@ class Mechanism(Protocol):
 
 
 class Parameters(Protocol):
-  """Makes the module of a mechanism that has parameters.
+  """Makes the module of a mechanism that has parameters, or None.
 
   The module answers `module(x, *, rope) -> Learned` for the layer's
   normalised input x [B, T, D] and the rotary table of its positions.
   """
 
-  def __call__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module: ...
+  def __call__(
+    self, config: ModelConfig, *, rngs: nnx.Rngs
+  ) -> nnx.Module | None: ...
 
 
 MECHANISMS: dict[str, Mechanism] = {
   'dense': dense,
   'psa': psa,
+  'topk': topk,
+  'hybrid': hybrid,
+  'on_demand': on_demand,
   'nsa': nsa,
   'nsa_tile': nsa_tile,
+  'dsa': dsa,
+  'sla': sla,
+  'cascade': cascade,
 }
 PARAMETERS: dict[str, Parameters] = {
+  'topk': topk_parameters.make,
+  'dsa': Indexer,
+  'sla': SlaParameters,
   'nsa': NsaParameters,
   'nsa_tile': NsaParameters,
 }
@@ -87,6 +115,7 @@ def attend(
   causal: bool = True,
   learned: Learned | None = None,
   mechanism: str | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Self-attention by the configured mechanism.
 
@@ -104,6 +133,8 @@ def attend(
     learned: what the parameters of the configured mechanism made of the
       layer's input; None for one without parameters.
     mechanism: overrides `config.name` (evaluation with dense attention).
+    budget: share of the visible keys that the configured mechanism may read,
+      in place of its schedule (see `train.controller`); traced.
 
   Returns:
     The output and its f32 scalars. Under a mesh the mechanism runs inside
@@ -123,8 +154,15 @@ def attend(
   if name != own:
     # The implementation was named for the configured mechanism.
     config = dataclasses.replace(config, implementation='auto')
+    budget = None
+  if budget is not None and name not in BUDGETED:
+    raise ConfigError(
+      f'attention {name} has no budget that can be set; {BUDGETED} have'
+    )
 
-  def run(step, q, k, v, segment_ids, learned):
+  def run(when, q, k, v, segment_ids, learned):
+    step, budget = when
+    given = {} if budget is None else {'budget': budget}
     return MECHANISMS[name](
       q,
       k,
@@ -135,16 +173,53 @@ def attend(
       train=train,
       causal=causal,
       learned=learned,
+      **given,
     )
 
-  args = step, q, k, v, segment_ids, learned if name == own else None
+  when = step, budget
+  args = when, q, k, v, segment_ids, learned if name == own else None
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return run(*args)
   return _sharded(run, mesh, *args)
 
 
-def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
+def attend_and_measure(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  causal: bool = True,
+) -> tuple[AttnOut, Float[Array, 'B T']]:
+  """`attend` by cascade pruning, and the importance that its tokens got.
+
+  Args and errors as in `attend`. The importance is summed over the heads of
+  all shards.
+  """
+
+  def run(step, q, k, v, segment_ids, learned):
+    del learned
+    return cascade_lib.attend_and_measure(
+      q,
+      k,
+      v,
+      config=config,
+      step=step,
+      segment_ids=segment_ids,
+      causal=causal,
+    )
+
+  args = step, q, k, v, segment_ids, None
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run(*args)
+  return _sharded(run, mesh, *args, measured=True)
+
+
+def _sharded(run, mesh, when, q, k, v, segment_ids, learned, measured=False):
   """`run` inside shard_map: every shard has whole rows and whole groups."""
   heads = mesh.shape[HEAD_AXIS]
   if k.shape[2] % heads:
@@ -156,9 +231,12 @@ def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
   batch = BATCH_AXES if q.shape[0] % rows == 0 else None
 
   def local(*args):
-    out, aux = run(*args)
+    (out, aux), mass = run(*args) if measured else (run(*args), None)
     axes = (*BATCH_AXES, HEAD_AXIS)
-    return out, jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
+    aux = jax.tree.map(lambda x: jax.lax.pmean(x, axes), aux)
+    if measured:
+      mass = jax.lax.psum(mass, HEAD_AXIS)
+    return out, aux, mass
 
   by_head, by_row = P(batch, None, HEAD_AXIS), P(batch)
   own = jax.tree.map(lambda _: P(), learned)
@@ -169,7 +247,8 @@ def _sharded(run, mesh, step, q, k, v, segment_ids, learned):
     )
   documents = None if segment_ids is None else by_row
   specs = P(), by_head, by_head, by_head, documents, own
-  out, aux = jax.shard_map(
-    local, in_specs=specs, out_specs=(by_head, P()), check_vma=False
-  )(step, q, k, v, segment_ids, learned)
-  return AttnOut(out, aux)
+  out, aux, mass = jax.shard_map(
+    local, in_specs=specs, out_specs=(by_head, P(), by_row), check_vma=False
+  )(when, q, k, v, segment_ids, learned)
+  found = AttnOut(out, aux)
+  return (found, mass) if measured else found

@@ -8,25 +8,37 @@ keys and values are never repeated in memory.
 Not done: cross-attention, and the cache of decoding.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention import base
-from psa_jax.attention.projections import fan_in, head_dim, project
+from psa_jax.attention.cascade import Importance, Pruning, head_importance
+from psa_jax.attention.projections import (
+  fan_in,
+  head_dim,
+  project,
+  project_rows,
+  take_heads,
+)
 from psa_jax.attention.rotary import Rotary, rotate
 from psa_jax.config import ModelConfig
+from psa_jax.quant.progressive import Quantizer
 from psa_jax.types import Scalar
 
 
 class SelfAttention(nnx.Module):
-  """Causal self-attention over one sequence; `config.attention` picks how.
+  """Self-attention over one sequence; `config.attention` picks how.
 
   Attributes:
     wq: [D, N, H]; wk, wv: [D, K, H]; wo: [N, H, D]. No biases. `wo` writes
       to the residual stream, so it starts smaller by 1 / sqrt(2 L).
     mechanism: the parameters of the configured mechanism, if it has any.
+    head_importance: [K] f32 running mean of what every kv head adds, where a
+      causal model prunes heads (`models/cascade.py`).
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -47,6 +59,13 @@ class SelfAttention(nnx.Module):
     self.wo = nnx.Param(merge(rngs.params(), (*query[1:], query[0]), dtype))
     make = base.PARAMETERS.get(config.attention.name)
     self.mechanism = None if make is None else make(config, rngs=rngs)
+    prunes = config.attention.name == 'cascade' and (
+      config.attention.cascade.head_keep < 1
+    )
+    if prunes and config.kind == 'decoder_lm':
+      self.head_importance = nnx.BatchStat(
+        jnp.zeros((config.num_kv_heads,), jnp.float32)
+      )
 
   def __call__(
     self,
@@ -57,6 +76,8 @@ class SelfAttention(nnx.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
+    causal: bool = True,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Attends from every position to itself and what is before it.
 
@@ -67,26 +88,80 @@ class SelfAttention(nnx.Module):
       segment_ids: documents of packed rows; None is one document a row.
       train: whether the mechanism follows its training schedule.
       mechanism: overrides `config.attention.name` (evaluation at dense).
+      budget: replaces the mechanism's schedule; see `base.attend`.
+      causal: False attends to what comes after as well.
 
     Returns:
-      The output in the dtype of `x` and the mechanism's f32 scalars.
+      The output in the dtype of `x` and f32 scalars: the mechanism's, and
+      `bits` if `config.quant` is enabled.
     """
-    q = rotate(project(x, self.wq), rope)
-    k = rotate(project(x, self.wk), rope)
-    v = project(x, self.wv)
+    quantizer = Quantizer.at(self.config.quant, step, train=train)
+    linear = functools.partial(project, quantizer=quantizer)
+    q = rotate(linear(x, self.wq), rope)
+    k = rotate(linear(x, self.wk), rope)
+    v = linear(x, self.wv)
     own = mechanism in (None, self.config.attention.name)
     learned = None
     if self.mechanism is not None and own:
       learned = self.mechanism(x, rope=rope)
     out, aux = base.attend(
-      q,
-      k,
-      v,
+      quantizer.heads(q),
+      quantizer.heads(k),
+      quantizer.heads(v),
       config=self.config.attention,
       step=step,
       segment_ids=segment_ids,
       train=train,
+      causal=causal,
       learned=learned,
       mechanism=mechanism,
+      budget=budget,
     )
-    return project(out, self.wo, inputs=2), aux
+    return linear(out, self.wo, inputs=2), aux | quantizer.aux(x.dtype)
+
+  def pruned(
+    self,
+    x: Float[Array, 'B T D'],
+    pruning: Pruning,
+    *,
+    step: Scalar,
+    rope: Rotary,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    causal: bool = True,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
+    """Cascade pruning: attends with the heads that are left, and measures.
+
+    Args:
+      x: rows that are left, normalised; T may be anything.
+      pruning: heads that are left, and which rows count.
+      step: see `__call__`.
+      rope: rotary table of the rows' own positions.
+      segment_ids: see `__call__`.
+      causal: see `__call__`.
+
+    Returns:
+      Output, scalars, and what this layer adds to the importance of the rows
+      and of the kv heads that are left.
+    """
+    kernels = self.wq, self.wk, self.wv, self.wo
+    apply, heads = project, pruning.heads
+    if heads is not None:
+      groups = self.config.num_kv_heads
+      kernels = tuple(
+        take_heads(kernel, heads, groups, axis)
+        for kernel, axis in zip(kernels, (1, 1, 1, 0), strict=True)
+      )
+      apply = project if heads.ndim == 1 else project_rows
+    wq, wk, wv, wo = kernels
+    q, k = rotate(apply(x, wq), rope), rotate(apply(x, wk), rope)
+    (out, aux), tokens = base.attend_and_measure(
+      q,
+      k,
+      apply(x, wv),
+      config=self.config.attention,
+      step=step,
+      segment_ids=segment_ids,
+      causal=causal,
+    )
+    size = head_importance(out, k.shape[2], pruning.alive)
+    return apply(out, wo, inputs=2), aux, Importance(tokens, size)

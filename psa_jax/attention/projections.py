@@ -3,9 +3,12 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.quant.progressive import OFF, Quantizer
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -40,7 +43,13 @@ def fan_in(in_axis, out_axis, *, scale: float = 1.0):
   )
 
 
-def project(x: jax.Array, kernel: nnx.Param, *, inputs: int = 1) -> jax.Array:
+def project(
+  x: jax.Array,
+  kernel: nnx.Param | jax.Array,
+  *,
+  inputs: int = 1,
+  quantizer: Quantizer = OFF,
+) -> jax.Array:
   """Contracts the last `inputs` axes of `x` with the kernel's first ones.
 
   In the dtype of the activations: every backend accumulates a bf16 product in
@@ -52,8 +61,47 @@ def project(x: jax.Array, kernel: nnx.Param, *, inputs: int = 1) -> jax.Array:
   kernel's gradient contracts two axes, which XLA runs several times slower
   on CPU.
   """
-  kernel = kernel[...].astype(x.dtype)
+  kernel = quantizer.kernel(kernel[...], count=inputs).astype(x.dtype)
+  x = quantizer.inputs(x, count=inputs)
   batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
   size = math.prod(kernel.shape[:inputs])
   y = x.reshape(-1, size) @ kernel.reshape(size, -1)
   return y.reshape(*batch, *width)
+
+
+def take_heads(
+  kernel: nnx.Param, heads: Int[Array, '*R n'], groups: int, axis: int
+) -> Float[Array, '...']:
+  """The kernel's heads that belong to the kv heads `heads`.
+
+  Args:
+    kernel: the heads are axis `axis`, in `groups` groups of equal size.
+    heads: which groups; [n], or [B, n] with one choice a row.
+    groups: K.
+    axis: 0 or 1.
+
+  Returns:
+    The kernel with fewer heads; with [B, n], one a row [B, ...].
+  """
+  whole = kernel[...]
+  shape = list(whole.shape)
+  size = shape[axis] // groups
+  split = whole.reshape(*shape[:axis], groups, size, *shape[axis + 1 :])
+  chosen = jnp.take(split, heads, axis=axis)
+  shape[axis] = heads.shape[-1] * size
+  if heads.ndim == 1:
+    return chosen.reshape(shape)
+  chosen = jnp.moveaxis(chosen, axis, 0)
+  return chosen.reshape(heads.shape[0], *shape)
+
+
+def project_rows(
+  x: jax.Array, kernel: nnx.Param | jax.Array, *, inputs: int = 1
+) -> jax.Array:
+  """`project` with a kernel of its own [B, ...] for every row of the batch."""
+  kernel = kernel[...].astype(x.dtype)
+  width = kernel.shape[1 + inputs :]
+  size = math.prod(kernel.shape[1 : 1 + inputs])
+  rows = x.reshape(*x.shape[:2], size)
+  y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
+  return y.reshape(*x.shape[:2], *width)

@@ -20,11 +20,14 @@ dropped one at most `n exp(bound)`. With means it is an estimate;
 `retained_mass` in the aux scalars says what was really kept on a few sampled
 queries.
 
+Two controls choose without looking at the keys, at the same budget: `recent`
+takes the nearest blocks (sink and local window only), `random` takes any
+(`controls.py`).
+
 No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +36,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
+from psa_jax.attention import controls
+from psa_jax.attention.blocks import (
+  BlockList,
+  document_start,
+  renew,
+  retained_mass,
+  share_read,
+  tile_ranges,
+)
 from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import AttnOut, Learned, Scalar
-
-SAMPLES = 8  # queries whose retained mass is measured
-
-
-class BlockList(NamedTuple):
-  """Which key blocks every query tile reads.
-
-  Attributes:
-    ids: block indices, most important first, without duplicates.
-    counts: how many of `ids` are read.
-    visible: blocks that dense attention would read for the tile.
-  """
-
-  ids: Int[Array, 'B K Tb M']
-  counts: Int[Array, 'B K Tb']
-  visible: Int[Array, 'B K Tb']
 
 
 def psa(
@@ -66,13 +62,14 @@ def psa(
   train: bool = True,
   causal: bool = True,
   learned: Learned | None = None,
+  budget: Scalar | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
   Args and errors as in `base.attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
-  over a few sampled queries).
+  over a few sampled queries), and `budget`, the keep ratio (or mass) used.
   """
   del learned  # no parameters
   if not causal:
@@ -80,8 +77,14 @@ def psa(
       'attention psa is causal; a bidirectional model takes dense'
     )
   cfg = config.psa
+  budget = budget_at(cfg, step, train, budget)
   blocks = select_blocks(
-    q, k, cfg, budget=budget_at(cfg, step, train), segment_ids=segment_ids
+    q,
+    k,
+    cfg,
+    budget=budget,
+    segment_ids=segment_ids,
+    seed=step if train else 0,
   )
   out, lse = block_sparse_attention(
     q,
@@ -96,26 +99,32 @@ def psa(
     check_lists=config.check_lists,
     implementation=config.implementation,
   )
-  # A mean of shares over rows and heads, which is the same on any mesh.
-  read, visible = (
-    x.sum(-1).astype(jnp.float32) for x in (blocks.counts, blocks.visible)
-  )
   aux = {
-    # One minus the rest, which is exactly 1 where everything is read.
-    'density': 1 - ((visible - read) / visible).mean(),
+    'density': share_read(blocks),
     'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'budget': budget,
   }
   return AttnOut(out, aux)
 
 
-def budget_at(cfg: PsaConfig, step: Scalar, train: bool) -> jax.Array:
+def budget_at(
+  cfg: PsaConfig, step: Scalar, train: bool, budget: Scalar | None = None
+) -> jax.Array:
   """The keep ratio (or the mass) at `step`; outside training its own, if set.
+
+  Args:
+    cfg: the schedules.
+    step: optimiser step.
+    train: whether this is a training step.
+    budget: takes the place of the schedule, if given.
 
   Returns:
     f32 scalar in (0, 1].
   """
   if not train and cfg.eval_keep:
     return jnp.float32(cfg.eval_keep)
+  if budget is not None:
+    return jnp.asarray(budget, jnp.float32)
   schedule = cfg.keep if cfg.budget == 'ratio' else cfg.mass
   return schedules.make(schedule)(step)
 
@@ -151,6 +160,7 @@ def select_blocks(
   *,
   budget: Scalar,
   segment_ids: Int[Array, 'B T'] | None = None,
+  seed: Scalar = 0,
 ) -> BlockList:
   """The block list of every query tile, causal and streamed over tiles.
 
@@ -160,6 +170,7 @@ def select_blocks(
     cfg: block sizes, window, sink, scoring and kind of budget.
     budget: traced keep ratio or mass, see `budget_at`.
     segment_ids: documents; nondecreasing along T.
+    seed: of random scoring: the step in training, 0 (as in decoding) outside.
 
   Returns:
     The lists; at least sink and window are kept whatever the budget, and a
@@ -173,9 +184,9 @@ def select_blocks(
     bounds=cfg.scoring == 'bounds',
     segment_ids=segment_ids,
   )
-  starts = _document_start(segment_ids, B, T)[:, :: cfg.block_q]
+  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
   first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget)
+  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget, seed)
 
 
 def select_for_decode(
@@ -232,32 +243,13 @@ def next_blocks(
     budget: as in prefill.
     starts: position of the first token of each row's document; None means 0.
   """
-  newest = lengths.astype(jnp.int32) - 1
-  begins = (newest >= 0) & (newest % cfg.block_q == 0)
-
-  def renew():
-    new = select_for_decode(
-      q, pooled, cfg, positions=newest, budget=budget, starts=starts
-    )
-
-    def take(new, old):
-      return jnp.where(begins.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return jax.tree.map(take, new, previous)
-
-  return lax.cond(begins.any(), renew, lambda: previous)
+  select = functools.partial(
+    select_for_decode, q, pooled, cfg, budget=budget, starts=starts
+  )
+  return renew(previous, select, cfg.block_q, lengths)
 
 
-def _document_start(segment_ids, B, T):
-  """[B, T] position of the first token of every token's document."""
-  if segment_ids is None:
-    return jnp.zeros((B, T), jnp.int32)
-  new = segment_ids[:, 1:] != segment_ids[:, :-1]
-  at = jnp.where(new, jnp.arange(1, T)[None], 0)
-  return lax.cummax(jnp.pad(at, ((0, 0), (1, 0))), axis=1)
-
-
-def _choose(cfg, q, pooled, first, starts, budget):
+def _choose(cfg, q, pooled, first, starts, budget, seed=0):
   """The lists of tiles whose first queries `q` are at positions `first`.
 
   Args:
@@ -267,22 +259,13 @@ def _choose(cfg, q, pooled, first, starts, budget):
     first: [1 or B, Tb].
     starts: [B, Tb] first positions of the documents of `q`.
     budget: traced.
+    seed: traced, of random scoring.
   """
   blocks = pooled.size.shape[1]
-  begin = starts // cfg.block_k
-  first = jnp.broadcast_to(first, begin.shape)
-  # A tile reads up to its end, though the last one may be cut by the end of
-  # the sequence: how much it keeps of the rest must not depend on that, for
-  # decoding does not know yet where the sequence ends.
-  end = (first + cfg.block_q - 1) // cfg.block_k + 1
-  cut = jnp.maximum(end - blocks, 0)
-  ranges = block_scores.Ranges(
-    begin=begin,
-    end=end - cut,
-    scored=(first + 1) // cfg.block_k,
-    sink=begin + cfg.sink_blocks,
-    near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
-  )
+  if cfg.scoring in controls.SCORINGS:
+    at = jnp.broadcast_to(first, starts.shape)
+    q, pooled = controls.blind(q, pooled, at, scoring=cfg.scoring, seed=seed)
+  ranges, cut = tile_ranges(cfg, first, starts, blocks)
   mass = functools.partial(_mass_counts, budget=budget)
   width = list_width(cfg, blocks)
   ids, counts = block_scores.top_blocks(
@@ -330,41 +313,3 @@ def _mass_counts(scores, order, budget):
   left = jnp.pad(left[..., 1:], [(0, 0)] * (left.ndim - 1) + [(0, 1)])
   short = kept * (1 - budget) < budget * left
   return 1 + short.sum(-1).max(-1)
-
-
-def retained_mass(
-  q: Float[Array, 'B T N H'],
-  k: Float[Array, 'B S K H'],
-  lse: Float[Array, 'B T N'],
-  segment_ids: Int[Array, 'B T'] | None = None,
-) -> jax.Array:
-  """Share of the exact softmax mass that was read, on a few sampled queries.
-
-  Args:
-    q: queries.
-    k: all keys; S = T.
-    lse: log-sum-exp of the scores that were read.
-    segment_ids: documents.
-
-  Returns:
-    f32 scalar, the mean over rows, heads and `SAMPLES` evenly spread queries.
-    Costs `SAMPLES` rows of dense attention.
-  """
-  q, k, lse = lax.stop_gradient((q, k, lse))
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  k = k.astype(jnp.float32)
-  keys = jnp.arange(T)
-
-  def one(t):
-    row = q[:, t].reshape(B, K, N // K, H).astype(jnp.float32) * H**-0.5
-    s = jnp.einsum('bkgh,bskh->bkgs', row, k)
-    seen = (keys <= t)[None]
-    if segment_ids is not None:
-      seen = seen & (segment_ids == segment_ids[:, t][:, None])
-    full = jax.nn.logsumexp(s, axis=-1, where=seen[:, None, None])
-    return jnp.exp(lse[:, t].astype(jnp.float32) - full.reshape(B, N)).mean()
-
-  samples = min(SAMPLES, T)
-  at = (jnp.arange(samples) * 2 + 1) * T // (2 * samples)
-  return lax.map(one, at).mean()

@@ -12,14 +12,26 @@ worker threads or processes to start, stop and keep deterministic.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from psa_jax.config import ConfigError
-from psa_jax.data.lm import Windows
 
 Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Random access to the windows of a split, each a dict of arrays.
+
+  One entry is `weights`, which evaluation sets to 0 in windows that only fill
+  a batch.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i) -> Batch: ...
 
 
 class TrainIterator(Iterator[Batch]):
@@ -57,7 +69,7 @@ class EvalBatches:
   """Batches of one host over chosen windows; see `eval_batches`."""
 
   def __init__(
-    self, source: Windows, rows: np.ndarray, real: np.ndarray
+    self, source: Source, rows: np.ndarray, real: np.ndarray
   ) -> None:
     self._source = source
     self._rows = rows
@@ -75,10 +87,11 @@ class EvalBatches:
 
 
 def train_iterator(
-  source: Windows,
+  source: Source,
   *,
   batch_size: int,
   seed: int,
+  shuffle: bool = True,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainIterator:
@@ -88,6 +101,7 @@ def train_iterator(
     source: windows of the train split.
     batch_size: windows a step over all hosts.
     seed: of the shuffle, 0 to 2**32 - 1.
+    shuffle: False for windows that are random already.
     process_index, process_count: which host this is, of how many.
 
   Returns:
@@ -102,7 +116,8 @@ def train_iterator(
   _check_shares(batch_size, process_count)
   if not 0 <= seed < 2**32:
     raise ConfigError(f'seed is {seed}; choose one from 0 to {2**32 - 1}')
-  order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  order = grain.MapDataset.source(source).seed(seed)
+  order = order.shuffle().repeat() if shuffle else order.repeat()
   elastic = experimental.ElasticIterator(
     order,
     batch_size,
@@ -113,7 +128,7 @@ def train_iterator(
 
 
 def eval_batches(
-  source: Windows,
+  source: Source,
   *,
   batch_size: int,
   limit: int,

@@ -1,21 +1,18 @@
-"""Small pieces of Hopper kernels, in the Pallas Mosaic GPU language.
+"""Small pieces of the GPU kernels, in the Pallas Mosaic GPU language.
 
 A kernel here is one block of threads: a few warpgroups that compute and, as
 the last one, a warpgroup that copies tiles from global into shared memory.
 They meet at barriers, two for each of the `stages` buffers: `full` when a
-tile has come, `free` when nobody reads it any more.
+tile has come, `free` when nobody reads it any more. Products are in `wgmma.py`
+and `tcgen05.py`.
 
 The simulator of JAX 0.10 that runs these kernels on a CPU knows the copies,
-barriers, loops and the arithmetic of arrays, but not a product whose operand
-is transposed or in registers, nor layouts of registers. So `product`, `rows`
-and `spread` have a second form for it; everything else in the kernels is
-executed as it stands. The second form of `product` reads its operands like
-any load, which the simulator checks for races; its own product is not
-checked. `hardware` below means: not in the simulator.
+barriers, loops and the arithmetic of arrays, but no layouts of registers; they
+are left out there.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from psa_jax.kernels import platform
+from psa_jax.kernels import nvidia, platform
 
 AXIS, BLOCK = 'warpgroup', 'block'
 # Registers a thread of a computing warpgroup may have, and of the copying one,
@@ -84,68 +81,55 @@ def tile_memory(shape: tuple[int, ...], dtype, elements: int):
   )
 
 
-def spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
-  """Repeats a vector along the other axis of a tile."""
-  return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def in_layout(x: jax.Array, hardware: bool, axis: int | None = None):
+def in_layout(x: jax.Array, cores: nvidia.Cores, axis: int | None = None):
   """A constant as a tile of sums, or as a vector along `axis` of one."""
-  if not hardware:
+  if not cores.hardware:
     return x
-  return plgpu.layout_cast(x, _layout(axis))
+  return plgpu.layout_cast(x, _layout(cores, axis))
 
 
-def load_vector(ref, hardware: bool, axis: int) -> jax.Array:
+def load_vector(ref, cores: nvidia.Cores, axis: int) -> jax.Array:
   """A vector along `axis` of a tile, from shared memory."""
-  if not hardware:
-    return ref[...]
-  return plgpu.layout_cast(ref[...], _layout(axis))
+  return in_layout(ref[...], cores, axis)
 
 
-def _layout(axis: int | None):
+def spread(x, shape: tuple[int, int], axis: int, cores: nvidia.Cores):
+  """Repeats a vector along the other axis of a tile."""
+  # Vectors along columns look alike for both layouts, so it is named.
+  return in_layout(lax.broadcast_in_dim(x, shape, [axis]), cores)
+
+
+def _layout(cores: nvidia.Cores, axis: int | None):
   """How the registers of a warpgroup hold a product's sums."""
-  tile = plgpu.Layout.WGMMA
+  narrow = cores.rows == nvidia.ROWS
+  tile = plgpu.Layout.WGMMA if narrow else plgpu.Layout.TCGEN05
   # A vector's layout is named for the axis that it lacks.
   return tile if axis is None else tile.reduce(1 - axis)
 
 
-def positions(shape: tuple[int, int], axis: int, hardware: bool) -> jax.Array:
+def positions(shape: tuple[int, int], axis: int, cores: nvidia.Cores):
   """0, 1, 2 ... along `axis` of a tile."""
-  return in_layout(lax.broadcasted_iota(jnp.int32, shape, axis), hardware)
+  return in_layout(lax.broadcasted_iota(jnp.int32, shape, axis), cores)
 
 
-def product(
-  a, b, total: jax.Array | None = None, *, hardware: bool, b_transposed=False
-) -> jax.Array:
-  """The f32 sum total + a @ b, or a @ b.T; waits for the result.
+class Sizes(NamedTuple):
+  """What a computing warpgroup multiplies.
 
-  Args:
-    a: shared memory [rows, n], or an array in registers.
-    b: shared memory [n, columns], or [columns, n] if `b_transposed`.
-    total: [rows, columns]; None for 0.
-    hardware: False in the simulator.
-    b_transposed: see `b`.
+  Attributes:
+    cores: that multiply.
+    columns: of the scores, and of the left operand made from them.
+    sums: columns by name.
+    dtype: of operands.
+    elements: of a swizzled row; see `tile_memory`.
+    ahead: whether scores may be begun while other products are made.
   """
-  if not hardware:
-    read = a if isinstance(a, jax.Array) else a[...]
-    other = b[...].T if b_transposed else b[...]
-    made = jnp.dot(read, other, preferred_element_type=jnp.float32)
-    return made if total is None else total + made
-  if b_transposed:
-    b = b.transpose((1, 0))
-  shape = (a.shape[0], b.shape[1])
 
-  def fresh(sums):
-    plgpu.wgmma(sums, a, b)
-    return sums[...]
-
-  def on_top(sums):
-    plgpu.wgmma(sums, a, b)
-
-  if total is None:
-    return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
-  return pl.run_state(on_top)(plgpu.ACC.init(total))
+  cores: nvidia.Cores
+  columns: int
+  sums: dict[str, int]
+  dtype: jnp.dtype
+  elements: int
+  ahead: bool = False
 
 
 def release(free, *, loaded: bool) -> None:

@@ -5,8 +5,9 @@ from flax import nnx
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models.decoder_lm import DecoderLM as DecoderLM
 from psa_jax.models.decoder_lm import ModelOut as ModelOut
+from psa_jax.models.encoder import Encoder as Encoder
 
-MODELS = {'decoder_lm': DecoderLM}
+MODELS = {'decoder_lm': DecoderLM, 'encoder': Encoder}
 
 
 def build(

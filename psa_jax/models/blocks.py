@@ -12,16 +12,20 @@ that the stream's variance does not grow with depth (GPT-2).
 Not done: dropout, biases, mixtures of experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from psa_jax.attention.cascade import Importance, Pruning
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.projections import fan_in, project
 from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.norm import Norm
+from psa_jax.quant.progressive import OFF, Quantizer
 from psa_jax.types import Scalar
 
 # What `remat='attention'` keeps; the kernels tag these values themselves.
@@ -67,15 +71,18 @@ class SwiGLU(nnx.Module):
     self.w_up = nnx.Param(widen(rngs.params(), shape, dtype))
     self.w_down = nnx.Param(narrow(rngs.params(), shape[::-1], dtype))
 
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    """Applies the layer in the dtype of `x`."""
-    gate = jax.nn.silu(project(x, self.w_gate))
-    up = project(x, self.w_up)
-    return project(gate * up, self.w_down)
+  def __call__(
+    self, x: Float[Array, 'B T D'], quantizer: Quantizer = OFF
+  ) -> Float[Array, 'B T D']:
+    """Applies the layer in the dtype of `x`, quantised if that is asked for."""
+    linear = functools.partial(project, quantizer=quantizer)
+    gate = jax.nn.silu(linear(x, self.w_gate))
+    up = linear(x, self.w_up)
+    return linear(gate * up, self.w_down)
 
 
 class Block(nnx.Module):
-  """One layer of a decoder."""
+  """One layer of a decoder, or of an encoder."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     """Creates both halves and the norm in front of each."""
@@ -84,6 +91,7 @@ class Block(nnx.Module):
     def norm():
       return Norm(config.d_model, config.norm, param_dtype=dtype, rngs=rngs)
 
+    self.quant = config.quant
     self.attention_norm = norm()
     self.attention = SelfAttention(config, rngs=rngs)
     self.mlp_norm = norm()
@@ -99,6 +107,8 @@ class Block(nnx.Module):
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
+    causal: bool = True,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Returns the new residual stream and attention's f32 scalars.
 
@@ -110,6 +120,8 @@ class Block(nnx.Module):
       mask: tokens that count in the norm's statistics.
       train: move the norm's statistics; follow the training schedules.
       mechanism: overrides the configured attention mechanism.
+      budget: replaces attention's schedule.
+      causal: False attends to what comes after as well.
     """
     normed = self.attention_norm(x, step=step, train=train, mask=mask)
     attended, aux = self.attention(
@@ -119,7 +131,36 @@ class Block(nnx.Module):
       segment_ids=segment_ids,
       train=train,
       mechanism=mechanism,
+      budget=budget,
+      causal=causal,
     )
     x = x + attended
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)
-    return x + self.mlp(normed), aux
+    quantizer = Quantizer.at(self.quant, step, train=train)
+    return x + self.mlp(normed, quantizer), aux
+
+  def pruned(
+    self,
+    x: Float[Array, 'B T D'],
+    pruning: Pruning,
+    *,
+    step: Scalar,
+    rope: Rotary,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    causal: bool = True,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
+    """`__call__` on what cascade pruning left; see `SelfAttention.pruned`."""
+    normed = self.attention_norm(x, step=step, train=train, mask=mask)
+    attended, aux, importance = self.attention.pruned(
+      normed,
+      pruning,
+      step=step,
+      rope=rope,
+      segment_ids=segment_ids,
+      causal=causal,
+    )
+    x = x + attended
+    normed = self.mlp_norm(x, step=step, train=train, mask=mask)
+    return x + self.mlp(normed), aux, importance

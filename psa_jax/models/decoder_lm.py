@@ -1,11 +1,7 @@
 """Decoder-only language model: embedding, L pre-norm blocks, tied output.
 
-The layers' parameters are stacked along a leading axis of length L, always:
-`scan_layers=False` runs the same arrays in an unrolled Python loop, so
-checkpoints and numbers do not depend on that choice, only compile time does.
-Inside the loop each layer is merged from plain arrays, and the running
-statistics that it moved come back as the scan's outputs and are written to
-this module. A caller under `jax.jit` has to return them in turn.
+The running statistics that the layers moved are written to this module; a
+caller under `jax.jit` has to return them in turn (see `stack.py`).
 
 The embedding table is the output matrix too. Its entries start with a
 standard deviation of 0.5 / sqrt(D): logits then start at 0.5 around 0, so
@@ -26,7 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from psa_jax.attention.projections import fan_in, head_dim
 from psa_jax.attention.rotary import rotary
 from psa_jax.config import ConfigError, ModelConfig
-from psa_jax.models.blocks import Block, remat
+from psa_jax.models import stack
 from psa_jax.norm import Norm, gamma
 from psa_jax.types import Scalar
 
@@ -78,8 +74,7 @@ class DecoderLM(nnx.Module):
     self.embedding = nnx.Param(
       table(rngs.params(), (vocab_size, config.d_model), dtype)
     )
-    stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
-    self.layers = stack(rngs.split(config.num_layers))
+    self.layers = stack.make_layers(config, rngs=rngs)
     self.final_norm = Norm(
       config.d_model, config.norm, param_dtype=dtype, rngs=rngs
     )
@@ -94,6 +89,7 @@ class DecoderLM(nnx.Module):
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
+    budget: Scalar | None = None,
   ) -> ModelOut:
     """Runs the model up to the final norm.
 
@@ -105,6 +101,8 @@ class DecoderLM(nnx.Module):
       mask: tokens that count in norm statistics; None counts all.
       train: move running statistics and follow the training schedules.
       mechanism: overrides the configured attention mechanism.
+      budget: share of the visible keys that attention may read, in place of
+        its schedule.
 
     Raises:
       ValueError: companions whose shape is not that of `tokens`.
@@ -124,19 +122,19 @@ class DecoderLM(nnx.Module):
     rope = rotary(
       positions, head_dim=self.head_dim, theta=self.config.rope_theta
     )
-
-    def apply(block, x):
-      return block(
-        x,
-        step=step,
-        rope=rope,
-        segment_ids=segment_ids,
-        mask=mask,
-        train=train,
-        mechanism=mechanism,
-      )
-
-    x, aux = self._apply_layers(apply, self.embed(tokens), train=train)
+    x, aux = stack.apply_layers(
+      self.layers,
+      self.config,
+      self.embed(tokens),
+      step=step,
+      rope=rope,
+      segment_ids=segment_ids,
+      mask=mask,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+      causal=True,
+    )
     if self.config.norm.kind == 'prepbn':
       aux['gamma'] = gamma(self.config.norm, step)
     hidden = self.final_norm(x, step=step, train=train, mask=mask)
@@ -158,31 +156,3 @@ class DecoderLM(nnx.Module):
       preferred_element_type=jnp.float32,
     )
     return logits.reshape(*hidden.shape[:-1], -1)
-
-  def _apply_layers(self, apply, x, *, train):
-    """Runs `apply(block, x)` over the layers; means of aux over them."""
-    graphdef, params, stats = nnx.split(self.layers, nnx.Param, nnx.BatchStat)
-
-    def layer(x, arrays):
-      block = nnx.merge(graphdef, *arrays)
-      x, aux = apply(block, x)
-      moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
-      return x, (moved, aux)
-
-    scan = self.config.scan_layers
-    layer = remat(layer, self.config.remat, in_scan=scan)
-    loop = jax.lax.scan if scan else _unrolled
-    x, (moved, aux) = loop(layer, x, nnx.as_pure((params, stats)))
-    if train:
-      nnx.update(self.layers, moved)
-    return x, {name: jnp.mean(values) for name, values in aux.items()}
-
-
-def _unrolled(body, carry, stacked):
-  """`lax.scan` as a Python loop."""
-  outputs = []
-  for index in range(jax.tree.leaves(stacked)[0].shape[0]):
-    layer = jax.tree.map(lambda array, i=index: array[i], stacked)
-    carry, output = body(carry, layer)
-    outputs.append(output)
-  return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

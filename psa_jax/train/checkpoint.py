@@ -12,6 +12,9 @@ The digest is written just before Orbax renames the finished folder into
 place. Without it a truncated file costs pages of tracebacks from Orbax's
 threads, and a flipped bit in an array is restored as if nothing were wrong.
 
+A field of the state that is () is not written, so that a state which gained
+such a field (a controller, where none is used) still reads older files.
+
 A checkpoint that cannot be read is set aside (`<step>.corrupt`) once an
 earlier one was restored; nothing is deleted. Folders have to be on a POSIX
 file system, local or shared.
@@ -133,7 +136,7 @@ class Checkpoints:
     self._check_space(step, state)
     self._saving = step
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.StandardSave(_fields(state)),
       data=ocp.args.JsonSave(dict(data_state)),
       meta=ocp.args.JsonSave({**meta, 'step': step}),
     )
@@ -198,13 +201,53 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, abstract: Any) -> Restored:
+    wanted = _fields(abstract)
     args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract),
+      state=ocp.args.StandardRestore(wanted),
       data=ocp.args.JsonRestore(),
       meta=ocp.args.JsonRestore(),
     )
-    found = self._manager.restore(step, args=args)
-    return Restored(step, found.state, found.data, found.meta)
+    try:
+      found = self._manager.restore(step, args=args)
+    except ValueError as e:
+      self._compare_fields(step, wanted, e)
+      raise
+    state = found.state
+    if hasattr(abstract, '_replace'):
+      state = abstract._replace(**state)
+    return Restored(step, state, found.data, found.meta)
+
+  def _compare_fields(self, step: int, wanted: Any, error: Exception) -> None:
+    """Raises in fewer words where a state has other fields than the file."""
+    saved = set(_arrays(self.path / str(step) / 'state', read=False))
+    for name in sorted(saved ^ set(wanted)):
+      here = 'in it, but not' if name in saved else 'missing from it, but'
+      raise ValueError(
+        f'{name} is {here} in the state of this configuration (did '
+        f'train.{name} change?)'
+      ) from error
+
+  def read_arrays(self) -> dict[str, Any] | None:
+    """The newest whole checkpoint's state as nested dicts of numpy arrays.
+
+    For another run to begin with: nothing need be known of its shapes, its
+    devices or its fields. None where there is no checkpoint.
+
+    Raises:
+      RunError: the newest one is damaged.
+    """
+    steps = self.steps()
+    if not steps:
+      return None
+    reason = _agree(self._damage(steps[-1]))
+    if reason is None:
+      try:
+        return _arrays(self.path / str(steps[-1]) / 'state', read=True)
+      except Exception as e:
+        reason = _reason(e)
+    raise RunError(
+      f'cannot read the checkpoint of step {steps[-1]} in {self.path}: {reason}'
+    )
 
   def _seal(self) -> None:
     """Writes the digest of the folder that is about to become final."""
@@ -273,6 +316,26 @@ class Checkpoints:
       f'cannot save the checkpoint of step {step}: {reason}; {last}, in '
       f'{self.path}'
     )
+
+
+def _fields(state: Any) -> Any:
+  """A named tuple as a dict, without the fields that are ()."""
+  if not hasattr(state, '_asdict'):
+    return state
+  fields = state._asdict()
+  return {n: x for n, x in fields.items() if not isinstance(x, tuple) or x}
+
+
+def _arrays(folder: pathlib.Path, *, read: bool) -> dict[str, Any]:
+  """A saved tree: what is known of its arrays, or the arrays in numpy."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.metadata(folder).item_metadata.tree
+    if not read:
+      return tree
+    kind = ocp.RestoreArgs(restore_type=np.ndarray)
+    kinds = jax.tree.map(lambda _: kind, tree)
+    args = ocp.args.PyTreeRestore(restore_args=kinds)
+    return reader.restore(folder, args=args)
 
 
 def _digest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

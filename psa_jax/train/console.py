@@ -124,6 +124,7 @@ def _fields(row: Mapping[str, Any], eta: float | None) -> list[str]:
   for name, label, form in (
     ('loss', 'loss', '.3f'),
     ('bits_per_byte', 'bits/byte', '.3f'),
+    ('accuracy', 'accuracy', '.1%'),
     ('density', 'density', '.1%'),
     ('gamma', 'gamma', '.2f'),
     ('tokens_per_second', 'tok/s', ',.0f'),

@@ -15,7 +15,7 @@ import jax
 from psa_jax import sharding
 from psa_jax import workdir as workdir_lib
 from psa_jax.config import Config, RunError
-from psa_jax.data import lm
+from psa_jax.data import lm, synthetic
 from psa_jax.train import console as console_lib
 from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
@@ -23,14 +23,14 @@ from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Stopped
-from psa_jax.train.tasks import LanguageModel
+from psa_jax.train.tasks import load_data, make_task
 
 
 def train_and_evaluate(
   config: Config,
   workdir: str | pathlib.Path,
   *,
-  corpus: lm.Corpus | None = None,
+  corpus: lm.Corpus | synthetic.Recall | None = None,
   allow_config_change: bool = False,
 ) -> dict[str, Any]:
   """Trains to the end of `config.train`, or goes on where a run stopped.
@@ -38,7 +38,7 @@ def train_and_evaluate(
   Args:
     config: the run.
     workdir: its folder; made where it does not exist.
-    corpus: the text, if it is at hand already.
+    corpus: from `tasks.load_data`, if it is at hand already.
     allow_config_change: go on with another configuration or other data.
 
   Returns:
@@ -55,7 +55,7 @@ def train_and_evaluate(
   done = result_lib.load_complete(folder, config)
   if done is not None:
     return _show_complete(folder, done)
-  corpus = corpus or lm.build_corpus(config.data)
+  corpus = corpus or load_data(config)
   console = _open_console(sum(config.train.steps))
   record = functools.partial(
     _record, folder, config, corpus, allow_config_change
@@ -80,14 +80,14 @@ def evaluate_checkpoint(
   config: Config,
   workdir: str | pathlib.Path,
   *,
-  corpus: lm.Corpus | None = None,
+  corpus: lm.Corpus | synthetic.Recall | None = None,
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run; changes nothing in its folder.
 
   Args:
     config: the run's, perhaps with other `eval` keys.
     workdir: its folder.
-    corpus: the text, if it is at hand already.
+    corpus: from `tasks.load_data`, if it is at hand already.
 
   Returns:
     Step, quality by attention mechanism, seconds, density and peak memory.
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
     pathlib.Path(workdir) / run_lib.CHECKPOINTS, read_only=True, say=console.say
   )
   mesh = sharding.make_mesh(config.mesh)
-  task = LanguageModel(config, corpus or lm.build_corpus(config.data), mesh)
+  task = make_task(config, corpus or load_data(config), mesh)
   program = state_lib.make_program(config, task.vocab_size, mesh)
   with jax.set_mesh(mesh):
     found = checkpoints.restore_latest(program.abstract)
@@ -114,9 +114,7 @@ def evaluate_checkpoint(
   result = result_lib.evaluation(
     config, found.step, validation, task.baselines()
   )
-  console.table(
-    f'{config.name} at step {found.step}', result_lib.evaluation_table(result)
-  )
+  result_lib.show(console, f'{config.name} at step {found.step}', result)
   return result
 
 
@@ -142,5 +140,5 @@ def _show_complete(folder, result) -> dict[str, Any]:
   console = _open_console(result['step'])
   console.close()
   console.say(f'the run in {folder} is complete: {result["step"]} steps')
-  console.table(result['name'], result_lib.table(result))
+  result_lib.show(console, result['name'], result)
   return result

@@ -5,6 +5,9 @@ vocabulary's logits are the largest array of a language model at long context
 (65,536 tokens x 50,000 entries is 13 GB in f32), so they are computed for a
 chunk of the sequence at a time and again in the backward pass.
 
+`answer_loss` is for tasks that judge a few positions only: no other logits
+exist at all.
+
 Not done: a fused kernel, label smoothing and z-loss.
 """
 
@@ -12,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def next_token_loss(
@@ -53,6 +56,36 @@ def next_token_loss(
       lambda total, xs: (total + piece(*xs), None), jnp.float32(0), pieces
     )
   return nats, jnp.sum(weights)
+
+
+def answer_loss(
+  model: Any,
+  hidden: Float[Array, 'B T D'],
+  answers: Int[Array, 'B Q L'],
+  targets: Int[Array, 'B Q L'],
+  weights: Float[Array, 'B Q'],
+) -> tuple[Float[Array, ''], Float[Array, ''], Bool[Array, 'B Q']]:
+  """Sums -log p(target) in nats over the answers to some questions.
+
+  Args:
+    model: `model.unembed` turns [B, t, D] hidden states into [B, t, V] logits.
+    hidden: final hidden states.
+    answers: positions whose logits are judged, L for each of Q questions.
+    targets: the token after each of them.
+    weights: what each question counts.
+
+  Returns:
+    The weighted sum of the losses of all answer tokens, the sum of their
+    weights, and for each question whether all of its tokens are most likely.
+  """
+  B, Q, L = answers.shape
+  at = jnp.take_along_axis(hidden, answers.reshape(B, Q * L, 1), axis=1)
+  logits = model.unembed(at)
+  weights = weights.astype(jnp.float32)
+  each = jnp.broadcast_to(weights[..., None], (B, Q, L)).reshape(B, Q * L)
+  nats = _weighted_nats(logits, targets.reshape(B, Q * L), each)
+  right = jnp.argmax(logits, axis=-1).reshape(B, Q, L) == targets
+  return nats, jnp.sum(each), jnp.all(right, axis=-1)
 
 
 def _weighted_nats(logits, targets, weights):

@@ -140,13 +140,21 @@ class TensorBoard:
 class Log:
   """Every writer of a run behind one call; only process 0 writes."""
 
-  def __init__(self, config: Config, folder: pathlib.Path, *, step: int):
+  def __init__(
+    self,
+    config: Config,
+    folder: pathlib.Path,
+    *,
+    step: int,
+    quality: str = 'bits_per_byte',
+  ):
     """Opens the writers.
 
     Args:
       config: the run.
       folder: its work directory.
       step: the step that the run goes on from.
+      quality: the metric that TensorBoard's hparams table shows.
     """
     self.rows: list[dict[str, Any]] = []
     self._writers: list[MetricsFile | TensorBoard] = []
@@ -160,7 +168,7 @@ class Log:
         TensorBoard(
           folder / TENSORBOARD,
           config_dict.flatten(config_dict.to_dict(config)),
-          metric=f'final_{config.model.attention.name}/bits_per_byte',
+          metric=f'final_{config.model.attention.name}/{quality}',
           step=step,
         )
       )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from psa_jax import sharding
-from psa_jax.config import ConfigError, OptimConfig
+from psa_jax.config import AttentionConfig, ConfigError, OptimConfig
 from psa_jax.types import Scalar
 
 
@@ -63,6 +63,40 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, is_matrix))
   return optax.chain(*parts)
+
+
+def freeze(attention: AttentionConfig, step: Scalar, tree: Any) -> Any:
+  """Zeros for what does not train yet.
+
+  While `attention.frozen_steps` last, only the parameters of the mechanism
+  move. Both the gradients and the directions have to pass through here: the
+  gradients so that no moments gather and clipping sees what trains, the
+  directions because weight decay moves a parameter without a gradient.
+
+  Args:
+    attention: says how long.
+    step: optimiser updates made so far; traced, so nothing compiles again.
+    tree: arrays by the names of the parameters.
+  """
+  if not attention.frozen_steps:
+    return tree
+  trains = jnp.asarray(step) >= attention.frozen_steps
+
+  def one(path, x):
+    own = any(getattr(entry, 'key', None) == 'mechanism' for entry in path)
+    return x if own else jnp.where(trains, x, jnp.zeros_like(x))
+
+  return jax.tree.map_with_path(one, tree)
+
+
+def freeze_statistics(
+  attention: AttentionConfig, step: Scalar, before: Any, after: Any
+) -> Any:
+  """The running statistics after a step: they stand still in a frozen model."""
+  if not attention.frozen_steps:
+    return after
+  moves = jnp.asarray(step) >= attention.frozen_steps
+  return jax.tree.map(lambda a, b: jnp.where(moves, a, b), after, before)
 
 
 def is_matrix(params: Any) -> Any:

@@ -16,11 +16,16 @@ import jax
 
 from psa_jax import config_dict, workdir
 from psa_jax.config import Config
+from psa_jax.eval import recall
 from psa_jax.train import stages as stages_lib
-from psa_jax.train.console import Table, clock
+from psa_jax.train.console import Console, Table, clock
 
 RESULT = 'result.json'
 _ROWS = 5
+_QUALITY = {
+  'bits_per_byte': ('bits per byte', '.4f'),
+  'accuracy': ('accuracy', '.1%'),
+}
 
 
 def build(
@@ -37,7 +42,7 @@ def build(
     config: the run.
     rows: of `metrics.jsonl`.
     validation: metrics by attention mechanism, at the last step.
-    baselines: bits per byte of trivial models.
+    baselines: what trivial models score.
     seconds: time of training, over all starts.
   """
   plan = stages_lib.plan(config)
@@ -90,6 +95,15 @@ def load_complete(
   return result if result.get('config') == asked else None
 
 
+def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
+  """Shows the table of a run, or of an evaluation, and the task's own."""
+  rows = table(result) if 'stages' in result else evaluation_table(result)
+  console.table(title, rows)
+  details = recall.table(result['validation'])
+  if details:
+    console.table('accuracy', details)
+
+
 def table(result: Mapping[str, Any]) -> Table:
   """The rows that a run ends with."""
   first, last = result['stages'][0], result['stages'][-1]
@@ -133,18 +147,21 @@ def peak_memory() -> tuple[int, str]:
 
 
 def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Bits per byte of the model, of its dense reading and of the baselines."""
+  """How good the model is, its dense reading and the baselines are."""
   found = result['validation'][result['mechanism']]
   context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
   rows = [('validation', context)]
   for name, found in result['validation'].items():
-    rows.append(
-      (f'bits per byte, {name} attention', f'{found["bits_per_byte"]:.4f}')
-    )
+    for metric, (label, form) in _QUALITY.items():
+      if metric in found:
+        rows.append((f'{label}, {name} attention', f'{found[metric]:{form}}'))
     rows.append((f'density, {name} attention', f'{found["density"]:.1%}'))
   for name, value in result['baselines'].items():
-    label = f'bits per byte, {name}, all validation text'
-    rows.append((label, f'{value:.4f}'))
+    if 'accuracy' in found:
+      rows.append((f'accuracy, {name}', f'{value:.1%}'))
+    else:
+      label = f'bits per byte, {name}, all validation text'
+      rows.append((label, f'{value:.4f}'))
   return rows
 
 
@@ -191,7 +208,7 @@ def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
 def _edge(rows, index: int) -> dict[str, float]:
   """One end of a stage: schedules as they are, noisy numbers as medians."""
   found = {}
-  for name in ('loss', 'bits_per_byte', 'seconds_per_step'):
+  for name in ('loss', *_QUALITY, 'seconds_per_step'):
     values = [row[name] for row in rows if row.get(name) is not None]
     if values:
       found[name] = statistics.median(values)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from psa_jax import sharding
-from psa_jax.config import Config, RunError
-from psa_jax.data import lm
+from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.data import lm, synthetic
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
@@ -32,7 +32,7 @@ from psa_jax.train.console import Console
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Interrupt
 from psa_jax.train.metrics import Log
-from psa_jax.train.tasks import LanguageModel
+from psa_jax.train.tasks import make_task
 
 CHECKPOINTS = 'checkpoints'
 
@@ -60,7 +60,7 @@ class Run:
     self,
     config: Config,
     folder: pathlib.Path,
-    corpus: lm.Corpus,
+    corpus: lm.Corpus | synthetic.Recall,
     console: Console,
     record: Callable[[], None],
   ):
@@ -69,7 +69,7 @@ class Run:
     Args:
       config: the run.
       folder: its work directory.
-      corpus: the text.
+      corpus: from `tasks.load_data`.
       console: where it speaks.
       record: writes this start down. Called once, when nothing can refuse the
         run any more: it is restored and its first program is compiled.
@@ -84,7 +84,7 @@ class Run:
     stages_lib.check_rows(
       config.train, config.optim.accumulate, sharding.batch_shards(self.mesh)
     )
-    self.task = LanguageModel(config, corpus, self.mesh)
+    self.task = make_task(config, corpus, self.mesh)
     self.program = state_lib.make_program(
       config, self.task.vocab_size, self.mesh
     )
@@ -107,9 +107,7 @@ class Run:
     """Restores the last good checkpoint, or makes the first state."""
     found = self.checkpoints.restore_latest(self.program.abstract)
     if found is None:
-      self.state = state_lib.init_state(
-        self.config, self.task.vocab_size, self.program
-      )
+      self.state = self._first_state()
     elif found.step > self.total:
       raise RunError(
         f'the checkpoint of step {found.step} is beyond the end of the run; '
@@ -120,8 +118,30 @@ class Run:
       self.data.restore(found.data, found.step)
       self._timer = _Timer(found.meta['seconds'])
       self.console.say(f'going on from step {self.step} of {self.total}')
-    self.log = Log(self.config, self.folder, step=self.step)
+    self.log = Log(
+      self.config, self.folder, step=self.step, quality=self.task.quality
+    )
     self._open.callback(self.log.close)
+
+  def _first_state(self) -> state_lib.TrainState:
+    """Initial values, or the parameters that another run ended with."""
+    state = state_lib.init_state(
+      self.config, self.task.vocab_size, self.program
+    )
+    source = self.config.train.init_from
+    if not source:
+      return state
+    checkpoints = Checkpoints(
+      pathlib.Path(source) / CHECKPOINTS, read_only=True, say=self.console.say
+    )
+    saved = checkpoints.read_arrays()
+    checkpoints.close()
+    if saved is None:
+      raise ConfigError(f'train.init_from: there is no checkpoint in {source}')
+    state, new = state_lib.adopt(state, saved)
+    beside = f'; initial values for {", ".join(new)}' if new else ''
+    self.console.say(f'beginning with the parameters of {source}{beside}')
+    return state
 
   def train(self) -> None:
     """Makes the steps that are left, with evaluations and checkpoints."""
@@ -151,7 +171,7 @@ class Run:
     if jax.process_index() == 0:
       result_lib.save(self.folder, result)
     self.console.close()
-    self.console.table(self.config.name, result_lib.table(result))
+    result_lib.show(self.console, self.config.name, result)
     return result
 
   def stop(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ known before a byte is allocated, then by one compiled call that puts each
 shard where it belongs.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from psa_jax import models, sharding
-from psa_jax.config import Config
-from psa_jax.train import optim
+from psa_jax.config import Config, ConfigError
+from psa_jax.train import controller, optim
 
 
 class TrainState(NamedTuple):
@@ -36,6 +37,7 @@ class TrainState(NamedTuple):
     opt_state: Adam's moments.
     fault: int32, 0 or which check of `step.FAULTS` an update failed, counted
       from 1. From then on the state does not change.
+    controller: what sets attention's budget; () without one.
   """
 
   step: Any
@@ -43,6 +45,7 @@ class TrainState(NamedTuple):
   model_state: Any
   opt_state: Any
   fault: Any
+  controller: Any = ()
 
 
 class Program(NamedTuple):
@@ -126,6 +129,49 @@ def init_state(config: Config, vocab_size: int, program: Program) -> TrainState:
     return init(jnp.uint32(config.seed))
 
 
+def adopt(
+  state: TrainState, saved: Mapping[str, Any]
+) -> tuple[TrainState, list[str]]:
+  """A first state that begins with another run's parameters and statistics.
+
+  Parameters of an attention mechanism that the other run did not have (the
+  indexer of dsa, for a dense run) keep their initial values. Step, optimiser
+  and controller begin anew.
+
+  Args:
+    state: from `init_state`.
+    saved: `params` and `model_state` of the other run, as nested dicts.
+
+  Returns:
+    The state, and the names of the arrays that kept their initial values.
+
+  Raises:
+    ConfigError: another model: an array is missing or of another shape.
+  """
+  new = []
+
+  def take(part):
+    def one(path, x):
+      value, name = saved.get(part, {}), jax.tree_util.keystr(path)
+      for entry in path:
+        value = value.get(entry.key) if isinstance(value, Mapping) else None
+      if value is None and any(entry.key == 'mechanism' for entry in path):
+        new.append(name)
+        return x
+      if value is None or value.shape != x.shape:
+        had = 'none' if value is None else f'one of shape {value.shape}'
+        raise ConfigError(
+          f'train.init_from is the run of another model: {name} has shape '
+          f'{x.shape}, the checkpoint has {had}'
+        )
+      return jax.device_put(value.astype(x.dtype), x.sharding)
+
+    return jax.tree.map_with_path(one, getattr(state, part))
+
+  params, model_state = take('params'), take('model_state')
+  return state._replace(params=params, model_state=model_state), new
+
+
 def _create(config, vocab_size, optimizer, seed):
   rngs = nnx.Rngs(jax.random.key(seed))
   model = models.build(config.model, vocab_size, rngs=rngs)
@@ -138,6 +184,7 @@ def _create(config, vocab_size, optimizer, seed):
     # f32 moments whatever the parameters' dtype
     opt_state=optimizer.init(optax.tree.cast(params, jnp.float32)),
     fault=jnp.int32(0),
+    controller=controller.init(config.train.controller),
   )
   return graphdef, state
 
@@ -158,4 +205,5 @@ def _shardings(shapes: TrainState, optimizer, mesh: Mesh) -> TrainState:
       transform_non_params=lambda _: whole,
     ),
     fault=whole,
+    controller=jax.tree.map(lambda _: whole, shapes.controller),
   )

@@ -8,7 +8,9 @@ compilation. The metrics are the values that this step really used.
 
 Gradients are sums over tokens, divided once by the number of tokens, so that
 micro-batches accumulate to the gradient of the whole batch, whatever each of
-them counts. Batch-norm statistics pass from one micro-batch to the next.
+them counts. What the model adds to the loss of the text (`Loss.auxiliary`) has
+the same unit; it is trained on, but no part of the metric `loss` and its like.
+Batch-norm statistics pass from one micro-batch to the next.
 
 An update that would not be finite is not made: the old state comes back with
 `fault` set, and every later step returns it unchanged. The loop, which reads
@@ -27,7 +29,7 @@ import optax
 
 from psa_jax import sharding
 from psa_jax.config import Config
-from psa_jax.train import optim
+from psa_jax.train import controller, optim
 from psa_jax.train.state import Program, TrainState
 from psa_jax.train.tasks import Loss, Task
 
@@ -48,22 +50,35 @@ def make_train_step(config: Config, task: Task, program: Program):
   """
   total_steps = sum(config.train.steps)
   rate_at = optim.learning_rate(config.optim, total_steps)
+  attention = config.model.attention
 
   def train_step(state: TrainState, batch):
     grads, model_state, loss = _gradients(
       config.optim.accumulate, task, program, state, batch
     )
     grads = jax.tree.map(lambda g: g / _nonzero(loss.weight), grads)
+    grads = optim.freeze(attention, state.step, grads)
+    model_state = optim.freeze_statistics(
+      attention, state.step, state.model_state, model_state
+    )
     rate = rate_at(state.step)
 
     def moved() -> TrainState:
       directions, opt_state = program.optimizer.update(
         grads, state.opt_state, state.params
       )
+      directions = optim.freeze(attention, state.step, directions)
       move = functools.partial(_move, rate)
       params = jax.tree.map(move, state.params, directions)
+      after = controller.observe(
+        config.train.controller,
+        state.controller,
+        step=state.step,
+        retained_mass=loss.means.get('retained_mass'),
+        loss=metrics['loss'],
+      )
       step, fault = state.step + 1, jnp.int32(0)
-      return TrainState(step, params, model_state, opt_state, fault)
+      return TrainState(step, params, model_state, opt_state, fault, after)
 
     metrics = {
       **task.metrics(loss),
@@ -99,7 +114,12 @@ def make_eval_step(
   def eval_step(state: TrainState, batch) -> Loss:
     model = program.merge(state.params, state.model_state)
     return task.loss(
-      model, batch, step=state.step, train=False, mechanism=mechanism
+      model,
+      batch,
+      step=state.step,
+      train=False,
+      mechanism=mechanism,
+      **controller.given(state.controller),
     )
 
   return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
@@ -111,8 +131,10 @@ def _gradients(accumulate, task, program, state, batch):
   def micro(model_state, batch):
     def loss_of(params):
       model = program.merge(params, model_state)
-      loss = task.loss(model, batch, step=state.step, train=True)
-      return loss.total, (loss, program.model_state(model))
+      given = controller.given(state.controller)
+      loss = task.loss(model, batch, step=state.step, train=True, **given)
+      total = loss.total + loss.auxiliary
+      return total, (loss, program.model_state(model))
 
     grad = jax.grad(loss_of, has_aux=True)
     grads, (loss, model_state) = grad(state.params)

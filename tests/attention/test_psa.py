@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from psa_jax.attention import blocks as blocks_lib
 from psa_jax.attention import psa as module
 from psa_jax.config import (
   AttentionConfig,
@@ -167,7 +168,10 @@ def test_retained_mass_is_the_exact_share():
   dense = oracles.causal_mask(B, K, T, T)
   _, kept = oracles.attention(q, k, v, dense & read)
   _, full = oracles.attention(q, k, v, dense)
-  at = [(2 * i + 1) * T // (2 * module.SAMPLES) for i in range(module.SAMPLES)]
+  at = [
+    (2 * i + 1) * T // (2 * blocks_lib.SAMPLES)
+    for i in range(blocks_lib.SAMPLES)
+  ]
   want = np.exp(kept - full)[:, at].mean()
   assert 0.1 < want < 0.999
   np.testing.assert_allclose(aux['retained_mass'], want, 1e-5)

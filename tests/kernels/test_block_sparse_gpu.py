@@ -1,7 +1,8 @@
-"""The Hopper kernels of block-list attention: lowered, simulated, refused.
+"""The GPU kernels of block-list attention on Hopper; what they refuse.
 
 No test runs on a GPU. Lowering generates the kernels' code for sm_90a; the
-simulator runs it with products of its own (see `kernels/warpgroups.py`).
+simulator runs it with products of its own (see `kernels/wgmma.py`). Blackwell
+is in `test_blackwell.py`.
 """
 
 import functools
@@ -15,7 +16,7 @@ import pytest
 from psa_jax.kernels import platform
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from tests import oracles
-from tests.kernels import hopper_simulator, test_block_sparse
+from tests.kernels import gpu_simulator, test_block_sparse
 
 # B, T, S, N, K, H, Hv, block_q, block_k, segments, q_offset, causal
 CASES = {
@@ -38,7 +39,7 @@ def _more_cases(monkeypatch):
 
 
 def make_case(name, seed=0, dtype=jnp.bfloat16):
-  """As there, on the Hopper kernels."""
+  """As there, on the GPU kernels."""
   args, call, mask, d_out = test_block_sparse.make_case(name, seed, dtype)
   return args, functools.partial(call, implementation='pallas_gpu'), mask, d_out
 
@@ -60,7 +61,9 @@ def gradients(call, d_out, d_lse=0.0):
 )
 def test_lowers_for_hopper(name):
   args, call, _, d_out = make_case(name)
-  lowered = hopper_simulator.lower(gradients(call, d_out), *args)
+  lowered = gpu_simulator.lower(
+    gpu_simulator.H100, gradients(call, d_out), *args
+  )
   text = lowered.as_text()
   for kernel in ('forward', 'query_gradient', 'key_gradients'):
     assert f'block_sparse_{kernel}' in text
@@ -69,7 +72,9 @@ def test_lowers_for_hopper(name):
 def test_lowers_with_a_window():
   args, call, _, d_out = make_case('realistic', dtype=jnp.float16)
   call = functools.partial(call, window=100)
-  lowered = hopper_simulator.lower(gradients(call, d_out), *args)
+  lowered = gpu_simulator.lower(
+    gpu_simulator.H100, gradients(call, d_out), *args
+  )
   assert 'block_sparse_key_gradients' in lowered.as_text()
 
 
@@ -104,7 +109,7 @@ def test_value_and_gradients_simulated(name, seed, window):
     t = np.arange(mask.shape[2])[:, None] + call.keywords['q_offset']
     mask &= np.arange(mask.shape[3])[None] > t - window
   d_lse = np.random.default_rng(1).normal(size=d_out.shape[:-1])
-  with hopper_simulator.simulated():
+  with gpu_simulator.simulated(gpu_simulator.H100):
     got = gradients(call, d_out, d_lse)(*args)
     jax.block_until_ready(got)
   check(got, args, mask, d_out, d_lse)
@@ -113,7 +118,7 @@ def test_value_and_gradients_simulated(name, seed, window):
 def test_long_and_empty_lists_simulated():
   args, call, mask, _ = make_case('long lists', 8)
   assert sorted(call.keywords['block_counts'].reshape(-1)) == [0, 5]
-  with hopper_simulator.simulated():
+  with gpu_simulator.simulated(gpu_simulator.H100):
     out, lse = jax.jit(call)(*args)
   want, want_lse = oracles.attention(*args, mask)
   oracles.check_close(out.astype(jnp.float32), want, 'bfloat16')
@@ -125,7 +130,8 @@ def test_long_and_empty_lists_simulated():
   [
     (('cpu', '', 0), {}, 'written for NVIDIA GPUs and this is cpu'),
     (('gpu', 'NVIDIA A100', 80), {}, 'NVIDIA A100 has compute capability 8.0'),
-    (('gpu', 'NVIDIA B200', 100), {}, 'NVIDIA B200 has compute capability 10'),
+    (('gpu', 'NVIDIA RTX', 120), {}, 'NVIDIA RTX has compute capability 12.0'),
+    (('gpu', 'B200', 100), dict(dtype=jnp.float32), 'float32 would be rounded'),
     (('gpu', 'H100', 90), dict(dtype=jnp.float32), 'float32 would be rounded'),
     (('gpu', 'H100', 90), dict(block_k=24), 'block_k=24 is not a multiple'),
     (('gpu', 'H100', 90), dict(block_k=256), 'block_k=256 is not a multiple'),
@@ -161,7 +167,7 @@ def test_auto_takes_it_on_hopper_and_says_why_not_before(caplog):
     block_counts=jnp.ones((2, 1, 1), jnp.int32),
   )
   call = functools.partial(call, **lists)
-  text = hopper_simulator.lower(call, *half).as_text()
+  text = gpu_simulator.lower(gpu_simulator.H100, call, *half).as_text()
   assert 'block_sparse_forward' in text
   monkey = pytest.MonkeyPatch()
   monkey.setattr(platform, '_SAID', set())

@@ -11,7 +11,7 @@ from psa_jax.kernels import platform
 from psa_jax.kernels.decode import decode_attention
 from psa_jax.kernels.decode import pallas_gpu as decode_gpu
 from tests import oracles
-from tests.kernels import hopper_simulator
+from tests.kernels import gpu_simulator
 
 
 def make_case(lengths, T, S, N, K, H, Hv, block_k, window=None, starts=None):
@@ -51,7 +51,7 @@ def make_case(lengths, T, S, N, K, H, Hv, block_k, window=None, starts=None):
 @pytest.mark.parametrize('block_k, T', [(64, 1), (16, 3), (128, 20)])
 def test_lowers_for_hopper(block_k, T):
   args, call, _ = make_case([700, 9], T, 1000, 16, 4, 128, 64, block_k)
-  text = hopper_simulator.lower(call, *args).as_text()
+  text = gpu_simulator.lower(gpu_simulator.H100, call, *args).as_text()
   assert 'block_sparse_forward' in text
 
 
@@ -65,7 +65,7 @@ def test_lowers_for_hopper(block_k, T):
 def test_simulated(shape, window, starts, monkeypatch):
   monkeypatch.setattr(decode_gpu, 'BLOCKS', 4)  # two or so a list
   args, call, mask = make_case(*shape, window, starts)
-  with hopper_simulator.simulated():
+  with gpu_simulator.simulated(gpu_simulator.H100):
     out, lse = jax.jit(call)(*args)
   assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
   want, want_lse = oracles.attention(*args, mask)

@@ -459,7 +459,7 @@ def test_vocabulary_of_the_recipe_may_be_larger_but_not_smaller():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(kind='encoder'), 'unknown model.kind'),
+    (dict(kind='decoder'), 'unknown model.kind'),
     (dict(num_kv_heads=3), 'not a multiple'),
   ],
 )

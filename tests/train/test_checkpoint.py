@@ -253,3 +253,44 @@ def test_a_read_only_folder_is_named(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(RunError, match='Permission denied'):
     lib.Checkpoints(tmp_path / 'checkpoints')
+
+
+def test_an_empty_field_is_not_written_so_older_files_can_be_read(opened):
+  """Files from before the controller have no such field."""
+  fields = 'step params model_state opt_state fault'
+  Before = collections.namedtuple('Before', fields)  # noqa: N806
+  old = Before(*state(3)[:5])
+  checkpoints = opened()
+  checkpoints.save(3, old, {}, {})
+  checkpoints.wait()
+  found = opened().restore_latest(abstract(state(0)))
+  tiny.assert_identical(found.state, state(3))
+  assert found.state.controller == ()
+
+
+def test_a_state_with_another_field_is_named(two, opened, said):
+  known = state(0)._replace(controller=(jnp.float32(1),))
+  with pytest.raises(RunError, match='controller is missing from it'):
+    opened().restore_latest(abstract(known))
+  checkpoints = opened()
+  checkpoints.save(7, known, {}, {})
+  checkpoints.wait()
+  with pytest.raises(RunError, match='controller is in it, but not'):
+    target = abstract(state(0))
+    opened(keep=1).restore_latest(target._replace(params={}))
+
+
+def test_arrays_are_read_without_knowing_them(two, opened):
+  found = opened(read_only=True).read_arrays()
+  tiny.assert_identical(found['params'], tiny.host(state(2).params))
+  assert found['step'] == 2
+  for path in (two.path / '2' / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(RunError, match='cannot read the checkpoint of step 2'):
+    opened(read_only=True).read_arrays()
+
+
+def test_arrays_of_a_folder_without_checkpoints(opened):
+  opened()
+  assert opened(read_only=True).read_arrays() is None

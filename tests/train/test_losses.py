@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.train.losses import next_token_loss
+from psa_jax.train.losses import answer_loss, next_token_loss
 
 B, T, D, V = 3, 10, 4, 7
 
@@ -97,3 +97,52 @@ def test_logits_never_exist_for_more_than_a_chunk():
 
   assert largest(B * T) == B * T * V, 'the search finds no logits'
   assert largest(chunk) == chunk * V
+
+
+def questions(seed=0):
+  """Two questions of two tokens a row; the last one has weight 0."""
+  rng = np.random.default_rng(seed)
+  table, hidden, _, _ = example(seed)
+  answers = rng.integers(0, T, (B, 2, 2)).astype(np.int32)
+  targets = rng.integers(0, V, (B, 2, 2)).astype(np.int32)
+  weights = np.float32([[1, 1], [1, 2], [1, 0]])
+  return table, hidden, answers, targets, weights
+
+
+def judged(table, hidden, answers, targets, weights):
+  args = map(jnp.asarray, (hidden, answers, targets, weights))
+  return answer_loss(Head(jnp.asarray(table)), *args)
+
+
+def test_answers_are_judged_where_they_are_asked():
+  table, hidden, answers, targets, weights = args = questions()
+  best = np.argmax(hidden @ table.T, -1)
+  rows = np.arange(B)[:, None]
+  targets[0] = best[0][answers[0]]  # both right
+  targets[1, 0] = best[1][answers[1, 0]]
+  targets[1, 0, 1] = (targets[1, 0, 1] + 1) % V  # one of its two tokens wrong
+  flat = answers.reshape(B, 4)
+  want = oracle(
+    table,
+    hidden[rows, flat],
+    targets.reshape(B, 4),
+    np.repeat(weights, 2, axis=1),
+  )
+  nats, weight, hits = judged(*args)
+  np.testing.assert_allclose((nats, weight), want, rtol=1e-5)
+  truth = (best[rows, flat].reshape(B, 2, 2) == targets).all(-1)
+  np.testing.assert_array_equal(hits, truth)
+  assert hits[0].all() and not hits[1, 0]
+
+
+def test_only_judged_positions_get_a_gradient():
+  table, hidden, answers, targets, weights = questions()
+
+  def total(hidden):
+    return judged(table, hidden, answers, targets, weights)[0]
+
+  grad = np.asarray(jax.grad(total)(jnp.asarray(hidden)))
+  counted = np.zeros((B, T), bool)
+  for row, question in np.ndindex(B, 2):
+    counted[row, answers[row, question]] |= weights[row, question] > 0
+  np.testing.assert_array_equal((grad != 0).any(-1), counted)

@@ -12,7 +12,9 @@ from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
   Config,
+  ControllerConfig,
   DataConfig,
+  DsaConfig,
   EvalConfig,
   MeshConfig,
   ModelConfig,
@@ -20,6 +22,7 @@ from psa_jax.config import (
   OptimConfig,
   PsaConfig,
   ScheduleConfig,
+  SyntheticConfig,
   TrainConfig,
 )
 from psa_jax.data import lm
@@ -88,6 +91,62 @@ def config_psa(**changes):
     model=model,
     train=TrainConfig(steps=(5,), seq_len=(64,), batch_size=(4,)),
     eval=EvalConfig(windows=2),
+  )
+
+
+def config_controller(**changes):
+  """Six steps of `config_psa` whose budget the controller sets."""
+  found = config_psa(**changes)
+  rules = ControllerConfig(
+    'mass', target=0.6, tolerance=0.05, every=1, lower=0.75, hold=1
+  )
+  psa = dataclasses.replace(found.model.attention.psa, keep=ScheduleConfig())
+  attention = dataclasses.replace(found.model.attention, psa=psa)
+  return dataclasses.replace(
+    found,
+    model=dataclasses.replace(found.model, attention=attention),
+    train=dataclasses.replace(found.train, steps=(6,), controller=rules),
+  )
+
+
+def config_dsa(**changes):
+  """A learned indexer: two steps of stage 1, then stage 2."""
+  found = config(**changes)
+  dsa = DsaConfig(
+    heads=2,
+    width=4,
+    block_q=8,
+    block_k=4,
+    window=4,
+    top_k=ScheduleConfig(init=16.0),
+    warmup_steps=2,
+  )
+  attention = AttentionConfig('dsa', dsa=dsa)
+  return dataclasses.replace(
+    found,
+    model=dataclasses.replace(found.model, attention=attention),
+    train=TrainConfig(steps=(5,), seq_len=(32,), batch_size=(4,)),
+    eval=EvalConfig(windows=2),
+  )
+
+
+def config_recall(source=None, **changes):
+  """Two stages of pairs to remember, with sparse attention; no text is read."""
+  del source
+  found = config(NormConfig(), **changes)
+  keep = ScheduleConfig('linear', init=1.0, final=0.3, length=3)
+  psa = PsaConfig(block_q=2, block_k=4, window=4, sink_blocks=0, keep=keep)
+  return dataclasses.replace(
+    found,
+    data=DataConfig(
+      source='synthetic:mqar',
+      synthetic=SyntheticConfig(vocab_size=64, needles=(2, 4)),
+    ),
+    model=dataclasses.replace(
+      found.model, attention=AttentionConfig('psa', psa=psa)
+    ),
+    train=TrainConfig(steps=(3, 2), seq_len=(16, 32), batch_size=(8, 4)),
+    eval=EvalConfig(windows=6),
   )
 
 

@@ -15,6 +15,7 @@ that is the mechanism's, which may look at the scores through `stop`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -37,7 +38,7 @@ class Spec:
 
   width: int
   bounds: bool
-  stop: Callable[..., jax.Array] | None
+  stop: Callable[..., Any] | None
   scale: float
 
 
@@ -48,10 +49,10 @@ def top_blocks(
   *,
   width: int,
   bounds: bool = False,
-  stop: Callable[..., jax.Array] | None = None,
+  stop: Callable[..., Any] | None = None,
   scale: float | None = None,
   implementation: str = 'auto',
-) -> tuple[Int[Array, 'B K Tb M'], Int[Array, 'B K Tb'] | None]:
+) -> tuple[Int[Array, 'B K Tb M'], Any]:
   """Ranks the visible blocks of each query.
 
   Args:
@@ -63,7 +64,8 @@ def top_blocks(
     bounds: rank by the upper bound and not by the mean.
     stop: how many blocks to keep, from the scores: called as `stop(scores,
       order)` with `Scores` of some queries and all blocks in order [B, K, n,
-      Nb], and returns counts [B, K, n]. None: the caller knows.
+      Nb], and returns arrays [B, K, n], one or a tuple. None: the caller
+      knows.
     scale: factor on the scores; None means H ** -0.5.
     implementation: a key of `IMPLEMENTATIONS`, or `auto` for the platform's
       best.

@@ -1,4 +1,4 @@
-"""Block-list attention on Hopper GPUs, by Pallas Mosaic GPU kernels.
+"""Block-list attention on Hopper and Blackwell, by Pallas Mosaic GPU kernels.
 
 Three kernels: forward, the gradient of the queries (a query tile against its
 list) and the gradients of keys and values (a key block against the tiles that
@@ -6,20 +6,23 @@ read it, from the transposed lists). Each writes its own results once: no
 atomic additions, so results repeat bit by bit.
 
 Here the arrays are brought into the kernels' shapes: the G query heads of a
-kv head become rows of one tile, whose number is padded to a multiple of 64;
-head widths are padded to a multiple of 16. Keys and values are read where they
-are, unless S has to be padded.
+kv head become rows of one tile, whose number is padded to a multiple of what
+a block of threads takes; head widths are padded to a multiple of 16 (of 32 for
+the gradients on Blackwell). Keys and values are read where they are, unless S
+or a width has to be padded.
 
-What was and was not executed: the kernels compile for sm_90a without spilled
-registers, and they run in the simulator of Mosaic GPU kernels, which checks
-copies, barriers and shared memory for races. There the tensor-core products
-and the layouts of registers are replaced (`warpgroups.py`); no run on a GPU
-has been made, and no speed was measured.
+What was and was not executed: the kernels compile for sm_90a and sm_100a
+without spilled registers, and they run in the simulator of Mosaic GPU kernels,
+which checks copies, barriers and shared memory for races. There the layouts of
+registers are left out, Hopper's products are replaced (`wgmma.py`) and those of
+Blackwell are simulated by the tests; no run on a GPU has been made, and no
+speed was measured.
 
 Inside `shard_map` they need `check_vma=False`, as `attention/base.py` sets it.
 
-Not done: Blackwell (`hopper.py`), float32, heads wider than 128, leaving the
-mask out where a block lies wholly in the past.
+Not done: float32, heads wider than 128, leaving the mask out where a block lies
+wholly in the past. On Blackwell, gradients of keys and values multiply 64 rows
+at a time, which takes as long as 128; what else `tcgen05.py` names.
 """
 
 import functools
@@ -28,16 +31,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import hopper, softmax
+from psa_jax.kernels import nvidia, softmax
 from psa_jax.kernels.block_sparse.lists import transpose
-from psa_jax.kernels.hopper import ROWS, Rows
+from psa_jax.kernels.nvidia import ROWS, Cores, Rows
 from psa_jax.kernels.tiles import Tiles
 
 
 def refusal(where, q, k, v, ids, counts, segments, *, spec) -> str | None:
   """Why the call cannot run on `where`, or None."""
   del ids, counts, segments
-  return hopper.refusal(where, q, k, v, spec.block_k)
+  return nvidia.refusal(where, q, k, v, spec.block_k)
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, *, spec):
@@ -54,18 +57,19 @@ def _forward(spec, q, k, v, ids, counts, segments):
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, q, v)
   ids, counts = clip_lists(tiles, ids, counts)
   out, lse = kernel.forward(
-    pack_rows(tiles, hopper.pad_width(q)),
-    pack_keys(tiles, k),
-    pack_keys(tiles, v),
+    pack_rows(tiles, cores, nvidia.pad_width(q)),
+    pack_keys(tiles, nvidia.pad_width(k)),
+    pack_keys(tiles, nvidia.pad_width(v)),
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1)),
-    row_limits(tiles, spec, segments),
-    key_segments(tiles, segments, hopper.VECTOR),
+    row_limits(tiles, cores, spec, segments),
+    key_segments(tiles, segments, nvidia.VECTOR),
     block_k=spec.block_k,
     scale=spec.scale,
     dtype=v.dtype,
-    computing=hopper.warpgroups(tiles.rows),
+    cores=cores,
   )
   out = unpack_rows(tiles, out)[..., : v.shape[-1]]
   return out, unpack_rows(tiles, lse)
@@ -76,14 +80,10 @@ def clip_lists(tiles: Tiles, ids, counts):
   return jnp.clip(ids, 0, tiles.nk - 1), jnp.clip(counts, 0, ids.shape[-1])
 
 
-def padded_rows(tiles: Tiles) -> int:
-  """Rows of a tile as the kernels take it."""
-  return hopper.up(tiles.rows, ROWS * hopper.warpgroups(tiles.rows))
-
-
-def pack_rows(tiles: Tiles, x, value=0):
+def pack_rows(tiles: Tiles, cores: Cores, x, value=0):
   """[B, T, N, *] -> [tiles, padded rows, *]."""
-  return hopper.pad_axis(tiles.pack_q(x), 1, padded_rows(tiles), value)
+  rows = cores.padded(tiles.rows)
+  return nvidia.pad_axis(tiles.pack_q(x), 1, rows, value)
 
 
 def unpack_rows(tiles: Tiles, x):
@@ -94,10 +94,10 @@ def unpack_rows(tiles: Tiles, x):
 def pack_keys(tiles: Tiles, x, behind: int = 0):
   """[B, S, K, H] with S up to the end of the last block, or `behind` it."""
   size = tiles.nk * tiles.block_k + behind
-  return hopper.pad_axis(hopper.pad_width(x), 1, size)
+  return nvidia.pad_axis(x, 1, size)
 
 
-def row_limits(tiles: Tiles, spec, segments) -> Rows:
+def row_limits(tiles: Tiles, cores: Cores, spec, segments) -> Rows:
   """`Rows` of [B * nq, padded rows]."""
   t = jnp.arange(tiles.nq * tiles.block_q) + spec.q_offset
   high = jnp.minimum(t, tiles.S - 1) if spec.causal else tiles.S - 1
@@ -108,13 +108,13 @@ def row_limits(tiles: Tiles, spec, segments) -> Rows:
     x = jnp.broadcast_to(x.astype(jnp.int32), (tiles.B, real.shape[0]))
     x = x.reshape(-1, 1, tiles.block_q)
     x = jnp.tile(x, (1, tiles.G, 1)).reshape(-1, tiles.rows)
-    return hopper.pad_axis(x, 1, padded_rows(tiles), value)
+    return nvidia.pad_axis(x, 1, cores.padded(tiles.rows), value)
 
   high = pack(jnp.where(real, high, -1)[None], -1)
   low = None if low is None else pack(low[None], 0)
   segment = None
   if segments is not None:
-    segment = pack(hopper.pad_axis(segments[0], 1, real.shape[0]), 0)
+    segment = pack(nvidia.pad_axis(segments[0], 1, real.shape[0]), 0)
   return Rows(high, low, segment)
 
 
@@ -122,8 +122,8 @@ def key_segments(tiles: Tiles, segments, multiple: int):
   """[B, S] with S up to a `multiple` behind the last block's first, or None."""
   if segments is None:
     return None
-  size = (tiles.nk - 1) * tiles.block_k + hopper.up(tiles.block_k, multiple)
-  return hopper.pad_axis(segments[1].astype(jnp.int32), 1, size)
+  size = (tiles.nk - 1) * tiles.block_k + nvidia.up(tiles.block_k, multiple)
+  return nvidia.pad_axis(segments[1].astype(jnp.int32), 1, size)
 
 
 def _forward_rule(spec, q, k, v, ids, counts, segments):
@@ -140,22 +140,26 @@ def _backward_rule(spec, saved, grads):
   q, k, v, ids, counts, segments, out, lse = saved
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   ids, counts = clip_lists(tiles, ids, counts)
+  step = Cores.for_keys().gradient_step
+  pad = functools.partial(nvidia.pad_width, step=step)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, pad(q), pad(v))
+  cores = cores.for_gradient(spec.block_k)
   known = softmax.Backward.of(out, lse, *grads)
-  behind = hopper.up(spec.block_k, ROWS) - spec.block_k
+  behind = nvidia.up(spec.block_k, ROWS) - spec.block_k
   inputs = kernel.Inputs(
-    q=pack_rows(tiles, hopper.pad_width(q)),
-    d_out=pack_rows(tiles, hopper.pad_width(grads[0])),
-    k=pack_keys(tiles, k, behind),
-    v=pack_keys(tiles, v, behind),
-    lse=pack_rows(tiles, known.lse),
-    delta=pack_rows(tiles, known.delta),
-    rows=row_limits(tiles, spec, segments),
+    q=pack_rows(tiles, cores, pad(q)),
+    d_out=pack_rows(tiles, cores, pad(grads[0])),
+    k=pack_keys(tiles, pad(k), behind),
+    v=pack_keys(tiles, pad(v), behind),
+    lse=pack_rows(tiles, cores, known.lse),
+    delta=pack_rows(tiles, cores, known.delta),
+    rows=row_limits(tiles, cores, spec, segments),
     kv_segment=key_segments(tiles, segments, ROWS),
   )
   static = dict(block_k=spec.block_k, scale=spec.scale)
-  dq = kernel.query_gradient(inputs, ids, counts, **static)
+  dq = kernel.query_gradient(inputs, ids, counts, cores=cores, **static)
   readers = transpose(ids, counts, tiles.nk)
-  dk, dv = kernel.key_gradients(inputs, readers, **static)
+  dk, dv = kernel.key_gradients(inputs, readers, rows=tiles.rows, **static)
   dq = unpack_rows(tiles, dq)[..., : q.shape[-1]]
   dk, dv = (
     x[:, : tiles.S, :, : like.shape[-1]] for x, like in ((dk, k), (dv, v))

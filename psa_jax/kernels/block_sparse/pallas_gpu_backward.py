@@ -1,4 +1,4 @@
-"""The backward kernels for Hopper: probabilities again, from the log-sum-exp.
+"""The backward kernels for GPUs: probabilities again, from the log-sum-exp.
 
 `query_gradient` walks a tile's list as the forward kernel does. For
 `key_gradients` a block of threads owns 64 keys: the copying warpgroup walks
@@ -22,14 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from psa_jax.kernels import hopper, platform
+from psa_jax.kernels import nvidia, products
 from psa_jax.kernels import warpgroups as wg
 from psa_jax.kernels.block_sparse import pallas_gpu_forward as forward
 from psa_jax.kernels.block_sparse.lists import Readers
-from psa_jax.kernels.hopper import ROWS, Rows
+from psa_jax.kernels.nvidia import ROWS, Rows
 
 STAGES = 4  # buffers of query rows; even, so that each has one reader
-PAIR = 2  # warpgroups that share a block of keys
 
 
 class Inputs(NamedTuple):
@@ -64,13 +63,15 @@ class Inputs(NamedTuple):
     return {name: x for name, x in given.items() if x is not None}
 
 
-def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
+def query_gradient(
+  inputs: Inputs, ids, counts, *, block_k, scale, cores: nvidia.Cores
+) -> jax.Array:
   """Gradient [tiles, rows, H]; lists are [B, K, Tb, M] and [B, K, Tb]."""
   q, k, v = inputs.q, inputs.k, inputs.v
   lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
-  n = hopper.warpgroups(q.shape[1])
+  kept = q.dtype.itemsize * (q.shape[2] + v.shape[3])
   plan = forward.Plan.of(
-    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, n
+    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, cores, kept=kept
   )
   pairs = plan.lists * plan.rows * plan.M * block_k
   read = plan.parts * plan.lists * plan.M * block_k * (plan.H + plan.Hv)
@@ -78,7 +79,7 @@ def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
     functools.partial(_query_kernel, plan),
     [jax.ShapeDtypeStruct(q.shape, q.dtype)],
     blocks=plan.lists * plan.parts,
-    computing=plan.computing,
+    computing=cores.computing,
     name='block_sparse_query_gradient',
     cost=pl.CostEstimate(
       flops=2 * pairs * (2 * plan.H + plan.Hv),
@@ -92,23 +93,26 @@ def query_gradient(inputs: Inputs, ids, counts, *, block_k, scale) -> jax.Array:
 
 
 def _query_kernel(plan, inputs, dq_ref):
-  def body(tiles, sums, vectors, ready, ring):
+  def body(tiles, sums, vectors, scratch, ready, ring):
     me = lax.axis_index(wg.AXIS)
     where = plan.where()
     count = inputs['counts'][where.at]
 
-    @pl.when(me < plan.computing)
+    @pl.when(me < plan.cores.computing)
     def _compute():
-      if plan.computing > 1:
+      if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
-      rows = where.slice(me, plan.computing)
+      rows = where.slice(me, plan.cores)
       mine = [
         (inputs[name].at[where.tile, rows], target.at[me])
         for name, target in (tiles | sums).items()
       ]
       limits = forward.row_copies(plan, inputs, vectors, where, me)
       forward.load_rows(mine + limits, ready.at[me])
-      dq = _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring)
+      made = products.of(sizes, scratch, me)
+      dq = _query_walk(
+        plan, inputs, where, count, tiles, sums, vectors, ring, made
+      )
       # The queries were read for the last time.
       q = tiles['q'].at[me]
       q[...] = (dq * plan.scale).astype(plan.dtype)
@@ -116,47 +120,53 @@ def _query_kernel(plan, inputs, dq_ref):
       plgpu.copy_smem_to_gmem(q, dq_ref.at[where.at, rows])
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(me == plan.computing)
+    @pl.when(me == plan.cores.computing)
     def _copy():
-      if plan.computing > 1:
+      if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COPY_REGISTERS, action='decrease')
       forward.copy_blocks(plan, inputs, where, count, ring)
 
-  n = plan.computing
+  n, rows = plan.cores.computing, plan.cores.rows
+  sizes = plan.sizes(dq=plan.H)
   vectors = plan.vectors()
-  sums = {x: plgpu.SMEM((n, ROWS), jnp.float32) for x in ('lse', 'delta')}
-  tiles = dict(q=plan.tile(n, ROWS, plan.H), d_out=plan.tile(n, ROWS, plan.Hv))
+  sums = {x: plgpu.SMEM((n, rows), jnp.float32) for x in ('lse', 'delta')}
+  tiles = dict(q=plan.tile(n, rows, plan.H), d_out=plan.tile(n, rows, plan.Hv))
   arrivals = len(tiles) + len(sums) + len(vectors)
   ready = plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
-  wg.scoped(body, tiles, sums, vectors, ready, plan.ring())
+  wg.scoped(
+    body,
+    tiles,
+    sums,
+    vectors,
+    products.scratch(sizes),
+    ready,
+    plan.ring(),
+  )
 
 
-def _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring):
-  """[64, H] f32: the sum of ds @ k over the list."""
-  on = plan.hardware
+def _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring, made):
+  """[rows, H] f32: the sum of ds @ k over the list."""
   me = lax.axis_index(wg.AXIS)
-  shape = (ROWS, plan.block_k)
+  shape = (plan.cores.rows, plan.block_k)
   q, d_out = tiles['q'].at[me], tiles['d_out'].at[me]
   buffers = ring[0]
 
   def row(name):
-    return wg.spread(wg.load_vector(sums[name].at[me], on, axis=0), shape, 0)
+    vector = wg.load_vector(sums[name].at[me], plan.cores, axis=0)
+    return wg.spread(vector, shape, 0, plan.cores)
 
-  def step(slot, block, dq):
-    k = buffers['k'].at[slot]
-    s = wg.product(q, k, hardware=on, b_transposed=True)
+  def step(s, slot, block, dq):
     segment = buffers['segment'].at[slot] if plan.segmented else None
     may = forward.may_read(plan, vectors, me, block, segment)
     p = jnp.exp2(s * (plan.scale * forward.LOG2E) - row('lse'))
     p = jnp.where(may, p, 0.0)
-    dp = wg.product(
-      d_out, buffers['v'].at[slot], hardware=on, b_transposed=True
-    )
+    dp = made.scores(d_out, buffers['v'].at[slot])
     ds = (p * (dp - row('delta'))).astype(plan.dtype)
-    return wg.product(ds, k, dq, hardware=on)
+    return made.plus('dq', dq, ds, buffers['k'].at[slot])
 
-  start = wg.in_layout(jnp.zeros((ROWS, plan.H), jnp.float32), on)
-  return forward.walk(plan, inputs, where, count, ring, step, start)
+  start = made.zero('dq')
+  dq = forward.walk(plan, inputs, where, count, ring, made, q, step, start)
+  return made.read('dq', dq)
 
 
 class KeyPlan(NamedTuple):
@@ -174,22 +184,32 @@ class KeyPlan(NamedTuple):
   dtype: jnp.dtype
   lowest: bool
   segmented: bool
-  hardware: bool
+  cores: nvidia.Cores
 
   @property
   def groups(self):
     """Pieces of 64 rows a query tile."""
-    return self.rows // ROWS
+    return -(-self.rows // ROWS)
 
   @property
   def parts(self):
     """Pieces of 64 keys a block; the last may reach into the next block."""
     return -(-self.block_k // ROWS)
 
+  @property
+  def elements(self):
+    """Of a swizzled row; one number for all tiles, as products ask."""
+    return self.cores.elements(self.H, self.Hv, ROWS)
+
+  @property
+  def sizes(self):
+    """What is multiplied."""
+    sums = dict(dk=self.H, dv=self.Hv)
+    return wg.Sizes(self.cores, ROWS, sums, self.dtype, self.elements)
+
   def tile(self, *shape, dtype=None):
     """Shared memory for a tile that products read."""
-    elements = hopper.tile_elements(self.H, self.Hv)
-    return wg.tile_memory(shape, dtype or self.dtype, elements)
+    return wg.tile_memory(shape, dtype or self.dtype, self.elements)
 
   def ring(self):
     """Buffers of query rows, and the barriers of their coming and going."""
@@ -222,24 +242,33 @@ class KeyPlan(NamedTuple):
 
 
 def key_gradients(
-  inputs: Inputs, readers: Readers, *, block_k, scale
+  inputs: Inputs, readers: Readers, *, rows, block_k, scale
 ) -> tuple[jax.Array, jax.Array]:
-  """Of keys and values, [B, S, K, H] and [B, S, K, Hv]; S ends with a block."""
-  q, k, v, rows = inputs.q, inputs.k, inputs.v, inputs.rows
+  """Of keys and values, [B, S, K, H] and [B, S, K, Hv]; S ends with a block.
+
+  Args:
+    inputs: see `Inputs`.
+    readers: who reads which block.
+    rows: of a query tile without its padding.
+    block_k: keys a block.
+    scale: factor on the scores.
+  """
+  q, k, v, limits = inputs.q, inputs.k, inputs.v, inputs.rows
   B, _, K, H = k.shape
   plan = KeyPlan(
     B,
     K,
     q.shape[0] // (B * K),
     readers.offsets.shape[-1] - 1,
-    *q.shape[1:],
+    rows,
+    H,
     v.shape[3],
     block_k,
     scale,
     q.dtype,
-    rows.low is not None,
-    rows.segment is not None,
-    not platform.current().interpret,
+    limits.low is not None,
+    limits.segment is not None,
+    nvidia.Cores.for_keys(),
   )
   S = plan.nk * plan.parts * ROWS
   pairs = readers.tiles.size * plan.rows * plan.parts * ROWS
@@ -247,7 +276,7 @@ def key_gradients(
     functools.partial(_key_kernel, plan),
     [jax.ShapeDtypeStruct((B, S, K, n), q.dtype) for n in (H, plan.Hv)],
     blocks=B * K * plan.nk * plan.parts,
-    computing=PAIR,
+    computing=plan.cores.computing,
     name='block_sparse_key_gradients',
     cost=pl.CostEstimate(
       flops=4 * pairs * (H + plan.Hv),
@@ -273,7 +302,7 @@ def key_gradients(
 
 
 def _key_kernel(plan, inputs, dk_ref, dv_ref):
-  def body(own, segment, exchange, ready, handed, ring):
+  def body(own, segment, exchange, scratch, ready, handed, ring):
     me = lax.axis_index(wg.AXIS)
     batch, head, block, first = plan.where()
     row = batch * plan.K + head
@@ -281,11 +310,12 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref):
     count = (inputs['offsets'][row, block + 1] - begin) * plan.groups
     keys = pl.ds(block * plan.block_k + first, ROWS)
 
-    @pl.when(me < PAIR)
+    @pl.when(me < plan.cores.computing)
     def _compute():
       plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
       plgpu.barrier_wait(ready)
-      sums = _key_walk(plan, count, block, first, own, segment, ring)
+      made = products.of(plan.sizes, scratch, me)
+      sums = _key_walk(plan, count, block, first, own, segment, ring, made)
       _join(plan, sums, exchange, handed, own)
 
       @pl.when(me == 0)
@@ -296,7 +326,7 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref):
           plgpu.copy_smem_to_gmem(own[name], ref.at[batch, out, head])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(me == PAIR)
+    @pl.when(me == plan.cores.computing)
     def _copy():
       plgpu.set_max_registers(wg.COPY_REGISTERS, action='decrease')
       for name in ('k', 'v'):
@@ -313,6 +343,7 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref):
     own,
     plgpu.SMEM((ROWS,), jnp.int32) if plan.segmented else None,
     plan.exchange(),
+    products.scratch(plan.sizes),
     plgpu.Barrier(num_arrivals=len(own) + plan.segmented),
     (plgpu.Barrier(), plgpu.Barrier()),
     plan.ring(),
@@ -335,9 +366,8 @@ def _copy_rows(plan, inputs, batch, row, begin, count, ring):
   wg.copy_loop(count, STAGES, copy, free)
 
 
-def _key_walk(plan, count, block, first, own, segment, ring):
+def _key_walk(plan, count, block, first, own, segment, ring, made):
   """(dk, dv) of every other piece, f32; keys are rows here, rows columns."""
-  on = plan.hardware
   me = lax.axis_index(wg.AXIS)
   buffers, full, free = ring
   shape = (ROWS, ROWS)
@@ -349,32 +379,30 @@ def _key_walk(plan, count, block, first, own, segment, ring):
     q, d_out = buffers['q'].at[slot], buffers['d_out'].at[slot]
 
     def column(name):
-      vector = wg.load_vector(buffers[name].at[slot], on, axis=1)
-      return wg.spread(vector, shape, 1)
+      vector = wg.load_vector(buffers[name].at[slot], plan.cores, axis=1)
+      return wg.spread(vector, shape, 1, plan.cores)
 
-    s = wg.product(own['k'], q, hardware=on, b_transposed=True)
+    s = made.scores(own['k'], q)
     p = jnp.exp2(s * (plan.scale * forward.LOG2E) - column('lse'))
     may = _read_by(plan, column, block, first, segment)
     p = jnp.where(may, p, 0.0)
-    dv = wg.product(p.astype(plan.dtype), d_out, dv, hardware=on)
-    dp = wg.product(own['v'], d_out, hardware=on, b_transposed=True)
+    dv = made.plus('dv', dv, p.astype(plan.dtype), d_out)
+    dp = made.scores(own['v'], d_out)
     ds = (p * (dp - column('delta'))).astype(plan.dtype)
-    dk = wg.product(ds, q, dk, hardware=on)
+    dk = made.plus('dk', dk, ds, q)
     wg.release(free.at[slot], loaded=True)
     return dk, dv
 
-  start = tuple(
-    wg.in_layout(jnp.zeros((ROWS, n), jnp.float32), on)
-    for n in (plan.H, plan.Hv)
-  )
+  start = made.zero('dk'), made.zero('dv')
   mine = lax.div(count + 1 - me, jnp.int32(2))
-  return lax.fori_loop(jnp.int32(0), mine, step, start)
+  dk, dv = lax.fori_loop(jnp.int32(0), mine, step, start)
+  return made.read('dk', dk), made.read('dv', dv)
 
 
 def _read_by(plan, column, block, first, segment) -> jax.Array:
   """[keys, rows] bool: which key of the block may be read by which row."""
   shape = (ROWS, ROWS)
-  inside = wg.positions(shape, 0, plan.hardware) + first
+  inside = wg.positions(shape, 0, plan.cores) + first
   key = inside + block * plan.block_k
   may = key <= column('high')
   if plan.lowest:
@@ -382,8 +410,8 @@ def _read_by(plan, column, block, first, segment) -> jax.Array:
   if plan.block_k % ROWS:
     may = may & (inside < plan.block_k)
   if plan.segmented:
-    keys = wg.load_vector(segment, plan.hardware, axis=0)
-    may = may & (wg.spread(keys, shape, 0) == column('segment'))
+    keys = wg.load_vector(segment, plan.cores, axis=0)
+    may = may & (wg.spread(keys, shape, 0, plan.cores) == column('segment'))
   return may
 
 

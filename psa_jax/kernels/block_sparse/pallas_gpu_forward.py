@@ -1,10 +1,11 @@
-"""The forward kernel for Hopper: a tile of queries against its listed blocks.
+"""The forward kernel for GPUs: a tile of queries against its listed blocks.
 
-One block of threads takes up to 128 rows of a query tile, 64 a computing
-warpgroup; one more warpgroup walks the list and copies the named blocks of
-keys and values into a ring of shared-memory buffers. Scores, probabilities
-and the output's sums stay in registers; the softmax is the online one of
-FlashAttention (Dao et al. 2022, Alg. 1), in powers of two.
+One block of threads takes a part of a query tile's rows, one product's worth
+for each of one or two computing warpgroups; one more warpgroup walks the list
+and copies the named blocks of keys and values into a ring of shared-memory
+buffers. Scores and probabilities are in registers; the softmax is the online
+one of FlashAttention (Dao et al. 2022, Alg. 1), in powers of two. Where the
+products' operands and sums are is the affair of `wgmma.py` and `tcgen05.py`.
 
 The trip count is the list's traced count, so the work is proportional to it.
 """
@@ -19,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from psa_jax.kernels import hopper, platform, softmax
+from psa_jax.kernels import nvidia, products, softmax
 from psa_jax.kernels import warpgroups as wg
-from psa_jax.kernels.hopper import ROWS, Rows
+from psa_jax.kernels.nvidia import Rows
 
 LOG2E = math.log2(math.e)
 
@@ -52,25 +53,28 @@ def forward(
   block_k: int,
   scale: float,
   dtype,
-  computing: int,
+  cores: nvidia.Cores,
 ) -> tuple[jax.Array, jax.Array]:
   """Output [lists, rows, Hv] in `dtype` and log-sum-exp [lists, rows].
 
   Args:
-    q: [tiles, rows, H]; tile `(b * K + head) * nq + i`. Rows are a multiple
-      of 64 * `computing`.
+    q: [tiles, rows, H]; tile `(b * K + head) * nq + i`. Rows are
+      `cores.padded`.
     k: [B, S, K, H], S a multiple of `block_k`.
     v: [B, S, K, Hv].
     lists: see `Lists`.
     rows: of [B * nq, rows].
     kv_segment: [B, S] if `rows` has segments, S a multiple of
-      `hopper.VECTOR` behind the first key of the last block.
+      `nvidia.VECTOR` behind the first key of the last block.
     block_k: keys a block.
     scale: factor on the scores.
     dtype: of the output.
-    computing: warpgroups that compute in a block of threads, 1 or 2.
+    cores: see `nvidia.Cores.for_queries`.
   """
-  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, computing)
+  kept = q.dtype.itemsize * q.shape[2]
+  if not in_place(q.shape[2], v.shape[3], q.dtype, dtype):
+    kept += jnp.dtype(dtype).itemsize * v.shape[3]
+  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, cores, kept=kept)
   kernel = wg.launch(
     functools.partial(_kernel, plan),
     [
@@ -78,7 +82,7 @@ def forward(
       jax.ShapeDtypeStruct((plan.lists, plan.rows), jnp.float32),
     ],
     blocks=plan.lists * plan.parts,
-    computing=plan.computing,
+    computing=cores.computing,
     name='block_sparse_forward',
     cost=_cost(plan, q, k, v, dtype),
   )
@@ -87,6 +91,11 @@ def forward(
   inputs = dict(q=q, k=k, v=v, ids=ids, counts=lists.counts)
   out, lse = kernel(inputs | plan.optional(rows, kv_segment))
   return out, lse
+
+
+def in_place(H: int, Hv: int, dtype, out_dtype) -> bool:
+  """Whether the output takes the queries' place in shared memory."""
+  return H == Hv and dtype == jnp.dtype(out_dtype)
 
 
 class Plan(NamedTuple):
@@ -106,12 +115,25 @@ class Plan(NamedTuple):
   out_dtype: jnp.dtype
   lowest: bool
   segmented: bool
-  hardware: bool
-  computing: int
+  cores: nvidia.Cores
+  kept: int
 
   @classmethod
-  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, computing):
-    """The numbers of a call of `forward`."""
+  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, cores, kept):
+    """The numbers of a call.
+
+    Args:
+      q: as `forward` takes it, like those up to `cores`.
+      k: likewise.
+      v: likewise.
+      lists: likewise.
+      rows: likewise.
+      block_k: likewise.
+      scale: likewise.
+      out_dtype: likewise.
+      cores: likewise.
+      kept: bytes of tiles in shared memory that belong to a row.
+    """
     return cls(
       *lists.ids.shape,
       per_tile=lists.per_tile,
@@ -126,24 +148,32 @@ class Plan(NamedTuple):
       out_dtype=jnp.dtype(out_dtype),
       lowest=rows.low is not None,
       segmented=rows.segment is not None,
-      hardware=not platform.current().interpret,
-      computing=computing,
+      cores=cores,
+      kept=kept,
     )
 
   @property
   def stages(self):
     """Buffers of keys and values; shared memory has room for so many."""
-    return 3 if self.block_k <= 64 else 2
+    rows = self.cores.computing * self.cores.rows
+    kept = self.kept
+    if self.cores.folded:
+      kept += self.block_k * self.dtype.itemsize  # the left operands
+    block = self.block_k * self.dtype.itemsize * (self.H + self.Hv)
+    # Vectors, which are rounded up to whole kilobytes, and barriers.
+    small = 1024 * (4 + len(self.row_names) + 3 * self.segmented)
+    room = nvidia.SHARED - rows * kept - small
+    return max(1, min(3, room // block))
 
   @property
   def parts(self):
     """Blocks of threads a query tile."""
-    return self.rows // (ROWS * self.computing)
+    return self.rows // (self.cores.rows * self.cores.computing)
 
   @property
   def elements(self):
     """Of a swizzled row; one number for all tiles, as products ask."""
-    return hopper.tile_elements(self.H, self.Hv, self.block_k)
+    return self.cores.elements(self.H, self.Hv, self.block_k)
 
   @property
   def row_names(self):
@@ -162,7 +192,7 @@ class Plan(NamedTuple):
 
   def vectors(self):
     """Shared memory for what a row may read, of all warpgroups."""
-    shape = (self.computing, ROWS)
+    shape = (self.cores.computing, self.cores.rows)
     return {name: plgpu.SMEM(shape, jnp.int32) for name in self.row_names}
 
   def ring(self):
@@ -172,11 +202,17 @@ class Plan(NamedTuple):
       v=self.tile(self.stages, self.block_k, self.Hv),
     )
     if self.segmented:
-      shape = (self.stages, hopper.up(self.block_k, hopper.VECTOR))
+      shape = (self.stages, nvidia.up(self.block_k, nvidia.VECTOR))
       buffers['segment'] = plgpu.SMEM(shape, jnp.int32)
     full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.stages)
-    free = plgpu.Barrier(num_arrivals=self.computing, num_barriers=self.stages)
+    free = plgpu.Barrier(
+      num_arrivals=self.cores.computing, num_barriers=self.stages
+    )
     return buffers, full, free
+
+  def sizes(self, **sums):
+    """What is multiplied into sums of so many columns."""
+    return wg.Sizes(self.cores, self.block_k, sums, self.dtype, self.elements)
 
   def where(self):
     """Where a block of threads works."""
@@ -209,48 +245,56 @@ class Where(NamedTuple):
   info: jax.Array
   part: jax.Array
 
-  def slice(self, me, computing: int):
+  def slice(self, me, cores: nvidia.Cores):
     """The rows of computing warpgroup `me`."""
-    return pl.ds((self.part * computing + me) * ROWS, ROWS)
+    return pl.ds((self.part * cores.computing + me) * cores.rows, cores.rows)
 
 
 def _kernel(plan, inputs, out_ref, lse_ref):
-  def body(q, out, lse, vectors, ready, ring):
+  def body(q, out, lse, vectors, scratch, ready, ring):
     me = lax.axis_index(wg.AXIS)
     where = plan.where()
     count = inputs['counts'][where.at]
 
-    @pl.when(me < plan.computing)
+    @pl.when(me < plan.cores.computing)
     def _compute():
-      if plan.computing > 1:
+      if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
-      rows = where.slice(me, plan.computing)
+      rows = where.slice(me, plan.cores)
       load_rows(
         [(inputs['q'].at[where.tile, rows], q.at[me])]
         + row_copies(plan, inputs, vectors, where, me),
         ready.at[me],
       )
-      result = _walk(plan, inputs, where, count, q.at[me], vectors, ring, me)
-      out.at[me][...], lse.at[me][...] = _finish(plan, *result)
+      made = products.of(sizes, scratch, me)
+      result = _walk(plan, inputs, where, count, q.at[me], vectors, ring, made)
+      # The queries were read for the last time.
+      target = (q if out is None else out).at[me]
+      target[...], lse.at[me][...] = _finish(plan, *result)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out.at[me], out_ref.at[where.at, rows])
+      plgpu.copy_smem_to_gmem(target, out_ref.at[where.at, rows])
       plgpu.copy_smem_to_gmem(lse.at[me], lse_ref.at[where.at, rows])
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(me == plan.computing)
+    @pl.when(me == plan.cores.computing)
     def _copy():
-      if plan.computing > 1:
+      if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COPY_REGISTERS, action='decrease')
       copy_blocks(plan, inputs, where, count, ring)
 
-  n = plan.computing
+  n, rows = plan.cores.computing, plan.cores.rows
+  sizes = plan.sizes(out=plan.Hv)._replace(ahead=plan.stages > 1)
   vectors = plan.vectors()
+  out = None
+  if not in_place(plan.H, plan.Hv, plan.dtype, plan.out_dtype):
+    out = plan.tile(n, rows, plan.Hv, dtype=plan.out_dtype)
   wg.scoped(
     body,
-    plan.tile(n, ROWS, plan.H),
-    plan.tile(n, ROWS, plan.Hv, dtype=plan.out_dtype),
-    plgpu.SMEM((n, ROWS), jnp.float32),
+    plan.tile(n, rows, plan.H),
+    out,
+    plgpu.SMEM((n, rows), jnp.float32),
     vectors,
+    products.scratch(sizes),
     plgpu.Barrier(num_arrivals=1 + len(vectors), num_barriers=n),
     plan.ring(),
   )
@@ -265,7 +309,7 @@ def load_rows(pairs, ready) -> None:
 
 def row_copies(plan, inputs, vectors, where, me):
   """(source, target) of the vectors that say what a row may read."""
-  rows = where.slice(me, plan.computing)
+  rows = where.slice(me, plan.cores)
   return [
     (inputs[name].at[where.info, rows], target.at[me])
     for name, target in vectors.items()
@@ -284,7 +328,7 @@ def copy_blocks(plan, inputs, where, count, ring) -> None:
       source = inputs[name].at[where.batch, keys, where.head]
       plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], arrived)
     if plan.segmented:
-      keys = pl.ds(first, hopper.up(plan.block_k, hopper.VECTOR))
+      keys = pl.ds(first, nvidia.up(plan.block_k, nvidia.VECTOR))
       source = inputs['kv_segment'].at[where.batch, keys]
       plgpu.copy_gmem_to_smem(source, buffers['segment'].at[slot], arrived)
 
@@ -293,69 +337,92 @@ def copy_blocks(plan, inputs, where, count, ring) -> None:
 
 def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
   """[rows, block_k] bool: which row may read which key of a block."""
-  shape = (ROWS, plan.block_k)
+  shape = (plan.cores.rows, plan.block_k)
 
   def row(name):
-    vector = wg.load_vector(vectors[name].at[me], plan.hardware, axis=0)
-    return wg.spread(vector, shape, 0)
+    vector = wg.load_vector(vectors[name].at[me], plan.cores, axis=0)
+    return wg.spread(vector, shape, 0, plan.cores)
 
-  key = wg.positions(shape, 1, plan.hardware) + block * plan.block_k
+  key = wg.positions(shape, 1, plan.cores) + block * plan.block_k
   may = key <= row('high')
   if plan.lowest:
     may = may & (key >= row('low'))
   if plan.segmented:
     keys = segment_ref.at[pl.ds(0, plan.block_k)]
-    keys = wg.load_vector(keys, plan.hardware, axis=1)
-    may = may & (wg.spread(keys, shape, 1) == row('segment'))
+    keys = wg.load_vector(keys, plan.cores, axis=1)
+    may = may & (wg.spread(keys, shape, 1, plan.cores) == row('segment'))
   return may
 
 
-def walk(plan, inputs, where, count, ring, step, carry):
-  """A computing warpgroup's loop: `step(slot, block, carry)` a listed block."""
-  _, full, free = ring
+def walk(plan, inputs, where, count, ring, made, q, step, carry):
+  """A computing warpgroup's loop over a list.
+
+  Args:
+    plan: of the call.
+    inputs: of the kernel.
+    where: the list is.
+    count: blocks to read.
+    ring: buffers of keys and values, and their barriers.
+    made: products.
+    q: queries in shared memory.
+    step: takes scores [rows, block_k], the buffer, the block and the carry.
+    carry: the first one.
+  """
+  buffers, full, free = ring
+
+  def begin(i):
+    slot = lax.rem(i, jnp.int32(plan.stages))
+    plgpu.barrier_wait(full.at[slot])
+    made.begin(q, buffers['k'].at[slot])
 
   def body(i, carry):
     block, carry = carry
     # Known one step ahead: the way to global memory is long.
     following = inputs['ids'][where.at, i + 1]
+    if not made.ahead:
+      begin(i)
     slot = lax.rem(i, jnp.int32(plan.stages))
-    plgpu.barrier_wait(full.at[slot])
-    carry = step(slot, block, carry)
-    loaded = plan.segmented or not plan.hardware
+    scores = made.end(q, buffers['k'].at[slot])
+    if made.ahead:
+      pl.when(i + 1 < count)(lambda: begin(i + 1))
+    carry = step(scores, slot, block, carry)
+    loaded = plan.segmented or not plan.cores.hardware
     wg.release(free.at[slot], loaded=loaded)
     return following, carry
 
+  if made.ahead:
+    pl.when(count > 0)(lambda: begin(jnp.int32(0)))
   first = inputs['ids'][where.at, 0]
   return lax.fori_loop(jnp.int32(0), count, body, (first, carry))[1]
 
 
-def _walk(plan, inputs, where, count, q, vectors, ring, me):
-  """(weighted values, largest score, sum) of 64 rows; scores times log2(e)."""
-  on = plan.hardware
+def _walk(plan, inputs, where, count, q, vectors, ring, made):
+  """(weighted values, largest score, sum) by row; scores times log2(e)."""
+  me = lax.axis_index(wg.AXIS)
   buffers = ring[0]
-  shape = (ROWS, plan.block_k)
+  shape = (plan.cores.rows, plan.block_k)
 
-  def step(slot, block, carry):
+  def step(s, slot, block, carry):
     out, top, total = carry
-    s = wg.product(q, buffers['k'].at[slot], hardware=on, b_transposed=True)
     segment = buffers['segment'].at[slot] if plan.segmented else None
     may = may_read(plan, vectors, me, block, segment)
     s = jnp.where(may, s * (plan.scale * LOG2E), softmax.MASKED)
     higher = jnp.maximum(top, s.max(1))
-    p = jnp.exp2(s - wg.spread(higher, shape, 0))
+    p = jnp.exp2(s - wg.spread(higher, shape, 0, plan.cores))
     old = jnp.exp2(top - higher)
     total = total * old + p.sum(1)
-    out = out * wg.spread(old, out.shape, 0)
+    out = made.scaled('out', out, old)
     values = buffers['v'].at[slot]
-    out = wg.product(p.astype(plan.dtype), values, out, hardware=on)
+    out = made.plus('out', out, p.astype(plan.dtype), values)
     return out, higher, total
 
-  start = (
-    wg.in_layout(jnp.zeros((ROWS, plan.Hv), jnp.float32), on),
-    wg.in_layout(jnp.full((ROWS,), softmax.MASKED / 2, jnp.float32), on, 0),
-    wg.in_layout(jnp.zeros((ROWS,), jnp.float32), on, 0),
-  )
-  return walk(plan, inputs, where, count, ring, step, start)
+  def rows(value):
+    x = jnp.full((plan.cores.rows,), value, jnp.float32)
+    return wg.in_layout(x, plan.cores, 0)
+
+  start = made.zero('out'), rows(softmax.MASKED / 2), rows(0.0)
+  out, *rest = walk(plan, inputs, where, count, ring, made, q, step, start)
+  return made.read('out', out), *rest
 
 
 def _finish(plan, out, top, total):
@@ -363,7 +430,7 @@ def _finish(plan, out, top, total):
   some = total > 0
   total = jnp.where(some, total, 1.0)
   lse = jnp.where(some, top / LOG2E + jnp.log(total), -jnp.inf)
-  out = out / wg.spread(total, out.shape, 0)
+  out = out / wg.spread(total, out.shape, 0, plan.cores)
   return out.astype(plan.out_dtype), lse
 
 

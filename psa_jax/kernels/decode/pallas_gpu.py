@@ -1,10 +1,10 @@
-"""Decoding by block list on Hopper GPUs, by the forward kernel of block_sparse.
+"""Decoding by block list on GPUs, by the forward kernel of block_sparse.
 
-The T queries of the G heads of a group are the rows of one tile, padded to 64:
-the tensor cores have time to spare, because decoding waits for the cache. So
-that a small batch uses the whole GPU, a list is dealt out to several blocks of
-threads, each with its own softmax; the parts are merged through their
-log-sum-exp (split-K, as in Flash-Decoding; Dao et al. 2023).
+The T queries of the G heads of a group are the rows of one tile, padded to 64
+or 128: the tensor cores have time to spare, because decoding waits
+for the cache. So that a small batch uses the whole GPU, a list is dealt out to
+several blocks of threads, each with its own softmax; the parts are merged
+through their log-sum-exp (split-K, as in Flash-Decoding; Dao et al. 2023).
 
 The cache is read where it is. Only if its room is not a multiple of `block_k`,
 or a head's width not one of 16, a padded copy is made in every step.
@@ -14,19 +14,20 @@ Executed so far: see `block_sparse/pallas_gpu.py`.
 
 import jax.numpy as jnp
 
-from psa_jax.kernels import hopper, softmax
+from psa_jax.kernels import nvidia, softmax
 from psa_jax.kernels.block_sparse import pallas_gpu as block_sparse
-from psa_jax.kernels.hopper import Rows
+from psa_jax.kernels.nvidia import Cores, Rows
 from psa_jax.kernels.tiles import Tiles
 
-# Blocks of threads to aim at: two for each multiprocessor of an H100.
+# Blocks of threads to aim at: two for each multiprocessor of an H100, of which
+# a B200 has a few more.
 BLOCKS = 264
 
 
 def refusal(where, q, k, v, *lists, spec) -> str | None:
   """Why the call cannot run on `where`, or None."""
   del lists
-  return hopper.refusal(where, q, k, v, spec.block_k)
+  return nvidia.refusal(where, q, k, v, spec.block_k)
 
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
@@ -34,20 +35,21 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
+  cores = Cores.for_queries(tiles.rows, spec.block_k, q, v, most=1)
   ids, counts = block_sparse.clip_lists(tiles, ids, counts)
   ids, counts = deal(ids, counts, parts=_parts(tiles, ids.shape[-1]))
   parts = ids.shape[2]
   outs, lses = kernel.forward(
-    block_sparse.pack_rows(tiles, hopper.pad_width(q)),
-    block_sparse.pack_keys(tiles, k),
-    block_sparse.pack_keys(tiles, v),
+    block_sparse.pack_rows(tiles, cores, nvidia.pad_width(q)),
+    block_sparse.pack_keys(tiles, nvidia.pad_width(k)),
+    block_sparse.pack_keys(tiles, nvidia.pad_width(v)),
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1), parts),
-    _row_limits(tiles, spec, lengths, starts),
+    _row_limits(tiles, cores, spec, lengths, starts),
     None,
     block_k=spec.block_k,
     scale=spec.scale,
     dtype=jnp.float32,
-    computing=1,
+    cores=cores,
   )
 
   def part(x, i):
@@ -74,7 +76,7 @@ def deal(ids, counts, *, parts: int):
     by one at most.
   """
   B, K, M = ids.shape
-  ids = hopper.pad_axis(ids, 2, hopper.up(M, parts))
+  ids = nvidia.pad_axis(ids, 2, nvidia.up(M, parts))
   ids = jnp.swapaxes(ids.reshape(B, K, -1, parts), 2, 3)
   ahead = jnp.arange(parts)[None, None]
   return ids, (counts[..., None] + parts - 1 - ahead) // parts
@@ -85,15 +87,15 @@ def _parts(tiles: Tiles, M: int) -> int:
   return max(1, min(M, BLOCKS // (tiles.B * tiles.K)))
 
 
-def _row_limits(tiles: Tiles, spec, lengths, starts) -> Rows:
+def _row_limits(tiles: Tiles, cores: Cores, spec, lengths, starts) -> Rows:
   """`Rows` of [B, padded rows]: row `(g, t)` is query `t`."""
   t = lengths[:, None] - tiles.T + jnp.arange(tiles.T)[None]
   low = jnp.broadcast_to(starts[:, None], t.shape)
   if spec.window is not None:
     low = jnp.maximum(low, t - spec.window + 1)
-  rows = block_sparse.padded_rows(tiles)
+  rows = cores.padded(tiles.rows)
 
   def pack(x, value):
-    return hopper.pad_axis(jnp.tile(x, (1, tiles.G)), 1, rows, value)
+    return nvidia.pad_axis(jnp.tile(x, (1, tiles.G)), 1, rows, value)
 
   return Rows(pack(jnp.minimum(t, tiles.S - 1), -1), pack(low, 0), None)

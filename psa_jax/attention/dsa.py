@@ -1,0 +1,292 @@
+"""Sparse attention by a learned indexer (`dsa`), DSA of DeepSeek-V3.2-Exp.
+
+arXiv 2512.02556: a small indexer scores every earlier token,
+
+  I[t, s] = sum_j w[t, j] relu(qI[t, j] . kI[s])
+
+and attention reads the best ones; all heads read the same. The choice has no
+gradient, so the indexer learns from a loss of its own (`loss/index_kl` in the
+aux scalars, see `kernels/indexer`): the divergence of the attention of all
+heads together from softmax(I). Two stages, by the step:
+
+* before `warmup_steps`: attention is dense, the divergence is over all visible
+  keys, and only the indexer trains (`train.optim.freeze`);
+* from then on: attention is sparse, the divergence is over the keys that were
+  read, everything trains. The indexer's input is detached, the attention is a
+  constant of its loss: it learns from the divergence only, the model from the
+  text only.
+
+Both are one program. In stage 1 it still works out the gradient of the frozen
+model and drops it.
+
+The keys are chosen by blocks, for a tile of queries at a time, as `psa` does
+it and with the same guarantees: the tile's first query scores the blocks that
+lie wholly at or before it, a block by the pooled scores of its tokens; sink,
+own blocks and a local window are always read. With `block_q = block_k = 1`,
+`window = 1` and no sink that is the paper's choice of tokens for every query
+(a query always reads itself); its lists take T * top_k numbers. A tile that the
+end of the sequence cuts counts as a whole one, as in `psa`: everything is read
+once `top_k` covers the whole of it.
+
+The indexer's own cost stays O(T^2 / block_q) products, and O(T^2) in stage 1;
+nothing is of size T x T in memory. Cached decoding: `select_for_decode`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from psa_jax import schedules
+from psa_jax.attention.blocks import BlockList, document_start, retained_mass
+from psa_jax.config import AttentionConfig, ConfigError, DsaConfig
+from psa_jax.kernels import dense as dense_lib
+from psa_jax.kernels import indexer, topk
+from psa_jax.kernels.block_scores import Ranges
+from psa_jax.kernels.block_sparse import block_sparse_attention
+from psa_jax.kernels.indexer import Index
+from psa_jax.types import AttnOut, Learned, Scalar
+
+HEAD_AXIS = 'tensor'  # mesh axis that splits the heads inside `base.attend`
+DENSE_TILE = 128, 512  # queries and keys of a tile of the dense divergence
+FIRST, LAST = 1e30, -1e30  # importance that no score can have
+
+
+def dsa(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+  causal: bool = True,
+  learned: Learned,
+  budget: Scalar | None = None,
+) -> AttnOut:
+  """Attention over what the indexer chose; see `base.attend`.
+
+  `learned.tokens` are the fields of `Index`. The aux scalars are those of
+  `psa`; `budget` is in tokens or a share of the visible blocks, as the
+  configuration has it. In training there is `loss/index_kl` too, in nats a
+  query.
+  """
+  if not causal:
+    raise ConfigError(
+      'attention dsa is causal; a bidirectional model takes dense'
+    )
+  cfg = config.dsa
+  index = Index(**learned.tokens)
+  budget = budget_at(cfg, step, train, budget)
+
+  def sparse():
+    return _sparse(q, k, v, index, config, budget, segment_ids, train)
+
+  def dense():
+    return _dense(q, k, v, index, config, segment_ids, train)
+
+  if cfg.warmup_steps:
+    early = jnp.asarray(step) < cfg.warmup_steps
+    out, lse, density, kl = lax.cond(early, dense, sparse)
+  else:
+    out, lse, density, kl = sparse()
+  aux = {
+    'density': density,
+    'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'budget': budget,
+  }
+  return AttnOut(out, aux | ({'loss/index_kl': kl} if train else {}))
+
+
+def _sparse(q, k, v, index, config, budget, segment_ids, train):
+  """Output, log-sum-exp, density and divergence of stage 2."""
+  cfg = config.dsa
+  blocks = select_blocks(index, cfg, budget=budget, segment_ids=segment_ids)
+  ids = checkpoint_name(blocks.ids, 'attn_ids')
+  counts = checkpoint_name(blocks.counts, 'attn_counts')
+  heads = k.shape[2]
+  out, lse = block_sparse_attention(
+    q,
+    k,
+    v,
+    jnp.broadcast_to(ids, (len(ids), heads, *ids.shape[2:])),
+    jnp.broadcast_to(counts, (len(ids), heads, counts.shape[-1])),
+    block_q=cfg.block_q,
+    block_k=cfg.block_k,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    check_lists=config.check_lists,
+    implementation=config.implementation,
+  )
+  read, visible = (
+    x.sum(-1).astype(jnp.float32) for x in (blocks.counts, blocks.visible)
+  )
+  density = 1 - ((visible - read) / visible).mean()
+  lists = ids[:, 0], counts[:, 0]
+  tile = cfg.block_q, cfg.block_k
+  kl = _divergence(index, q, k, lse, lists, tile, segment_ids, train)
+  return out, lse, density, kl
+
+
+def _dense(q, k, v, index, config, segment_ids, train):
+  """The same of stage 1, over all visible keys."""
+  known = config.implementation in dense_lib.IMPLEMENTATIONS
+  out, lse = dense_lib.dense_attention(
+    q,
+    k,
+    v,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    implementation=config.implementation if known else 'auto',
+  )
+  B, T = q.shape[:2]
+  tile = tuple(min(size, T) for size in DENSE_TILE)
+  tiles, blocks = (-(-T // size) for size in tile)
+  ids = jnp.broadcast_to(jnp.arange(blocks)[None, None], (B, tiles, blocks))
+  last = jnp.arange(1, tiles + 1) * tile[0] - 1
+  counts = jnp.minimum(last // tile[1] + 1, blocks)[None]
+  lists = ids, jnp.broadcast_to(counts, (B, tiles))
+  kl = _divergence(index, q, k, lse, lists, tile, segment_ids, train)
+  return out, lse, jnp.float32(1), kl
+
+
+def _divergence(index, q, k, lse, lists, tile, segment_ids, train):
+  """Mean over queries; 0 outside training, where nothing learns from it."""
+  if not train:
+    return jnp.float32(0)
+  split = HEAD_AXIS in jax.sharding.get_abstract_mesh().manual_axes
+  return indexer.divergence(
+    index,
+    q,
+    k,
+    lse,
+    *lists,
+    block_q=tile[0],
+    block_k=tile[1],
+    segment_ids=segment_ids,
+    axis=HEAD_AXIS if split else None,
+  ).mean()
+
+
+def budget_at(
+  cfg: DsaConfig, step: Scalar, train: bool, budget: Scalar | None = None
+) -> jax.Array:
+  """Tokens or keep ratio at `step`, f32; outside training its own, if set.
+
+  Args:
+    cfg: the schedules.
+    step: optimiser step.
+    train: whether this is a training step.
+    budget: takes the place of the schedule, if given.
+  """
+  if not train and cfg.eval_budget:
+    return jnp.float32(cfg.eval_budget)
+  if budget is not None:
+    return jnp.asarray(budget, jnp.float32)
+  schedule = cfg.top_k if cfg.budget == 'tokens' else cfg.keep
+  return schedules.make(schedule)(step)
+
+
+def list_width(cfg: DsaConfig, blocks: int) -> int:
+  """M: entries of a list over `blocks` key blocks (static).
+
+  The largest share or number of tokens that the schedule asks for.
+  """
+  schedule = cfg.top_k if cfg.budget == 'tokens' else cfg.keep
+  most = max(schedules.upper_bound(schedule), cfg.eval_budget)
+  wanted = most / cfg.block_k if cfg.budget == 'tokens' else most * blocks
+  forced = min(cfg.forced_blocks, blocks)
+  return min(max(forced, int(wanted) + 1), blocks)
+
+
+def select_blocks(
+  index: Index,
+  cfg: DsaConfig,
+  *,
+  budget: Scalar,
+  segment_ids: Int[Array, 'B T'] | None = None,
+) -> BlockList:
+  """The block list of every query tile; one for all heads, so K is 1.
+
+  Args:
+    index: of all tokens; of the queries, only the first of a tile counts.
+    cfg: block sizes, window, sink, pooling and kind of budget.
+    budget: traced tokens or keep ratio; see `budget_at`.
+    segment_ids: documents; nondecreasing along T.
+  """
+  B, T = index.q.shape[:2]
+  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
+  first = jnp.arange(0, T, cfg.block_q)[None]
+  queries = index._replace(
+    q=index.q[:, :: cfg.block_q], weights=index.weights[:, :: cfg.block_q]
+  )
+  return _choose(cfg, queries, first, starts, budget)
+
+
+def select_for_decode(
+  index: Index,
+  cfg: DsaConfig,
+  *,
+  positions: Int[Array, 'B'],
+  budget: Scalar,
+  starts: Int[Array, 'B'] | None = None,
+) -> BlockList:
+  """What `select_blocks` gives the query tile that begins at `positions`.
+
+  Args:
+    index: the tile's first query [B, 1, ...] of each row, and the cached keys
+      [B, S, E]; those behind the query may hold anything finite.
+    cfg: as in prefill.
+    positions: of the queries, multiples of `cfg.block_q`.
+    budget: as in prefill.
+    starts: position of the first token of the document of each query; None
+      means 0.
+  """
+  positions = positions.astype(jnp.int32)[:, None]
+  starts = jnp.zeros_like(positions) if starts is None else starts[:, None]
+  return _choose(cfg, index, positions, starts, budget)
+
+
+def _choose(cfg, index, first, starts, budget):
+  """The lists of tiles whose first queries `index.q` are at `first`."""
+  blocks = -(-index.k.shape[1] // cfg.block_k)
+  begin = starts // cfg.block_k
+  first = jnp.broadcast_to(first, begin.shape)
+  # As in psa: how much a tile reads must not depend on the end of the
+  # sequence, which decoding does not know.
+  end = (first + cfg.block_q - 1) // cfg.block_k + 1
+  cut = jnp.maximum(end - blocks, 0)
+  ranges = Ranges(
+    begin=begin,
+    end=end - cut,
+    scored=(first + 1) // cfg.block_k,
+    sink=begin + cfg.sink_blocks,
+    near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
+  )
+  visible, forced = ranges.visible(), ranges.forced()
+  if cfg.budget == 'tokens':
+    wanted = jnp.asarray(budget, jnp.float32) / cfg.block_k
+  else:
+    wanted = budget * (visible + cut).astype(jnp.float32)
+  # The small constant keeps rounding in f32 from adding a block.
+  counts = jnp.ceil(wanted - 1e-3).astype(jnp.int32) - cut
+  width = list_width(cfg, blocks)
+  counts = jnp.minimum(jnp.maximum(counts, forced), jnp.minimum(visible, width))
+
+  def rank(scores, number):
+    part = jax.tree.map(lambda x: x[:, number], (ranges, counts))
+    eligible, forced, visible = (
+      x[:, 0] for x in Ranges(*part[0]).masks(blocks)
+    )
+    scores = jnp.clip(scores, LAST / 2, FIRST / 2)
+    scores = jnp.where(eligible, scores, LAST)
+    scores = jnp.where(forced, FIRST, scores)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    return topk.top_k(scores, part[1], max_k=width).indices
+
+  ids = indexer.block_importance(
+    index, starts, block_k=cfg.block_k, pooling=cfg.pooling, then=rank
+  )
+  return BlockList(ids[:, None], counts[:, None], visible[:, None])

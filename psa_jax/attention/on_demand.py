@@ -1,0 +1,49 @@
+"""Attention by the high bits of the keys, more on demand (`on_demand`).
+
+SpAtten's progressive quantisation; see `psa_jax/quant/on_demand.py`. Every
+visible key is read, so `density` is 1; what is saved are bits.
+"""
+
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from psa_jax.config import AttentionConfig
+from psa_jax.quant.on_demand import on_demand_attention
+from psa_jax.types import AttnOut, Learned, Scalar
+
+
+def on_demand(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  config: AttentionConfig,
+  step: Scalar = 0,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  train: bool = True,
+  causal: bool = True,
+  learned: Learned | None = None,
+) -> AttnOut:
+  """Attention by bits on demand; args as in `base.attend`.
+
+  The aux scalars beside `density` are `refetch_rate` (share of query rows that
+  read the low bits) and `key_bits` (bits read of a key channel).
+  """
+  del step, train, learned  # no schedule, no parameters
+  out, stats = on_demand_attention(
+    q,
+    k,
+    v,
+    config=config.on_demand,
+    causal=causal,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    implementation=config.implementation,
+  )
+  aux = {
+    'density': jnp.float32(1),
+    'refetch_rate': stats.refetch_rate,
+    'key_bits': stats.key_bits,
+  }
+  return AttnOut(checkpoint_name(out, 'attn_out'), aux)

@@ -1,0 +1,334 @@
+"""Cascade pruning over a whole stack of layers: what is pruned is gone.
+
+SpAtten, arXiv 2012.09852. In front of a layer that keeps less than the one
+before it, the surviving rows of the residual stream are gathered to the
+layer's static size, so queries, keys, values and the feed-forward layer of all
+later layers have fewer rows; the weights of the surviving heads are gathered
+likewise. A pruned token's output is its residual stream as it left; at the end
+every row is back in its place. Rotary positions are those of the input.
+`attention/survivors.py` says how many rows a layer has and who fills them.
+
+What is different in a causal model:
+
+* Tokens are judged when they come, by their own attention only, and their
+  number follows a quota that any prefix obeys; see `survivors.py`. A layer may
+  then have fewer tokens than rows; the spare rows hold something that nothing
+  reads.
+* Heads: the paper's sum over all queries of the sentence would let the last
+  token choose the heads of the first. They are chosen by a running mean of the
+  same sum over earlier training batches instead (`SelfAttention.
+  head_importance`, a statistic like a batch norm's), so one choice holds for
+  all rows. An encoder chooses anew for every row, as the paper does for a
+  sentence; documents that share a row share the choice, and so have a say in
+  each other's heads.
+
+The schedule `amount` scales all that is pruned. Sizes are static, so it climbs
+a short ladder of rungs: each is a branch of one `lax.switch` on the step, all
+are compiled in one program, one runs. Rounding is towards less pruning. Rows
+that are really gone cannot be had from a traced count in a fixed size, and a
+stage of its own in the trainer for each rung would compile the whole train
+step for each; the price here is that the program holds every rung. The share
+of values, which has no shape, follows the schedule at every step.
+
+Not done: heads that `mesh.tensor` cannot split evenly after pruning are
+refused; a mesh that splits rows only takes any.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from psa_jax import schedules
+from psa_jax.attention import survivors
+from psa_jax.attention.cascade import Pruning
+from psa_jax.attention.rotary import Rotary
+from psa_jax.config import CascadeConfig, ConfigError, ModelConfig
+from psa_jax.models.blocks import remat
+from psa_jax.types import Scalar
+
+PADDING = 0  # segment id of what is no token, in a bidirectional model
+DEAD = -1  # segment id of spare rows
+MOMENTUM = 0.9  # of the running mean of head importance
+
+
+class Rows(NamedTuple):
+  """The rows that are left, all [B, n].
+
+  Attributes:
+    place: position in the input.
+    alive: holds a token; the rows that do come first, in order.
+    score: cumulative importance.
+    document: number of the token's document in the row.
+    budget: tokens that its quota is a share of: those of the document up to
+      it in a causal model, else all of the document.
+    segment: segment id; DEAD where not alive.
+  """
+
+  place: jax.Array
+  alive: jax.Array
+  score: jax.Array
+  document: jax.Array
+  budget: jax.Array
+  segment: jax.Array
+
+
+def rungs(config: CascadeConfig) -> tuple[float, ...]:
+  """Values of `amount` that have a program, ascending."""
+  amount = config.amount
+  if amount.kind == 'constant':
+    return (amount.init,)
+  if amount.kind == 'piecewise':
+    return tuple(sorted(set(amount.values)))
+  low, high = sorted((amount.init, amount.final))
+  if low == high:
+    return (low,)
+  step = (high - low) / config.rungs
+  between = tuple(low + step * i for i in range(1, config.rungs))
+  return (low, *between, high)
+
+
+class Cascade:
+  """Runs stacked blocks, smaller and smaller."""
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    config: ModelConfig,
+    *,
+    step: Scalar,
+    train: bool,
+    causal: bool,
+  ):
+    """Remembers what all layers share.
+
+    Args:
+      graphdef: structure of one block.
+      config: the model.
+      step: optimiser step.
+      train: move running statistics.
+      causal: whether a token sees only what is before it.
+    """
+    self.graphdef, self.config = graphdef, config
+    self.cascade = config.attention.cascade
+    self.step, self.train, self.causal = step, train, causal
+    self.learns_heads = causal and self.cascade.head_keep < 1
+    if self.learns_heads and config.attention.name != 'cascade':
+      raise ConfigError(
+        'a causal model prunes heads by statistics of its training; set '
+        'model.attention.name=cascade, or cascade.head_keep=1'
+      )
+
+  def __call__(self, x, arrays, rope: Rotary, segment_ids, mask):
+    """The residual stream [B, T, D], moved statistics, and means of scalars.
+
+    Args:
+      x: [B, T, D] embedded tokens.
+      arrays: parameters and statistics with a leading axis of length L.
+      rope: rotary table of the positions.
+      segment_ids: [B, T] documents in runs, or None. In a bidirectional model
+        `PADDING` is no document: it is read by nothing and leaves first.
+      mask: [B, T] tokens that count in norm statistics, or None.
+    """
+    amounts = rungs(self.cascade)
+    branches = [functools.partial(self._run, amount) for amount in amounts]
+    operands = x, arrays, rope, segment_ids, mask
+    if len(branches) == 1:
+      return branches[0](*operands)
+    amount = schedules.make(self.cascade.amount)(self.step)
+    passed = amount + 1e-6 >= jnp.asarray(amounts[1:], jnp.float32)
+    return lax.switch(jnp.sum(passed), branches, *operands)
+
+  def _run(self, amount, x, arrays, rope, segment_ids, mask):
+    """One rung: all layers at static sizes."""
+    K, packed = self.config.num_kv_heads, segment_ids is not None
+    sizes = survivors.plan(
+      self.cascade,
+      self.config.num_layers,
+      tokens=x.shape[1],
+      kv_heads=K,
+      amount=amount,
+      packed=packed,
+    )
+    rows = start = self._start(x, segment_ids)
+    heads, importance, share, alive = None, 0, survivors.UNIT, None
+    if packed and not self.causal:
+      alive = rows.alive
+    left, there = x, (rope, mask)
+    moved, said = [], []
+    for index, size in enumerate(sizes):
+      if size.share < share:
+        x = _write(x, left, rows)
+        rows = self._prune(rows, size, share, packed)
+        left, share = _take(x, rows.place), size.share
+        # Shapes tell that no row is spare in an encoder without padding.
+        alive = rows.alive if packed or self.causal else None
+        there = _rope_at(rope, rows.place), _mask_at(mask, rows.place, alive)
+      if size.heads < (K if heads is None else heads.shape[-1]):
+        heads = _choose_heads(importance, heads, size.heads)
+      # What is measured serves the layers behind that hold less than this one.
+      measured = self.learns_heads or size[1:] != sizes[-1][1:]
+      layer = functools.partial(self._layer, measured or heads is not None)
+      left, (stats, aux, found) = remat(
+        layer, self.config.remat, in_scan=False
+      )(
+        left,
+        jax.tree.map(lambda array, i=index: array[i], arrays),
+        *there,
+        # A causal query does not see the spare rows anyway: they come last.
+        rows.segment if packed else None,
+        alive,
+        heads[0] if self.causal and heads is not None else heads,
+      )
+      if found is not None:
+        rows = rows._replace(score=rows.score + found.tokens)
+        importance = _add_heads(importance, found.heads, heads)
+      moved.append(stats)
+      said.append(aux | self._shares(start, rows, size.heads / K))
+    x = left if share == survivors.UNIT else _write(x, left, rows)
+    aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *said)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved), aux
+
+  def _layer(self, measured, x, arrays, rope, mask, segment_ids, alive, heads):
+    """One block: the residual stream, and everything that it says."""
+    block = nnx.merge(self.graphdef, *arrays)
+    run = functools.partial(
+      block.pruned if measured else block,
+      step=self.step,
+      rope=rope,
+      segment_ids=segment_ids,
+      mask=mask,
+      train=self.train,
+      causal=self.causal,
+    )
+    if not measured:
+      # The program of dense attention, to the bit where nothing was pruned.
+      (x, aux), found = run(x, mechanism='cascade'), None
+    else:
+      x, aux, found = run(x, Pruning(heads, alive))
+      found = lax.stop_gradient(found)
+      if self.learns_heads:
+        found = self._learn_heads(block.attention, found, x, alive, heads)
+    stats = nnx.as_pure(nnx.state(block, nnx.BatchStat))
+    return x, (stats if self.train else None, aux, found)
+
+  def _learn_heads(self, attention, found, x, alive, heads):
+    """Moves the running importance; what it was before is what prunes."""
+    statistic = attention.head_importance
+    at = slice(None) if heads is None else heads
+    old = statistic[...][at]
+    if self.train:
+      # A mean over tokens, so that it does not depend on the batch's size.
+      count = x.shape[0] * x.shape[1] if alive is None else alive.sum()
+      size = found.heads.sum(0) / jnp.maximum(count, 1)
+      new = old + (1 - MOMENTUM) * (size - old)
+      statistic[...] = statistic[...].at[at].set(new)
+    return found._replace(heads=old[None])
+
+  def _shares(self, start: Rows, rows: Rows, heads: float):
+    """Scalars of a layer: what it reads and holds, as shares of the whole."""
+    read, visible = (
+      survivors.pairs(x.document, x.alive, self.causal) for x in (rows, start)
+    )
+    read = jnp.where(visible > 0, read / jnp.maximum(visible, 1), 1)
+    tokens, every = (x.alive.sum().astype(jnp.float32) for x in (rows, start))
+    return {
+      'density': read.mean() * heads,
+      'kept_tokens': tokens / jnp.maximum(every, 1),
+      'kept_heads': jnp.float32(heads),
+    }
+
+  def _start(self, x, segment_ids) -> Rows:
+    """All rows."""
+    B, T = x.shape[:2]
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    alive = jnp.ones((B, T), bool)
+    if segment_ids is None:
+      segment = jnp.zeros((B, T), jnp.int32)
+    else:
+      segment = segment_ids
+    if segment_ids is not None and not self.causal:
+      alive = segment != PADDING
+    document, seen, length = survivors.runs(segment)
+    budget = seen if self.causal else length
+    score = jnp.zeros((B, T), jnp.float32)
+    return Rows(place, alive, score, document, budget, segment)
+
+  def _prune(self, rows: Rows, size, share: int, packed: bool) -> Rows:
+    """The rows of the next layer, which keeps `size.share` instead of `share`.
+
+    Where `packed` is false a row is one document; without causality none of
+    its rows is spare then.
+    """
+    cfg = self.cascade
+    generous = rows.document < cfg.documents
+    quotas = survivors.quota(rows.budget, size.share, generous)
+    quotas = jnp.where(rows.alive, quotas, 0)
+    document = jnp.where(rows.alive, rows.document, DEAD)
+    if self.causal:
+      kept = survivors.keep_causal(
+        rows.score,
+        rows.alive,
+        quotas,
+        document,
+        shares=(size.share, share),
+        window=cfg.window,
+        credit=cfg.credit,
+      )
+    else:
+      kept = survivors.keep_bidirectional(
+        rows.score, quotas, document if packed else None
+      )
+    at, alive = survivors.compact(kept, size.tokens)
+    rows = jax.tree.map(lambda x: _take(x, at), rows)
+    segment = jnp.where(alive, rows.segment, DEAD)
+    return rows._replace(alive=alive, segment=segment)
+
+
+def _take(x, at):
+  """Entries [B, n, ...] of x [B, T, ...]."""
+  return jnp.take_along_axis(
+    x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1
+  )
+
+
+def _rope_at(rope: Rotary, place) -> Rotary:
+  """Angles of the positions that are left."""
+  B, T = place.shape[0], rope.cos.shape[1]
+  every = (jnp.broadcast_to(x, (B, T, x.shape[-1])) for x in rope)
+  return Rotary(*(_take(x, place) for x in every))
+
+
+def _mask_at(mask, place, alive):
+  """The mask of what is left; spare rows do not count."""
+  if mask is None:
+    return alive
+  mask = _take(mask, place)
+  return mask if alive is None else jnp.where(alive, mask, 0)
+
+
+def _write(x, left, rows: Rows):
+  """Puts the rows that are left back into their places [B, T, D]."""
+  B, T = x.shape[:2]
+  place = jnp.where(rows.alive, rows.place, T)
+  return x.at[jnp.arange(B)[:, None], place].set(left, mode='drop')
+
+
+def _choose_heads(importance, heads, count: int):
+  """The most important [R, count] of the kv heads that are left."""
+  if heads is None:
+    heads = jnp.broadcast_to(
+      jnp.arange(importance.shape[1], dtype=jnp.int32)[None], importance.shape
+    )
+  return survivors.top_heads(importance, heads, count)
+
+
+def _add_heads(importance, found, heads):
+  """Adds what the heads that are left [R, n] got to the sums [R, K]."""
+  if heads is None:
+    return importance + found
+  rows = jnp.arange(heads.shape[0])[:, None]
+  return importance.at[rows, heads].add(found)

@@ -1,0 +1,1 @@
+"""Fewer bits: in training, on demand, and in the cache."""
