@@ -112,8 +112,9 @@ def documents(T, B=2):
 
 def chosen(x, sizes):
   """{(b, kv head, t): blocks that are read} by the library's lists."""
+  x = {n: jnp.asarray(a) for n, a in x.items()}
   cfg, raw = config(sizes).nsa, learned(x)
-  q, k, v = (jnp.asarray(x[n]) for n in 'qkv')
+  q, k, v = (x[n] for n in 'qkv')
   kc, vc = nsa.nsa_compress.compress_pair(
     *nsa.nsa_compress.raw_pair(k, v, raw),
     raw,
