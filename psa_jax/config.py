@@ -11,6 +11,7 @@ from here.
 
 from dataclasses import dataclass
 
+from psa_jax.config_attention import APPROXIMATED as APPROXIMATED
 from psa_jax.config_attention import BUDGETED as BUDGETED
 from psa_jax.config_attention import AttentionConfig as AttentionConfig
 from psa_jax.config_attention import CascadeConfig as CascadeConfig
@@ -21,6 +22,7 @@ from psa_jax.config_attention import NsaConfig as NsaConfig
 from psa_jax.config_attention import OnDemandConfig as OnDemandConfig
 from psa_jax.config_attention import PsaConfig as PsaConfig
 from psa_jax.config_attention import SlaConfig as SlaConfig
+from psa_jax.config_attention import SoftmaxConfig as SoftmaxConfig
 from psa_jax.config_attention import TopkConfig as TopkConfig
 from psa_jax.config_fields import ConfigError as ConfigError
 from psa_jax.config_fields import RunError as RunError

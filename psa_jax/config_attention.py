@@ -273,6 +273,29 @@ class NsaConfig:
 
 
 @dataclass(frozen=True)
+class SoftmaxConfig:
+  """Which softmax block lists are read with (MECHANISMS section 9).
+
+  Attributes:
+    kind: `polynomial` takes the softmax of a cubic of the scores, `sas`
+      replaces e^x by a table and a cubic and drops what is below e^-6.
+    coefficients: a0 to a3 of the polynomial; (0, 1, 0, 0) changes nothing.
+    clamp: scores are cut to [-clamp, clamp] before the polynomial; 0 is off.
+    mix: schedule of the share of these coefficients, in [0, 1]; the rest is
+      the plain softmax.
+  """
+
+  kind: str = choice('exact', 'exact', 'polynomial', 'sas')
+  coefficients: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0)
+  clamp: float = 0.0
+  mix: ScheduleConfig = ScheduleConfig()
+
+
+# Mechanisms that read block lists with `AttentionConfig.softmax`.
+APPROXIMATED = ('psa', 'hybrid')
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
   """Which mechanism reads the keys; one sub-config per mechanism.
 
@@ -282,6 +305,7 @@ class AttentionConfig:
       that the mechanism lacks or that cannot run is refused.
     check_lists: for debugging: a run stops at the first block list that names
       a block twice, or one that is not there. Slow.
+    softmax: exact or approximate, for `psa` and `hybrid`.
     dense, psa, topk, hybrid, on_demand, nsa, dsa, sla, cascade: the settings of
       each mechanism; `nsa` also those of `nsa_tile`.
   """
@@ -303,6 +327,7 @@ class AttentionConfig:
     'auto', 'auto', 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'
   )
   check_lists: bool = runtime(False)
+  softmax: SoftmaxConfig = SoftmaxConfig()
   dense: DenseConfig = DenseConfig()
   psa: PsaConfig = PsaConfig()
   topk: TopkConfig = TopkConfig()

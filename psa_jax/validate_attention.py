@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 
 from psa_jax.config import (
+  APPROXIMATED,
   BUDGETED,
   Config,
   HybridConfig,
   ScheduleConfig,
+  SoftmaxConfig,
   TopkConfig,
 )
 
@@ -32,6 +34,9 @@ def _schedule_ranges(path: str, allowed: str) -> dict[str, str]:
 
 # See `validate.RANGES`.
 RANGES = {
+  'model.attention.softmax.coefficients': '(-inf, inf)',
+  'model.attention.softmax.clamp': _OPTIONAL,
+  **_schedule_ranges('model.attention.softmax.mix', '[0, 1]'),
   'model.attention.psa.block_q': _COUNT,
   'model.attention.psa.block_k': _COUNT,
   'model.attention.psa.window': _COUNT,
@@ -113,6 +118,37 @@ def _check_schedules(config: Config) -> Iterator[str]:
     )
 
 
+def _check_softmax(config: Config) -> Iterator[str]:
+  attention, path = config.model.attention, 'config.model.attention.softmax'
+  softmax = attention.softmax
+  yield from _check_schedule(f'{path}.mix', softmax.mix)
+  yield from _check_cubic(path, softmax.coefficients, softmax.mix)
+  if softmax.kind != 'exact' and attention.name not in APPROXIMATED:
+    yield (
+      f'{path}.kind is {softmax.kind}, but attention {attention.name} does not '
+      f'read it; it is for {" and ".join(APPROXIMATED)}, set it to exact'
+    )
+  default = SoftmaxConfig(softmax.kind)
+  if softmax.kind != 'polynomial' and softmax != default:
+    yield (
+      f'{path}.coefficients, clamp and mix are read by kind=polynomial only, '
+      f'but the kind is {softmax.kind}'
+    )
+
+
+def _check_cubic(path, coefficients, mix) -> Iterator[str]:
+  if len(coefficients) != 4:
+    yield (
+      f'{path}.coefficients has {len(coefficients)} entries, but a cubic '
+      'has four, a0 to a3; (0, 1, 0, 0) is the plain softmax'
+    )
+  if mix.kind == 'exponential' and not (mix.init and mix.final):
+    yield (
+      f'{path}.mix is exponential, which cannot begin or end at 0; set '
+      f'{path}.mix.kind=linear'
+    )
+
+
 def _check_cascade(config: Config) -> Iterator[str]:
   path, model = 'config.model.attention.cascade', config.model
   cascade = model.attention.cascade
@@ -183,16 +219,7 @@ def _check_topk(config: Config) -> Iterator[str]:
   topk, path = config.model.attention.topk, 'config.model.attention.topk'
   yield from _check_schedule(f'{path}.keep', topk.keep, TopkConfig().keep)
   yield from _check_schedule(f'{path}.mix', topk.mix)
-  if len(topk.coefficients) != 4:
-    yield (
-      f'{path}.coefficients has {len(topk.coefficients)} entries, but a cubic '
-      'has four, a0 to a3; (0, 1, 0, 0) is the plain softmax'
-    )
-  if topk.mix.kind == 'exponential' and not (topk.mix.init and topk.mix.final):
-    yield (
-      f'{path}.mix is exponential, which cannot begin or end at 0; set '
-      f'{path}.mix.kind=linear'
-    )
+  yield from _check_cubic(path, topk.coefficients, topk.mix)
 
 
 def _check_hybrid(config: Config) -> Iterator[str]:
@@ -280,6 +307,7 @@ def _check_schedule(
 
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_schedules,
+  _check_softmax,
   _check_topk,
   _check_hybrid,
   _check_dsa,
