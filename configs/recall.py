@@ -1,6 +1,6 @@
 """Recall of facts that lie far back, by attention mechanism.
 
-A two-layer byte-free model learns a synthetic task: first on short rows, then
+A model of two layers learns a synthetic task: first on short rows, then
 on rows of 256 tokens. Sparse arms read everything at first and end with
 `KEEP` of the key blocks. At the end the accuracy is printed by distance, by
 depth and by number of needles.
@@ -11,7 +11,8 @@ The argument is a mechanism, a key of `ARGS`, perhaps with a task, a key of
   python launch.py --config=configs/recall.py:psa
   python launch.py --config=configs/recall.py:dense,needle
 
-A mechanism joins by a function below and a line in `ARGS`.
+A mechanism joins by a function below and a line in `ARGS`. Numbers below are
+for `mqar`; of the other tasks none was trained to the end yet.
 """
 
 from ml_collections import ConfigDict
@@ -35,8 +36,8 @@ def dense() -> dict:
   """Every key; what the others are judged against.
 
   Command: python launch.py --config=configs/recall.py:dense
-  Cost: TBD
-  Expected: TBD
+  Cost: 142 seconds of processor time; 0.8 GB.
+  Expected: 99.8 % (one seed), at every distance at least 99.4 %.
   """
   return {'name': 'dense'}
 
@@ -45,8 +46,8 @@ def window() -> dict:
   """A control: the budget of `psa`, all of it for the nearest blocks.
 
   Command: python launch.py --config=configs/recall.py:window
-  Cost: TBD
-  Expected: TBD
+  Cost: 384 seconds of processor time; 0.8 GB.
+  Expected: 47 % (one seed), from 128 tokens on 2.4 %, density 21 %.
   """
   return _blocks('recent')
 
@@ -55,8 +56,8 @@ def random() -> dict:
   """A control: the budget of `psa`, spent on any blocks.
 
   Command: python launch.py --config=configs/recall.py:random
-  Cost: TBD
-  Expected: TBD
+  Cost: as `psa`.
+  Expected: not measured to the end of a run of its own.
   """
   return _blocks('random')
 
@@ -65,8 +66,9 @@ def psa() -> dict:
   """Progressive sparse attention, blocks ranked by their mean key.
 
   Command: python launch.py --config=configs/recall.py:psa
-  Cost: TBD
-  Expected: TBD
+  Cost: 383 seconds of processor time; 0.8 GB.
+  Expected: 51 % (one seed), from 128 tokens on 28 %, density 21 %; the
+    same weights read with dense attention 92 %.
   """
   return _blocks('mean')
 
@@ -75,7 +77,7 @@ def quick() -> dict:
   """The code path of `psa` in little: what to run after a change.
 
   Command: python launch.py --config=configs/recall.py:quick
-  Cost: TBD
+  Cost: not measured.
   Expected: nothing is learnt in so few steps.
   """
   return _blocks('mean')

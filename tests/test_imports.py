@@ -17,7 +17,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYER = {
   'types': 0,
   'config': 0,
+  'config_attention': 0,
+  'config_fields': 0,
   'validate': 0,
+  'validate_attention': 0,
   'config_dict': 0,
   'recipe': 0,
   'workdir': 0,
@@ -40,7 +43,8 @@ DATA_USED_FROM = 5
 
 # What a command's mistakes pass through: no array library, so they show at
 # once. The last two read ConfigDicts, which no other module may see.
-LIGHT = {'config', 'validate', 'workdir', 'config_dict', 'recipe'}
+LIGHT = {'config', 'config_attention', 'config_fields', 'validate'}
+LIGHT |= {'validate_attention', 'workdir', 'config_dict', 'recipe'}
 READS_CONFIG_DICTS = {'config_dict', 'recipe'}
 
 NEVER = {'tensorflow', 'torch', 'clu', 'configs', 'experiments', 'launch'}

@@ -322,6 +322,26 @@ def test_bits_fall(levels):
   fine({'model.quant.levels': (16, 12, 3)})
 
 
+def test_an_approximate_softmax():
+  path = 'model.attention.softmax.'
+  psa = {'model.attention.name': 'psa'}
+  assert 'dense does not read it' in problem({path + 'kind': 'sas'})
+  fine(psa | {path + 'kind': 'sas'})
+  message = problem(psa | {path + 'kind': 'sas', path + 'clamp': 2.0})
+  assert 'are read by kind=polynomial only' in message
+  cubic = psa | {path + 'kind': 'polynomial'}
+  message = problem(cubic | {path + 'coefficients': (0.0, 1.0)})
+  assert 'coefficients has 2 entries, but a cubic has four' in message
+  fine(cubic | {path + 'coefficients': (0.0, 1.0, 0.1, 0.0)})
+
+
+def test_pruned_layers_are_not_quantised():
+  cascade = {'model.attention.name': 'cascade'}
+  message = problem(cascade | {'model.quant.enabled': True})
+  assert 'quant.enabled is on, but cascade' in message
+  fine({'model.quant.enabled': True})
+
+
 def test_the_last_level_begins_below_int32():
   long = {'model.quant.quantization_interval': 2**29}
   assert 'below 2^31' in problem(long)
@@ -362,11 +382,6 @@ def test_text(path, bad, good):
     message = problem({path: value})
     assert message.startswith(f'config.{path} is ')
   fine({path: good})
-
-
-def test_cascade_pruning_does_not_quantise():
-  found = {'model.attention.name': 'cascade', 'model.quant.enabled': True}
-  assert 'cascade pruning does not quantise' in problem(found)
 
 
 NSA = 'model.attention.nsa.'

@@ -107,12 +107,14 @@ class Case(NamedTuple):
     build: takes an implementation; gives a function and its arguments as
       (shape, dtype) pairs.
     also: implementations that are not the op's own but compared with it.
+    only: the implementations to try; none named means all.
   """
 
   name: str
   op: str
   build: Callable[[str], tuple[Callable[..., Any], list[tuple]]]
   also: tuple[str, ...] = ()
+  only: tuple[str, ...] = ()
 
 
 def tried(case: Case, platform: str) -> Iterator[str]:
@@ -122,6 +124,8 @@ def tried(case: Case, platform: str) -> Iterator[str]:
   except ModuleNotFoundError:
     return
   for name in IMPLEMENTATIONS[platform]:
+    if case.only and name not in case.only:
+      continue
     if name in op.IMPLEMENTATIONS or name in case.also:
       yield name
 
@@ -178,26 +182,26 @@ def attention(op, T, N, K, H, dtype, backward=False, **settings):
   return build
 
 
-def decode(B, S, N, K, H, dtype, block_k, M):
-  """`build` of one decoding step over S cached keys.
-
-  The cache is stored as the implementation reads it in place: by head for the
-  TPU kernel, by position for the others.
-  """
+def decode(B, S, N, K, H, dtype, block_k, M, heads_first=False):
+  """`build` of one decoding step over S cached keys; see `decode_attention`."""
 
   def build(implementation):
     from psa_jax.kernels.decode import decode_attention
 
-    by_head = implementation == 'pallas_tpu'
-
     def call(q, k, v, *lists):
-      if by_head:
+      if heads_first:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
       return decode_attention(
-        q, k, v, *lists, block_k=block_k, implementation=implementation
+        q,
+        k,
+        v,
+        *lists,
+        block_k=block_k,
+        heads_first=heads_first,
+        implementation=implementation,
       )
 
-    kv = (B, K, S, H) if by_head else (B, S, K, H), dtype
+    kv = (B, K, S, H) if heads_first else (B, S, K, H), dtype
     lists = [((B, K, M), 'int32'), ((B, K), 'int32'), ((B,), 'int32')]
     return call, [((B, 1, N, H), dtype), kv, kv, *lists]
 
@@ -215,6 +219,29 @@ def top_k(rows, n, k):
     module = importlib.import_module('psa_jax.kernels.topk')
     call = functools.partial(module.top_k, k=k, implementation=implementation)
     return call, [((rows, n), 'float32')]
+
+  return build
+
+
+def block_scores(T, N, K, H, block_q, block_k, M):
+  """`build` of the lists of T tokens, from pooled keys; see `top_blocks`."""
+  tiles, blocks = T // block_q, T // block_k
+
+  def build(implementation):
+    from psa_jax.kernels import block_scores as op
+
+    def call(queries, total, size, *ranges):
+      return op.top_blocks(
+        queries,
+        op.Pooled(total, size, None, None),
+        op.Ranges(*ranges),
+        width=M,
+        implementation=implementation,
+      )
+
+    keys = ((1, K, blocks, H), 'float32'), ((1, blocks), 'int32')
+    ranges = [((1, tiles), 'int32')] * len(op.Ranges._fields)
+    return call, [((1, tiles, N, H), 'bfloat16'), *keys, *ranges]
 
   return build
 
@@ -237,6 +264,22 @@ CASES = [
     'decode 8x64k bf16',
     'decode',
     decode(8, 65536, 16, 4, 128, 'bfloat16', 64, 32),
+  ),
+  Case(
+    'decode 8x64k bf16 heads first',
+    'decode',
+    decode(8, 65536, 16, 4, 128, 'bfloat16', 64, 32, heads_first=True),
+    only=('pallas_tpu',),
+  ),
+  Case(
+    'decode 8x64k f32',
+    'decode',
+    decode(8, 65536, 16, 4, 128, 'float32', 64, 32),
+  ),
+  Case(
+    'block_scores 64k bf16',
+    'block_scores',
+    block_scores(65536, 16, 4, 128, **LISTS),
   ),
   Case('topk 64x64k f32', 'topk', top_k(64, 65536, 1024), ('lax',)),
 ]

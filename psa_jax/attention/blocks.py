@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from psa_jax.attention.approximate import PLAIN, Softmax
 from psa_jax.config import HybridConfig, PsaConfig
 from psa_jax.kernels import block_scores
 
@@ -137,14 +138,16 @@ def retained_mass(
   k: Float[Array, 'B S K H'],
   lse: Float[Array, 'B T N'],
   segment_ids: Int[Array, 'B T'] | None = None,
+  how: Softmax = PLAIN,
 ) -> jax.Array:
-  """Share of the exact softmax mass that was read, on a few sampled queries.
+  """Share of the whole softmax's mass that was read, on a few sampled queries.
 
   Args:
     q: queries.
     k: all keys; S = T.
     lse: log-sum-exp of the scores that were read.
     segment_ids: documents.
+    how: the softmax that `lse` is of. What SAS loses counts as not retained.
 
   Returns:
     f32 scalar, the mean over rows, heads and `SAMPLES` evenly spread queries.
@@ -159,6 +162,7 @@ def retained_mass(
   def one(t):
     row = q[:, t].reshape(B, K, N // K, H).astype(jnp.float32) * H**-0.5
     s = jnp.einsum('bkgh,bskh->bkgs', row, k)
+    s = how.softmax.scores(s, how.coefficients)
     seen = (keys <= t)[None]
     if segment_ids is not None:
       seen = seen & (segment_ids == segment_ids[:, t][:, None])

@@ -35,6 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
+from psa_jax.attention.approximate import softmax_at
 from psa_jax.attention.blocks import (
   BlockList,
   document_start,
@@ -90,6 +91,7 @@ def hybrid(
   lists, spread = select_blocks(
     q, k, cfg, cap=cap_at(cfg, step, train), segment_ids=segment_ids
   )
+  how = softmax_at(config.softmax, step)
   out, lse = block_sparse_attention(
     q,
     k,
@@ -100,12 +102,14 @@ def hybrid(
     block_k=cfg.block_k,
     q_segment_ids=segment_ids,
     kv_segment_ids=segment_ids,
+    softmax=how.softmax,
+    coefficients=how.coefficients,
     check_lists=config.check_lists,
     implementation=config.implementation,
   )
   aux = {
     'density': share_read(lists),
-    'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'retained_mass': retained_mass(q, k, lse, segment_ids, how),
     'entropy': spread.entropy.mean(),
     'capped': spread.capped.astype(jnp.float32).mean(),
   }

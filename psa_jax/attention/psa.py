@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
 from psa_jax.attention import controls
+from psa_jax.attention.approximate import softmax_at
 from psa_jax.attention.blocks import (
   BlockList,
   document_start,
@@ -86,6 +87,7 @@ def psa(
     segment_ids=segment_ids,
     seed=step if train else 0,
   )
+  how = softmax_at(config.softmax, step)
   out, lse = block_sparse_attention(
     q,
     k,
@@ -96,12 +98,14 @@ def psa(
     block_k=cfg.block_k,
     q_segment_ids=segment_ids,
     kv_segment_ids=segment_ids,
+    softmax=how.softmax,
+    coefficients=how.coefficients,
     check_lists=config.check_lists,
     implementation=config.implementation,
   )
   aux = {
     'density': share_read(blocks),
-    'retained_mass': retained_mass(q, k, lse, segment_ids),
+    'retained_mass': retained_mass(q, k, lse, segment_ids, how),
     'budget': budget,
   }
   return AttnOut(out, aux)

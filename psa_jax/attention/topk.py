@@ -26,13 +26,12 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
 from psa_jax.attention import blocks
+from psa_jax.attention.approximate import SOFTMAX, mixed
 from psa_jax.config import AttentionConfig, TopkConfig
 from psa_jax.kernels import topk as engine
 from psa_jax.kernels.softmax import polynomial
 from psa_jax.kernels.topk_attention import topk_attention
 from psa_jax.types import AttnOut, Learned, Scalar
-
-SOFTMAX = (0.0, 1.0, 0.0, 0.0)  # coefficients a0 to a3 of the plain softmax
 
 
 class SparseWeights(NamedTuple):
@@ -170,7 +169,7 @@ def coefficients_at(
   if cfg.learnable and learned is not None:
     target = learned.weights['coefficients'].astype(jnp.float32)
   mix = schedules.make(cfg.mix)(step)
-  return mix * target + (1 - mix) * jnp.asarray(SOFTMAX, jnp.float32)
+  return mixed(target, mix)
 
 
 def sparsify(

@@ -4,10 +4,12 @@ A TPU works on registers of 8 x 128 numbers. So the rows of a query tile and of
 a key block are padded to a power of two of at least one register, or to a
 multiple of 128; features are padded to multiples of 128 lanes.
 
-Keys and values of a block lie side by side in one array, so that one copy
-fetches both. Where they fit into 128 lanes together they share them: the
-queries are zero where the values are, so the products see only the keys, and
-half the bytes are read.
+Keys and values of a block lie one after the other in one array, so that one
+copy fetches both: in planes of 128 lanes, because rows of more lanes are
+interleaved in memory, and two halves of each bf16 register would have to be put
+together at every load. Where keys and values fit into 128 lanes together they
+share them: the queries are zero where the values are, so the products see only
+the keys, and half the bytes are read.
 """
 
 import math
@@ -111,11 +113,13 @@ class Shape(NamedTuple):
     """Lanes of a key and its value."""
     return LANES if self.shared else self.q_width + self.v_width
 
-  def split(self, kv):
-    """Keys and values of rows of [*, kv_width]."""
+  def split(self, planes):
+    """Keys and values, of `planes(n)` each: [rows, 128]."""
+    count = self.kv_width // LANES
     if self.shared:
-      return kv, kv
-    return kv[:, : self.q_width], kv[:, self.q_width :]
+      return planes(0), planes(0)
+    at = self.q_width // LANES
+    return wide(planes, 0, at), wide(planes, at, count)
 
   def pack_q(self, q):
     """[B, T, N, H] -> [B * K * nq, rows, q_width]."""
@@ -145,12 +149,14 @@ class Shape(NamedTuple):
     )
 
   def pack_kv(self, k, v):
-    """[B, S, K, *] of both -> [B * K * nk, keys, kv_width]."""
+    """[B, S, K, *] of both -> [B * K * nk, planes, keys, 128]."""
     k, v = self.tiles.pack_k(k), self.tiles.pack_k(v)
     at = self.H if self.shared else self.q_width
     k = self._pad(k, self.keys, 0, at)
     v = self._pad(v, self.keys, 0, self.kv_width - at)
-    return jnp.concatenate([k, v], -1)
+    if self.shared:
+      return jnp.concatenate([k, v], -1)[:, None]
+    return in_planes(k, v)
 
   def unpack_q(self, x):
     """The inverse of `pack_q`."""
@@ -167,15 +173,35 @@ class Shape(NamedTuple):
 
   def unpack_kv(self, kv):
     """The inverse of `pack_kv`."""
-    at = self.H if self.shared else self.q_width
-    kv = kv[:, : self.tiles.block_k]
-    k, v = kv[..., : self.H], kv[..., at : at + self.Hv]
+    kv = kv[:, :, : self.tiles.block_k]
+    if self.shared:
+      k, v = kv[:, 0, :, : self.H], kv[:, 0, :, self.H : self.H + self.Hv]
+    else:
+      at = self.q_width // LANES
+      k = _in_rows(kv[:, :at])[..., : self.H]
+      v = _in_rows(kv[:, at:])[..., : self.Hv]
     return self.tiles.unpack_k(k), self.tiles.unpack_k(v)
 
   @staticmethod
   def _pad(x, rows, lane, width):
     after = width - lane - x.shape[-1]
     return jnp.pad(x, [(0, 0), (0, rows - x.shape[1]), (lane, after)])
+
+
+def in_planes(*xs) -> jax.Array:
+  """[n, rows, width] each -> [n, planes, rows, 128], in one copy."""
+  planes = [x.reshape(*x.shape[:2], -1, LANES).swapaxes(1, 2) for x in xs]
+  return jnp.concatenate(planes, 1)
+
+
+def _in_rows(x):
+  """[n, planes, rows, 128] -> [n, rows, planes * 128]."""
+  return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
+
+
+def wide(planes, first: int, last: int) -> jax.Array:
+  """Planes [rows, 128] of these numbers as one array [rows, width]."""
+  return jnp.concatenate([planes(n) for n in range(first, last)], 1)
 
 
 def compiler_params() -> pltpu.CompilerParams:
@@ -225,11 +251,13 @@ class Gather(NamedTuple):
     sources: arrays [blocks, *block] in HBM.
     buffers: for each, [2, chunk, *block] in VMEM.
     sems: a DMA semaphore for each half.
+    some: any item's row in a source: waiting needs its size.
   """
 
   sources: tuple[Any, ...]
   buffers: tuple[Any, ...]
   sems: Any
+  some: Any = 0
 
   def start(
     self, half, index: Callable[[Any], tuple[Any, ...]], items=None
@@ -254,7 +282,7 @@ class Gather(NamedTuple):
 
     def one(i, carry):
       for n in range(len(self.sources)):
-        self._copy(n, 0, half, i).wait()
+        self._copy(n, self.some, half, i).wait()
       return carry
 
     self._each(one, items)
@@ -346,17 +374,17 @@ def side_by_side(pieces, width: int) -> jax.Array:
 
 
 class Listed(NamedTuple):
-  """A tile's list of key blocks in SMEM: [1, M + 1], the count at the end."""
+  """A tile's list of key blocks in SMEM: [1, room], the count at the end."""
 
   ref: Any
 
   @classmethod
-  def pack(cls, ids, counts, blocks: int) -> jax.Array:
-    """[*, M], [*] -> [lists, 1, M + 1], within bounds."""
-    M = ids.shape[-1]
-    counts = jnp.clip(counts, 0, M)[..., None]
-    both = jnp.concatenate([jnp.clip(ids, 0, blocks - 1), counts], -1)
-    return both.reshape(-1, 1, M + 1)
+  def pack(cls, ids, counts, blocks: int, *more) -> jax.Array:
+    """[*, M], [*], what else -> [lists, 1, M + more + 1], within bounds."""
+    counts = jnp.clip(counts, 0, ids.shape[-1])[..., None]
+    ids = jnp.clip(ids, 0, blocks - 1)
+    row = jnp.concatenate([ids, *more, counts], -1)
+    return row.reshape(-1, 1, row.shape[-1])
 
   @property
   def count(self):
@@ -375,18 +403,28 @@ class Listed(NamedTuple):
     """The i-th block; past the end the last one, which does no harm."""
     return self.ref[0, jnp.minimum(i, self.count - 1)]
 
-  def positions(self, c, chunk: int, shape: Shape) -> jax.Array:
-    """[1, chunk * keys] positions of a chunk's keys; FAR where not to read."""
-    block_k = shape.tiles.block_k
+  def positions(
+    self, c, chunk: int, shape: Shape, *, clamped: bool = False
+  ) -> jax.Array:
+    """[1, chunk * keys] positions of a chunk's keys; FAR where not to read.
+
+    If `clamped`, a partial last block was read from where it still fits.
+    """
+    block_k, S = shape.tiles.block_k, shape.tiles.S
+    clamped = clamped and S % block_k > 0
     lane = lax.broadcasted_iota(jnp.int32, (1, chunk * shape.keys), 1)
     item, key = lax.div(lane, shape.keys), lax.rem(lane, shape.keys)
     first = jnp.full(lane.shape, FAR, jnp.int32)
     for i in range(chunk):
       at = c * chunk + i
-      here = jnp.where(at < self.count, self.block(at) * block_k, FAR)
+      begin = self.block(at) * block_k
+      begin = jnp.minimum(begin, S - block_k) if clamped else begin
+      here = jnp.where(at < self.count, begin, FAR)
       first = jnp.where(item == i, here, first)
     position = first + key
-    there = (key < block_k) & (position < shape.tiles.S)
+    there = (key < block_k) & (position < S)
+    if clamped:
+      there &= (first < S - block_k) | (position >= S - S % block_k)
     return jnp.where(there, position, FAR)
 
 

@@ -3,9 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import mosaic, softmax
+
+FINISH_ROWS = 256  # that are divided and written at a time
 
 
 class Running(NamedTuple):
@@ -51,9 +55,18 @@ class Running(NamedTuple):
 
   def finish(self, out, lse) -> None:
     """Writes the output [rows, width] and the log-sum-exp [1, lanes]."""
-    total = self.total[...].sum(1, keepdims=True)
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    out[...] = (self.out[...] / total).astype(out.dtype)
-    log = self.top[...] * (1 / mosaic.LOG2_E) + jnp.log(total)
-    lse[...] = mosaic.row(jnp.where(some, log, -jnp.inf))
+    count = out.shape[0]
+    step = FINISH_ROWS if count % FINISH_ROWS == 0 else count
+
+    def piece(n, carry):
+      at = pl.multiple_of(n * step, step)
+      rows, lanes = pl.ds(at, step), pl.ds(at, mosaic.lanes_of(step))
+      total = self.total[rows].sum(1, keepdims=True)
+      some = total > 0
+      total = jnp.where(some, total, 1)
+      out[rows] = (self.out[rows] / total).astype(out.dtype)
+      log = self.top[rows] * (1 / mosaic.LOG2_E) + jnp.log(total)
+      lse[:, lanes] = mosaic.row(jnp.where(some, log, -jnp.inf))
+      return carry
+
+    lax.fori_loop(0, count // step, piece, 0)

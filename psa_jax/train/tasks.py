@@ -245,8 +245,14 @@ class Recall:
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a vocabulary smaller than the task's.
+      ConfigError: a model that sees the answers ahead, or a vocabulary smaller
+        than the task's.
     """
+    if config.model.kind != 'decoder_lm':
+      raise ConfigError(
+        f'model.kind={config.model.kind} sees the answers that it is to give; '
+        'set model.kind=decoder_lm'
+      )
     size = data.config.vocab_size
     self.vocab_size = config.model.vocab_size or size
     if self.vocab_size < size:

@@ -22,6 +22,7 @@ from psa_jax.config import (
   NsaConfig,
   PsaConfig,
   ScheduleConfig,
+  SoftmaxConfig,
   TopkConfig,
 )
 from psa_jax.types import Learned
@@ -39,6 +40,12 @@ def psa(keep=0.3, **kw):
 def psa_mass(mass=0.5, **kw):
   schedule = ScheduleConfig(init=mass, final=mass)
   return psa(budget='mass', mass=schedule, **kw)
+
+
+def approximate(kind, mix=1.0, **kw):
+  softmax = SoftmaxConfig(kind, mix=ScheduleConfig(init=mix), **kw)
+  keep = 0.3 if mix else 1.0
+  return dataclasses.replace(psa(keep), softmax=softmax)
 
 
 def topk(keep=0.25, mix=1.0, **kw):
@@ -121,6 +128,10 @@ ROWS = {
   'psa': Row(psa(), psa(keep=1.0)),
   'psa per token': Row(psa(block_q=1), psa(keep=1.0, block_q=1)),
   'psa mass': Row(psa_mass(), psa_mass(mass=1.0)),
+  'psa cubic': Row(
+    approximate('polynomial', **CUBIC), approximate('polynomial', mix=0.0)
+  ),
+  'psa sas': Row(approximate('sas'), None),
   'psa bounds': Row(
     psa_mass(1e-5, scoring='bounds'), psa_mass(1.0, scoring='bounds')
   ),

@@ -134,7 +134,13 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   assert kwargs.pop('config') == CONFIG.attention
   assert kwargs.pop('step') == 3
   np.testing.assert_array_equal(kwargs.pop('segment_ids'), SEGMENTS)
-  assert kwargs == {'train': False, 'learned': None, 'mechanism': 'dense'}
+  assert kwargs == {
+    'train': False,
+    'causal': True,
+    'learned': None,
+    'mechanism': 'dense',
+    'budget': None,
+  }
   w = {n: np.asarray(getattr(layer, n)[...], np.float64) for n in KERNELS}
   want_q = turn(np.einsum('btd,dnh->btnh', x, w['wq']), POSITIONS)
   want_k = turn(np.einsum('btd,dkh->btkh', x, w['wk']), POSITIONS)

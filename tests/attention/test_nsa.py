@@ -20,7 +20,7 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 from psa_jax.kernels import compressed
-from psa_jax.kernels.compressed import selection
+from psa_jax.kernels.compressed import ranking, selection
 from psa_jax.types import Learned
 from tests import oracles
 from tests.attention import nsa_oracle
@@ -112,8 +112,9 @@ def documents(T, B=2):
 
 def chosen(x, sizes):
   """{(b, kv head, t): blocks that are read} by the library's lists."""
+  x = {n: jnp.asarray(a) for n, a in x.items()}
   cfg, raw = config(sizes).nsa, learned(x)
-  q, k, v = (jnp.asarray(x[n]) for n in 'qkv')
+  q, k, v = (x[n] for n in 'qkv')
   kc, vc = nsa.nsa_compress.compress_pair(
     *nsa.nsa_compress.raw_pair(k, v, raw),
     raw,
@@ -254,11 +255,13 @@ def test_selection_is_that_of_the_oracle(G, tile):
 
 
 def test_equal_scores_take_the_earlier_block():
-  sizes = Sizes(l=4, d=4, select=4, n=5, w=1)
-  x = inputs(sizes, T=48, K=1, G=1, B=1, positions=False)
-  for name in PAIRS[:2]:
-    x[name] = np.ones_like(x[name])
-  assert set(chosen(x, sizes)[0, 0, 47]) == {0, 1, 2, 10, 11}
+  """The forced ones first, then by position, though all scores are the same."""
+  cfg = config(Sizes(l=4, d=4, select=4, n=5, w=1)).nsa
+  ranges = nsa.visible_blocks(cfg, jnp.asarray([[47, 30]]), None)
+  for score in (0.0, 0.25):
+    scores = jnp.full((1, 1, 2, 12), score)
+    ids = ranking.rank(scores, ranges, 5)
+    assert ids[0, 0].tolist() == [[11, 10, 0, 1, 2], [7, 6, 0, 1, 2]]
 
 
 def test_gates_choose_the_branches_and_are_not_normalised():

@@ -52,14 +52,14 @@ def table(T):
 
 def test_values_against_numpy():
   module = NsaParameters(configured(), rngs=nnx.Rngs(0))
-  x = np.random.default_rng(0).normal(size=(2, 9, 12)).astype(np.float32)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 12)), jnp.float32)
   got = module(x, rope=table(9))
   w = {
     n: np.asarray(p[...], np.float64)
     for n, p in vars(module).items()
     if isinstance(p, nnx.Param)
   }
-  hidden = silu(x @ w['gate_in'])
+  hidden = silu(np.asarray(x) @ w['gate_in'])
   gates = 1 / (1 + np.exp(-np.einsum('btf,fnc->btnc', hidden, w['gate_out'])))
   np.testing.assert_allclose(got.heads['gates'], gates, 1e-5)
   angle = np.arange(9)[:, None] * 100.0 ** (-np.arange(3) / 3)
@@ -97,7 +97,9 @@ def test_every_parameter_learns_and_has_axis_names(name, share):
   assert ('wk_window' in names) == (not share)
   for path, leaf in paths:
     assert len(sharding.axis_names(path, leaf)) == leaf.ndim
-  x = np.random.default_rng(1).normal(size=(2, 21, 12)).astype(np.float32)
+  x = jnp.asarray(
+    np.random.default_rng(1).normal(size=(2, 21, 12)), jnp.float32
+  )
 
   def loss(state):
     out, _ = nnx.merge(graph, state)(x, step=0, rope=table(21), train=True)
@@ -111,6 +113,8 @@ def test_every_parameter_learns_and_has_axis_names(name, share):
 def test_another_mechanism_ignores_them():
   """Evaluation with dense attention runs the same layer."""
   layer = SelfAttention(configured(), rngs=nnx.Rngs(0))
-  x = np.random.default_rng(1).normal(size=(2, 21, 12)).astype(np.float32)
+  x = jnp.asarray(
+    np.random.default_rng(1).normal(size=(2, 21, 12)), jnp.float32
+  )
   out, aux = layer(x, step=0, rope=table(21), train=False, mechanism='dense')
   assert out.shape == x.shape and aux['density'] == 1

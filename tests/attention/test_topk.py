@@ -239,7 +239,7 @@ def test_decoding_is_prefill_token_by_token(cut):
       lengths = np.array([t, t + 5])
       at = lengths[:, None] - new + np.arange(new)
       own = begins[[[0], [1]], at]
-      if cut and np.ptp(own, 1).any():
+      if cut and (own != own[:, :1]).any():
         continue  # new tokens of two documents
       starts = np.where(own[:, -1], [13, 21], 0) if cut else None
       row = np.arange(B)[:, None]

@@ -15,6 +15,7 @@ from psa_jax.kernels.block_sparse import (
   pallas_tpu_backward,
   pallas_tpu_walk,
 )
+from psa_jax.kernels.block_sparse.api import Spec
 from tests import oracles
 from tests.kernels.test_block_sparse import CASES, make_case
 
@@ -80,6 +81,63 @@ def test_window_cuts_single_keys():
   near = (t[None] > t[:, None] - 13)[None, None]
   with platform.target('tpu', interpret=True):
     check(args, functools.partial(call, window=13), mask & near, d_out)
+
+
+# In units of blocks the tiles begin at thirds; the last block is partial.
+UNMASKED = {
+  'causal': ((1, 192, 300, 2, 1, 16, 16, 48, 128, False, 108, True), None),
+  'window': ((1, 192, 300, 2, 1, 16, 16, 48, 128, False, 108, True), 190),
+  'last block': ((1, 96, 300, 2, 1, 16, 16, 48, 128, False, 0, False), None),
+}
+
+
+@pytest.mark.parametrize('name', list(UNMASKED))
+def test_chunks_without_a_mask(name, monkeypatch):
+  """One block a chunk, so that some are read whole and some are cut."""
+  monkeypatch.setattr(pallas_tpu_walk, 'CHUNK_KEYS', 128)
+  monkeypatch.setattr(pallas_tpu_backward, 'CHUNK_ROWS', 96)
+  case, window = UNMASKED[name]
+  monkeypatch.setitem(CASES, 'unmasked', case)
+  args, call, mask, d_out = make_case('unmasked', dtype=jnp.bfloat16)
+  every = jnp.full_like(call.keywords['block_counts'], 3)
+  call = functools.partial(call, block_counts=every, window=window)
+  T, S, offset, causal = case[1], case[2], *case[-2:]
+  t, s = np.arange(T)[:, None] + offset, np.arange(S)[None]
+  mask = np.broadcast_to((s <= t) | (not causal), mask.shape)
+  if window:
+    mask = mask & (s > t - window)
+  with platform.target('tpu', interpret=True):
+    check(args, call, mask, d_out, 'bfloat16')
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('window', [None, 1, 30, 150])
+@pytest.mark.parametrize('block_q', [1, 12, 16])
+def test_only_chunks_read_whole_have_no_mask(
+  block_q, window, causal, monkeypatch
+):
+  monkeypatch.setattr(pallas_tpu_walk, 'CHUNK_KEYS', 128)
+  T, S, block_k = 70, 300, 16
+  spec = Spec(block_q, block_k, causal, window, S - T, 1.0)
+  q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, S, 1, 8))
+  tiles, blocks = -(-T // block_q), -(-S // block_k)
+  rng = np.random.default_rng(0)
+  ids = np.stack([rng.permutation(blocks) for _ in range(tiles)])[None, None]
+  ids[..., :8] = np.sort(ids, -1)[..., :8]  # far in the past
+  counts = rng.integers(8, blocks + 1, size=(1, 1, tiles))
+  call = pallas_tpu_walk.Call.of(spec, q, k, k, ids, None, False)
+  cuts = np.asarray(call.cuts(jnp.asarray(ids), jnp.asarray(counts)))[0, 0]
+  t = np.arange(tiles * block_q)[:, None] + S - T
+  s = np.arange(blocks * block_k)[None]
+  reads = (s < S) & ((s <= t) | (not causal)) & (s > t - (window or 10**6))
+  reads = reads.reshape(tiles, block_q, blocks, block_k).all((1, 3))
+  for i, c in np.ndindex(cuts.shape):
+    part = ids[0, 0, i, c * call.chunk : (c + 1) * call.chunk]
+    full = (c + 1) * call.chunk <= counts[0, 0, i]
+    assert cuts[i, c] == (not (full and reads[i, part].all()))
+  for i, j in np.ndindex(reads.shape):
+    assert bool(call.cut_keys(j, i, i)) == (not reads[i, j])
+  assert cuts.any() and (window is not None or not cuts.all())
 
 
 @pytest.mark.parametrize('name', ['narrow values', 'shorter than a block'])

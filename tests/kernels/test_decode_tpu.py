@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.mesh import AbstractDevice
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import platform
-from psa_jax.kernels.decode import decode_attention
+from psa_jax.kernels.decode import decode_attention, pallas_tpu
+from psa_jax.kernels.decode.api import Spec
+from psa_jax.kernels.mosaic import Shape
+from psa_jax.kernels.tiles import Tiles
 from tests import oracles
 
 # name: B, T, S, N, K, H, Hv, block_k, M, window, whether starts are given
@@ -20,6 +24,8 @@ CASES = {
   'window': (2, 2, 50, 3, 1, 72, 16, 16, 4, 11, True),
   'G = 16': (2, 1, 300, 16, 1, 64, 64, 128, 3, None, False),
   'several chunks': (1, 1, 1400, 1, 1, 8, 8, 32, 44, None, False),
+  'in place': (1, 2, 90, 4, 4, 128, 128, 16, 6, None, True),
+  'in place, one head': (2, 1, 41, 2, 1, 128, 256, 8, 6, 20, False),
 }
 
 
@@ -85,7 +91,36 @@ def test_bfloat16():
     check(*make_case('a few tokens', jnp.bfloat16), 'bfloat16')
 
 
-@pytest.mark.parametrize('name', ['one token', 'several chunks'])
+def stored(name, dtype, **settings):
+  (q, k, v), call, _ = make_case(name, dtype)
+  spec = Spec(call.keywords['block_k'], None, 1.0, **settings)
+  tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
+  return pallas_tpu.Stored.of(spec, Shape.of(tiles, q, v), dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_cache_by_token_is_read_in_place(dtype):
+  """The last block is partial, and read from where it fits."""
+  name = 'in place'
+  assert stored(name, jnp.dtype(dtype)) == (True, dtype == 'bfloat16')
+  assert stored(name, jnp.dtype(dtype), heads_first=True) == (False, False)
+  args, call, mask = make_case(name, jnp.dtype(dtype))
+  ids, counts = (
+    np.asarray(call.keywords[name]) for name in ('block_ids', 'block_counts')
+  )
+  listed = np.arange(ids.shape[-1]) < counts[..., None]
+  assert (listed & (ids == 5)).any() and args[1].shape[1] % 16
+  with platform.target('tpu', interpret=True):
+    check(args, call, mask, dtype)
+    check(args, functools.partial(call, heads_first=True), mask, dtype)
+
+
+def test_an_odd_head_is_copied():
+  assert stored('in place, one head', jnp.dtype('bfloat16')) == (False, False)
+  assert stored('one token', jnp.dtype('float32')) == (False, False)
+
+
+@pytest.mark.parametrize('name', ['one token', 'several chunks', 'in place'])
 def test_no_races(name):
   """Reads of memory that nothing wrote give NaN here; too long ones raise."""
   simulator = pltpu.InterpretParams(detect_races=True)
@@ -132,7 +167,13 @@ def test_lowers_for_tpu(case):
   lists = (B, K, M), (B, K), (B,)
   args += [jax.ShapeDtypeStruct(x, jnp.int32) for x in lists]
   run = jax.jit(functools.partial(decode_attention, block_k=block_k))
-  with platform.target('tpu', kind='v5e'):
+  # Views of bf16 as 32-bit numbers ask JAX, not us, which chip it is for.
+  chip = AbstractDevice('TPU v5 lite', 1, 'tpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('chip',), abstract_device=chip)
+  with (
+    platform.target('tpu', kind='v5e'),
+    jax.sharding.use_abstract_mesh(mesh),
+  ):
     text = run.trace(*args).lower(lowering_platforms=('tpu',)).as_text()
   assert text.count('tpu_custom_call') == 1
 

@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused():
   begin, end, counts = visible()
   with pytest.raises(ValueError, match='causal=True is for queries'):
     run(q[:, :3], k, v, CUBIC, begin[:, :3], end[:, :3], counts[:, :3])
-  with pytest.raises(ValueError, match='clamp=-1'):
-    run(q, k, v, CUBIC, begin, end, counts, clamp=-1)
+  with pytest.raises(ValueError, match='clamp=-1.0'):
+    run(q, k, v, CUBIC, begin, end, counts, clamp=-1.0)
   with pytest.raises(ConfigError, match="unknown implementation 'cudnn'"):
     run(q, k, v, CUBIC, begin, end, counts, implementation='cudnn')

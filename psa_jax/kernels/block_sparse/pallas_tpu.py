@@ -7,8 +7,6 @@ time into one of two buffers, while the other one is multiplied: wide products
 for the matrix unit, and traffic proportional to the counts. The softmax is the
 online one of FlashAttention (Dao et al. 2022, Alg. 1). The backward pass is in
 `pallas_tpu_backward.py`.
-
-Not done: skipping the mask for chunks that no row cuts.
 """
 
 import functools
@@ -21,7 +19,6 @@ from jax.experimental import pallas as pl
 from psa_jax.kernels import mosaic, platform, softmax
 from psa_jax.kernels.block_sparse import pallas_tpu_backward
 from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
-  POSITION,
   Call,
   Walk,
   stats,
@@ -57,7 +54,12 @@ def _forward(spec, interpret, q, k, v, ids, counts, segments):
   if segments is not None:
     kv_seg = shape.pack_segments(*segments)[1]
   walk, walk_specs = Walk.inputs(
-    call, ids, counts, stats(call, segments), shape.pack_kv(k, v), kv_seg
+    call,
+    ids,
+    counts,
+    stats(call, segments) if call.segmented else None,
+    shape.pack_kv(k, v),
+    kv_seg,
   )
   qt = shape.pack_q(q)
   lanes = mosaic.lanes_of(shape.rows)
@@ -78,7 +80,7 @@ def _forward(spec, interpret, q, k, v, ids, counts, segments):
     out_specs=tuple(map(tile, results)),
     out_shape=results,
     scratch_shapes=(
-      *Walk.scratch(call, k.dtype, POSITION + 1),
+      *Walk.scratch(call, k.dtype),
       *Running.scratch(shape.rows, shape.v_width),
     ),
     cost_estimate=call.cost(
@@ -99,7 +101,9 @@ def _kernel(call, listed, following, known, kv, kv_seg, q, out, lse, *scratch):
 
   def add(rows, k, v, mask):
     s = mosaic.dot(q[rows], k, (1, 1)) * (call.spec.scale * mosaic.LOG2_E)
-    run.add(rows, jnp.where(mask, s, softmax.MASKED), v)
+    if mask is not None:
+      s = jnp.where(mask, s, softmax.MASKED)
+    run.add(rows, s, v)
 
   walk.run(call, add)
   run.finish(out, lse)

@@ -45,7 +45,7 @@ def backward(spec, interpret, saved, grads):
   shape = call.shape
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
   known = stats(call, segments, rows.lse * LOG2_E, rows.delta)
-  qd = jnp.concatenate([shape.pack_q(q), shape.pack_out(d_out)], -1)
+  qd = mosaic.in_planes(shape.pack_q(q), shape.pack_out(d_out))
   kv = shape.pack_kv(k, v)
   kv_seg = None
   if segments is not None:
@@ -83,7 +83,8 @@ def _queries(call, ids, counts, known, qd, kv, kv_seg):
 
   def tile(x):
     return pl.BlockSpec(
-      (None, *x.shape[1:]), lambda bh, i: (bh * shape.tiles.nq + i, 0, 0)
+      (None, *x.shape[1:]),
+      lambda bh, i: (bh * shape.tiles.nq + i,) + (0,) * (x.ndim - 1),
     )
 
   acc = pltpu.VMEM(result.shape[1:], jnp.float32)
@@ -93,7 +94,7 @@ def _queries(call, ids, counts, known, qd, kv, kv_seg):
     in_specs=(*walk_specs, tile(qd)),
     out_specs=tile(result),
     out_shape=result,
-    scratch_shapes=(*Walk.scratch(call, kv.dtype, DELTA + 1), acc),
+    scratch_shapes=(*Walk.scratch(call, kv.dtype, LSE, DELTA), acc),
     cost_estimate=call.cost(
       2 * shape.H + shape.Hv, call.gathered_keys(kv.dtype), (qd, known, result)
     ),
@@ -108,15 +109,21 @@ def _queries_kernel(
 ):
   *scratch, acc = scratch
   walk = Walk(listed, following, known, kv, kv_seg, *scratch)
-  at = call.shape.q_width
+  at = call.shape.q_width // mosaic.LANES
   acc[...] = jnp.zeros_like(acc)
 
   def add(rows, k, v, mask):
-    lse = mosaic.spread(_float(walk.columns[LSE, rows]), len(k))
-    delta = mosaic.spread(_float(walk.columns[DELTA, rows]), len(k))
-    s = mosaic.dot(qd[rows, :at], k, (1, 1)) * (call.spec.scale * LOG2_E)
-    p = jnp.where(mask, jnp.exp2(s - lse), 0)
-    dp = mosaic.dot(qd[rows, at:], v, (1, 1))
+    def plane(n):
+      return qd[n, rows]
+
+    lse = mosaic.spread(_float(walk.columns[LSE][rows]), len(k))
+    delta = mosaic.spread(_float(walk.columns[DELTA][rows]), len(k))
+    q, d_out = mosaic.wide(plane, 0, at), mosaic.wide(plane, at, len(qd))
+    s = mosaic.dot(q, k, (1, 1)) * (call.spec.scale * LOG2_E)
+    p = jnp.exp2(s - lse)
+    if mask is not None:
+      p = jnp.where(mask, p, 0)
+    dp = mosaic.dot(d_out, v, (1, 1))
     ds = (p * (dp - delta)).astype(k.dtype)
     acc[rows] += mosaic.dot(ds, k, (1, 0))
 
@@ -140,7 +147,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg):
     return lax.div(bh, tiles.K) * tiles.nk + j, 0, 0
 
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
-  block = pl.BlockSpec((None, *kv.shape[1:]), this)
+  block = pl.BlockSpec((None, *kv.shape[1:]), lambda bh, j: (*this(bh, j), 0))
   seg_spec = None
   if kv_seg is not None:
     seg_spec = pl.BlockSpec((None, *kv_seg.shape[1:]), segments)
@@ -290,6 +297,14 @@ def _keys_kernel(
     def _():
       start(after, 0, half)
 
+  def cut(c):
+    """Whether chunk c needs a mask; its tiles are in ascending order."""
+    last = span[0, 1] - 1
+    first = span[0, 0] + c * chunk
+    least = stream[jnp.minimum(first, last)]
+    most = stream[jnp.minimum(first + chunk - 1, last)]
+    return call.cut_keys(j, least, most) | (first + chunk - 1 > last)
+
   count = span[0, 1] - span[0, 0]
   mosaic.pipeline(
     parity,
@@ -299,7 +314,7 @@ def _keys_kernel(
     start_next,
     lambda c, half: gather.wait(half),
     lambda c, half: _add_keys(
-      call, j, count - c * chunk, kv, kv_seg, qd_buffer.at[half],
+      call, j, cut(c), count - c * chunk, kv, kv_seg, qd_buffer.at[half],
       known_buffer.at[half], dk, dv,
     ),
   )  # fmt: skip
@@ -311,31 +326,57 @@ def _keys_kernel(
   _write_keys(call, dk, dv, d_kv)
 
 
-def _add_keys(call, j, left, kv, kv_seg, qd, known, dk, dv):
+def _add_keys(call, j, cut, left, kv, kv_seg, qd, known, dk, dv):
   """Adds what a chunk of query tiles, `left` of them real, gives."""
   shape = call.shape
-  k, v = shape.split(kv[...])
-  key = lax.broadcasted_iota(jnp.int32, (shape.keys, 1), 0)
-  position = key + j * call.spec.block_k
-  there = (key < call.spec.block_k) & (position < shape.tiles.S)
-  position = jnp.where(there, position, FAR)
+
+  def masked():
+    key = lax.broadcasted_iota(jnp.int32, (shape.keys, 1), 0)
+    position = key + j * call.spec.block_k
+    there = (key < call.spec.block_k) & (position < shape.tiles.S)
+    position = jnp.where(there, position, FAR)
+
+    def mask(row):
+      same = None
+      if kv_seg is not None:
+        segment = mosaic.column(kv_seg[...], shape.keys)
+        same = segment == row[SEGMENT : SEGMENT + 1]
+      return call.mask(position, row[POSITION : POSITION + 1], same)
+
+    _add_pieces(call, left, kv, qd, known, dk, dv, mask)
+
+  if call.always_cut:
+    masked()
+    return
+  pl.when(cut)(masked)
+  pl.when(~cut)(lambda: _add_pieces(call, left, kv, qd, known, dk, dv, None))
+
+
+def _add_pieces(call, left, kv, qd, known, dk, dv, mask):
+  """Adds a chunk; `mask` gives that of a piece, and is None for none."""
+  shape = call.shape
   every = mosaic.side_by_side(known[...], shape.rows)
   total = every.shape[1]
-  qd = qd[...].reshape(total, -1)
   piece = _piece(total)
+  k, v = shape.split(lambda n: kv[n])
+  width = shape.q_width // mosaic.LANES
   for at in range(0, total, piece):
+
+    def plane(n, at=at):
+      return qd[:, n].reshape(total, -1)[at : at + piece]
+
     row = every[:, at : at + piece]
-    q = qd[at : at + piece, : shape.q_width]
-    d_out = qd[at : at + piece, shape.q_width :]
-    same = None
-    if kv_seg is not None:
-      segment = mosaic.column(kv_seg[...], shape.keys)
-      same = segment == row[SEGMENT : SEGMENT + 1]
-    mask = call.mask(position, row[POSITION : POSITION + 1], same)
-    lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
-    mask = mask & (lane < left * shape.rows)
+    q = mosaic.wide(plane, 0, width)
+    d_out = mosaic.wide(plane, width, qd.shape[1])
     s = mosaic.dot(k, q, (1, 1)) * (call.spec.scale * LOG2_E)
-    p = jnp.where(mask, jnp.exp2(s - _float(row[LSE : LSE + 1])), 0)
+    lse = _float(row[LSE : LSE + 1])
+    if mask is None:
+      p = jnp.exp2(s - lse)
+    else:
+      # Tiles that are not real have a probability of 0 whatever their scores.
+      lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
+      lse = jnp.where(lane < left * shape.rows, lse, jnp.inf)
+      p = jnp.where(mask(row), jnp.exp2(s - lse), 0)
     dv[...] += mosaic.dot(p.astype(v.dtype), d_out, (1, 0))
     dp = mosaic.dot(v, d_out, (1, 1))
     ds = p * (dp - _float(row[DELTA : DELTA + 1]))
@@ -345,8 +386,9 @@ def _add_keys(call, j, left, kv, kv_seg, qd, known, dk, dv):
 def _write_keys(call, dk, dv, d_kv):
   scaled = dk[...] * call.spec.scale
   if call.shape.shared:
-    d_kv[...] = (scaled + dv[...]).astype(d_kv.dtype)
+    d_kv[0] = (scaled + dv[...]).astype(d_kv.dtype)
     return
-  at = call.shape.q_width
-  d_kv[:, :at] = scaled.astype(d_kv.dtype)
-  d_kv[:, at:] = dv[...].astype(d_kv.dtype)
+  both = jnp.concatenate([scaled, dv[...]], 1).astype(d_kv.dtype)
+  for n in range(d_kv.shape[0]):
+    at = n * mosaic.LANES
+    d_kv[n] = both[:, at : at + mosaic.LANES]

@@ -33,6 +33,7 @@ class Call(NamedTuple):
     shape: padded sizes.
     M: width of the lists.
     segmented: whether there are segment ids.
+    dtype: of queries, keys and values.
     interpret: see `platform.Target`.
   """
 
@@ -40,6 +41,7 @@ class Call(NamedTuple):
   shape: Shape
   M: int
   segmented: bool
+  dtype: Any
   interpret: Any
 
   @classmethod
@@ -47,7 +49,8 @@ class Call(NamedTuple):
     """The static part of a call with these arrays."""
     tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
     shape = Shape.of(tiles, q, v)
-    return cls(spec, shape, ids.shape[-1], segments is not None, interpret)
+    cut = segments is not None
+    return cls(spec, shape, ids.shape[-1], cut, k.dtype, interpret)
 
   @property
   def grid(self):
@@ -71,6 +74,16 @@ class Call(NamedTuple):
     rows = self.shape.rows
     whole = rows <= PIECE_ROWS or rows % PIECE_ROWS
     return rows if whole else PIECE_ROWS
+
+  @property
+  def together(self):
+    """Pieces a step of their loop.
+
+    Two take 2 to 4 % fewer bundles than one after the other, and twice the
+    code, with twice the spills in it. In bf16 there are two branches of it.
+    """
+    once = self.dtype != jnp.float32 or self.shape.rows % (2 * self.piece)
+    return 1 if once else 2
 
   def cost(self, widths: int, moved: int, inputs) -> pl.CostEstimate:
     """An estimate from full lists: counts are not known when compiling.
@@ -102,6 +115,60 @@ class Call(NamedTuple):
     row += 4 * (shape.q_width + 5 * mosaic.LANES)
     buffers = 2 * keys * shape.kv_width * item
     return shape.rows * row + buffers + 24 * self.piece * keys
+
+  def cuts(self, ids, counts) -> jax.Array:
+    """[B, K, nq, chunks] int32: 1 where a chunk of a list needs a mask.
+
+    It needs none where every query of the tile reads every key of the chunk.
+    Rows and tokens that are padding count for nothing: nobody reads what they
+    give. Segments and padded keys may cut any chunk.
+    """
+    tiles, block_k = self.shape.tiles, self.spec.block_k
+    first = jnp.arange(tiles.nq, dtype=jnp.int32) * tiles.block_q
+    first = (first + self.spec.q_offset)[None, None, :, None]
+    past = self.end_of(first)
+    free = jnp.arange(self.M)[None, None, None] < counts[..., None]
+    free &= (ids + 1) * block_k <= past
+    if self.spec.window is not None:
+      last = first + (tiles.block_q - 1)
+      free &= ids * block_k > last - self.spec.window
+    pad = -self.M % self.chunk
+    free = jnp.pad(free, [(0, 0)] * 3 + [(0, pad)])
+    free = free.reshape(*free.shape[:3], -1, self.chunk).all(-1)
+    return (~free).astype(jnp.int32)
+
+  def cut_keys(self, j, least, most):
+    """Whether a query of tiles `least` to `most` misses a key of block j."""
+    tiles, block_k = self.shape.tiles, self.spec.block_k
+    first = least * tiles.block_q + self.spec.q_offset
+    cut = (j + 1) * block_k > self.end_of(first)
+    if self.spec.window is not None:
+      last = (most + 1) * tiles.block_q - 1 + self.spec.q_offset
+      cut |= j * block_k <= last - self.spec.window
+    return cut
+
+  def end_of(self, t):
+    """One past the last key that a query at position t may read."""
+    S = self.shape.tiles.S
+    return jnp.minimum(t + 1, S) if self.spec.causal else S
+
+  @property
+  def always_cut(self) -> bool:
+    """Whether every chunk takes the mask, wherever it lies.
+
+    In f32 the products take so long that a mask costs nothing, and a second
+    branch only code.
+    """
+    padded = self.shape.keys != self.spec.block_k
+    return self.segmented or padded or self.dtype == jnp.float32
+
+  def positions(self, i, at) -> jax.Array:
+    """[piece, 128] positions of the rows of query tile i from `at` on."""
+    block_q = self.spec.block_q
+    row = lax.broadcasted_iota(jnp.int32, (self.piece, mosaic.LANES), 0) + at
+    power = block_q & (block_q - 1) == 0
+    token = row & (block_q - 1) if power else lax.rem(row, block_q)
+    return token + (i * block_q + self.spec.q_offset)
 
   def mask(self, position, t, same_segment):
     """Who reads whom: key positions, query positions, equality of segments."""
@@ -143,18 +210,28 @@ def _of_tokens(tiles, x):
   return jnp.broadcast_to(x[..., None], shape)
 
 
+def _fill_column(out, row):
+  """Writes a reference [1, lanes] as [rows, 128] with equal lanes."""
+  lanes = mosaic.LANES
+  for at in range(0, out.shape[0], lanes):
+    rows = min(lanes, out.shape[0] - at)
+    square = jnp.broadcast_to(row[:, at : at + lanes], (lanes, lanes))
+    out[at : at + rows] = jnp.transpose(square)[:rows]
+
+
 class Walk(NamedTuple):
   """References of the walk; segments are None where there are none.
 
   Attributes:
     listed: this tile's list.
     following: the next tile's.
-    stats: [1, 8, lanes] of this tile.
+    stats: [8, lanes] of this tile; None if no column is wanted.
     kv: keys and values in HBM.
     kv_seg: segments of the keys in HBM.
     buffer: two chunks of `kv`.
     seg_buffer: two chunks of `kv_seg`.
-    columns: [known, rows, 128], `stats` with a query a row, equal lanes.
+    columns: rows of `stats` as [rows, 128] each, a query a row, equal lanes;
+      None for those that are not wanted.
     sems: one for each half of the buffers.
     parity: which half comes first.
   """
@@ -174,7 +251,9 @@ class Walk(NamedTuple):
   def inputs(call: Call, ids, counts, stats, kv, kv_seg):
     """The arrays of the first five, and their block specs."""
     nq = call.shape.tiles.nq
-    lists = Listed.pack(ids, counts, call.shape.tiles.nk)
+    lists = Listed.pack(
+      ids, counts, call.shape.tiles.nk, call.cuts(ids, counts)
+    )
 
     def this(bh, i):
       return bh * nq + i, 0, 0
@@ -187,40 +266,43 @@ class Walk(NamedTuple):
     specs = (
       pl.BlockSpec(block, this, memory_space=pltpu.SMEM),
       pl.BlockSpec(block, after, memory_space=pltpu.SMEM),
-      pl.BlockSpec((None, *stats.shape[1:]), this),
+      None if stats is None else pl.BlockSpec((None, *stats.shape[1:]), this),
       anywhere,
       None if kv_seg is None else anywhere,
     )
     return (lists, lists, stats, kv, kv_seg), specs
 
   @staticmethod
-  def scratch(call: Call, dtype, known: int):
-    """Shapes of the last five; the first `known` statistics are used."""
+  def scratch(call: Call, dtype, *known: int):
+    """Shapes of the last five; `known` statistics are used, and segments."""
     shape = call.shape
     half = (2, call.chunk)
     seg = pltpu.VMEM((*half, 1, mosaic.lanes_of(shape.keys)), jnp.int32)
+    known += (SEGMENT,) * call.segmented
+    column = pltpu.VMEM((shape.rows, mosaic.LANES), jnp.int32)
+    planes = shape.kv_width // mosaic.LANES
     return (
-      pltpu.VMEM((*half, shape.keys, shape.kv_width), dtype),
+      pltpu.VMEM((*half, planes, shape.keys, mosaic.LANES), dtype),
       seg if call.segmented else None,
-      pltpu.VMEM((known, shape.rows, mosaic.LANES), jnp.int32),
+      tuple(column if n in known else None for n in range(DELTA + 1)),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SMEM((1,), jnp.int32),
     )
 
   def run(self, call: Call, body) -> None:
-    """Calls `body(at, k, v, mask)` for every chunk and piece of rows.
+    """Calls `body(rows, k, v, mask)` for every chunk and piece of rows.
 
     Args:
       call: the static part.
-      body: `at` is the piece's first row; `mask` is [piece, keys].
+      body: `rows` is a slice; `mask` is [piece, keys], or None where all is
+        read.
     """
     tiles = call.shape.tiles
     bh, i = pl.program_id(0), pl.program_id(1)
-    columns = jnp.transpose(self.stats[...])[: call.shape.rows]
-    for n in range(self.columns.shape[0]):
-      self.columns[n] = jnp.broadcast_to(
-        columns[:, n : n + 1], self.columns.shape[1:]
-      )
+    if self.stats is not None:
+      for n, column in enumerate(self.columns):
+        if column is not None:
+          _fill_column(column, self.stats.at[n : n + 1])
     gather = Gather(
       (self.kv,) if self.kv_seg is None else (self.kv, self.kv_seg),
       (self.buffer,) if self.kv_seg is None else (self.buffer, self.seg_buffer),
@@ -249,27 +331,51 @@ class Walk(NamedTuple):
       lambda c, half: start(listed, c, half),
       start_next,
       lambda c, half: gather.wait(half),
-      lambda c, half: self._chunk(call, listed, c, half, body),
+      lambda c, half: self._chunk(call, i, listed, c, half, body),
     )
 
-  def _chunk(self, call, listed, c, half, body):
-    shape, chunk = call.shape, call.chunk
-    kv = self.buffer[half].reshape(chunk * shape.keys, shape.kv_width)
-    k, v = shape.split(kv)
-    position = listed.positions(c, chunk, shape)
+  def _chunk(self, call, i, listed, c, half, body):
+    if call.always_cut:
+      self._masked(call, i, listed, c, half, body)
+      return
+    cut = listed.ref[0, call.M + c] == 1
+
+    @pl.when(cut)
+    def _():
+      self._masked(call, i, listed, c, half, body)
+
+    @pl.when(~cut)
+    def _():
+      self._pieces(call, half, lambda rows, k, v: body(rows, k, v, None))
+
+  def _masked(self, call, i, listed, c, half, body):
+    position = listed.positions(c, call.chunk, call.shape)
+    keys = position.shape[1]
     segment = None
     if self.seg_buffer is not None:
-      segment = mosaic.side_by_side(self.seg_buffer[half], shape.keys)
+      segment = mosaic.side_by_side(self.seg_buffer[half], call.shape.keys)
 
-    def piece(n, carry):
-      at = pl.multiple_of(n * call.piece, call.piece)
-      rows = pl.ds(at, call.piece)
-      t = mosaic.spread(self.columns[POSITION, rows], len(k))
+    def piece(rows, k, v):
+      t = mosaic.spread(call.positions(i, rows.start), keys)
       same = None
       if segment is not None:
-        same = mosaic.spread(self.columns[SEGMENT, rows], len(k)) == segment
+        same = mosaic.spread(self.columns[SEGMENT][rows], keys) == segment
       body(rows, k, v, call.mask(position, t, same))
+
+    self._pieces(call, half, piece)
+
+  def _pieces(self, call, half, body):
+    """Calls `body(rows, k, v)`."""
+    shape, together = call.shape, call.together
+
+    def plane(n):
+      return self.buffer[half, :, n].reshape(-1, mosaic.LANES)
+
+    def piece(n, carry):
+      for m in range(together):
+        at = pl.multiple_of((n * together + m) * call.piece, call.piece)
+        body(pl.ds(at, call.piece), *shape.split(plane))
       return carry
 
-    pieces = shape.rows // call.piece
-    lax.fori_loop(0, pieces, piece, 0, unroll=pieces <= 4)
+    steps = shape.rows // (call.piece * together)
+    lax.fori_loop(0, steps, piece, 0, unroll=steps == 1)

@@ -37,6 +37,7 @@ class Spec:
   block_k: int
   window: int | None
   scale: float
+  heads_first: bool = False
 
 
 def decode_attention(
@@ -51,6 +52,7 @@ def decode_attention(
   window: int | None = None,
   starts: Int[Array, 'B'] | None = None,
   scale: float | None = None,
+  heads_first: bool = False,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Softmax attention of the last `T` tokens over the listed cached blocks.
@@ -72,6 +74,8 @@ def decode_attention(
     starts: position of the first token of each row's document; earlier keys
       are not read. None means 0.
     scale: factor on the scores; None means H ** -0.5.
+    heads_first: the cache is stored as [B, K, S, *], and `k` and `v` are views
+      of it. Changes no result, but what has to be copied (`pallas_tpu`).
     implementation: a key of `IMPLEMENTATIONS`, or `auto` for the platform's
       best.
 
@@ -86,7 +90,8 @@ def decode_attention(
   """
   arguments.check_attention(q, k, v, None, None)
   _check(q, k, block_ids, block_counts, lengths, block_k, window)
-  spec = Spec(block_k, window, arguments.scale_or_default(q, scale))
+  scale = arguments.scale_or_default(q, scale)
+  spec = Spec(block_k, window, scale, heads_first)
   if starts is None:
     starts = jnp.zeros_like(lengths)
   ids, counts, lengths, starts = (

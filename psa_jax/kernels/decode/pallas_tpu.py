@@ -5,13 +5,21 @@ rows of one small tile. The blocks of its list are copied into two buffers in
 turn, as in `block_sparse/pallas_tpu.py`, but never one more than the count:
 here bytes are all the cost.
 
-The kernel reads keys as [B, K, S, *]. A cache that is stored so and passed as
-`cache.swapaxes(1, 2)` is read in place where H and Hv are multiples of 128, S
-one of `block_k`, and `block_k` a multiple of 128 or a power of two of at least
-8 (f32) or 16 (bf16). Any other cache is copied first, at every call.
+Where H and Hv are multiples of 128 and `block_k` is a multiple of 128 or a
+power of two of at least 8 (bf16: 16), a cache is read in place:
+
+* stored as [B, S, K, *], which is how it is passed, if it is f32, or if K is
+  even. The copy of a head's block is strided. In memory bf16 rows are
+  interleaved in pairs, so that of two kv heads both are read, and one used;
+* stored as [B, K, S, *] and passed as `cache.swapaxes(1, 2)` with
+  `heads_first`, if S is a multiple of `block_k`. Only what is listed is read.
+
+Any other cache is copied first, at every call: narrow heads above all, which
+XLA itself stores with S last.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +35,65 @@ from psa_jax.kernels.tiles import Tiles
 CHUNK_KEYS = 512  # keys fetched and multiplied at a time
 
 
+class Stored(NamedTuple):
+  """How the kernel reads the cache.
+
+  Attributes:
+    in_place: as [B, S, K, *], head by head; else as [B * K * nk, keys, *].
+    paired: two heads at a time, as halves of 32-bit numbers.
+  """
+
+  in_place: bool
+  paired: bool
+
+  @classmethod
+  def of(cls, spec, shape: Shape, dtype) -> 'Stored':
+    """What these sizes allow."""
+    tiles, paired = shape.tiles, dtype == jnp.bfloat16
+    in_place = (
+      not spec.heads_first
+      and shape.H % mosaic.LANES == 0
+      and shape.Hv % mosaic.LANES == 0
+      and shape.keys == tiles.block_k <= tiles.S
+      and not (paired and tiles.K % 2)
+    )
+    return cls(in_place, in_place and paired)
+
+  def arrays(self, shape: Shape, k, v):
+    """What the kernel is given."""
+    if self.in_place:
+      return k, v
+    return tuple(_pad(shape.tiles.pack_k(x), shape.keys) for x in (k, v))
+
+  def buffer(self, shape: Shape, chunk: int, x):
+    """Two chunks of such an array in VMEM."""
+    dtype = jnp.int32 if self.paired else x.dtype
+    return pltpu.VMEM((2, chunk, shape.keys, x.shape[-1]), dtype)
+
+  def gather(self, sources, buffers, sems) -> Gather:
+    """Copies of blocks of these references."""
+    if self.paired:
+      sources = tuple(x.bitcast(jnp.int32) for x in sources)
+    some = (0, pl.ds(0, buffers[0].shape[2]), 0) if self.in_place else 0
+    return Gather(sources, buffers, sems, some)
+
+  def row(self, shape: Shape, b, h, block) -> Any:
+    """Where a block lies in them."""
+    tiles = shape.tiles
+    if not self.in_place:
+      return (b * tiles.K + h) * tiles.nk + block
+    begin = jnp.minimum(block * tiles.block_k, tiles.S - tiles.block_k)
+    return b, pl.ds(begin, tiles.block_k), h // 2 if self.paired else h
+
+  def load(self, buffer, half, h, dtype):
+    """[keys, *] of a half of a buffer, of head h."""
+    x = buffer[half].reshape(-1, buffer.shape[-1])
+    if not self.paired:
+      return x
+    high = jnp.where(h % 2 == 1, x, x << 16) & jnp.int32(-(2**16))
+    return lax.bitcast_convert_type(high, jnp.float32).astype(dtype)
+
+
 def refusal(
   where, q, k, v, ids, counts, lengths, starts, *, spec
 ) -> str | None:
@@ -38,9 +105,8 @@ def refusal(
   keys = shape.keys * mosaic.chunk_of(shape.keys, CHUNK_KEYS, ids.shape[-1])
   width = shape.q_width + shape.v_width
   row = 24 * keys + 4 * (3 * width + 2 * mosaic.LANES)
-  return mosaic.too_large(
-    shape.rows * row + 2 * keys * width * q.dtype.itemsize
-  )
+  item = 4 if Stored.of(spec, shape, k.dtype).paired else q.dtype.itemsize
+  return mosaic.too_large(shape.rows * row + 2 * keys * width * item)
 
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
@@ -52,7 +118,8 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   listed = Listed.pack(ids, counts, tiles.nk)
   bounds = jnp.stack([lengths, starts], -1)[:, None]
   qt = _pad(tiles.pack_q(q), shape.rows)
-  kb, vb = (_pad(tiles.pack_k(x), shape.keys) for x in (k, v))
+  stored = Stored.of(spec, shape, k.dtype)
+  kb, vb = stored.arrays(shape, k, v)
   heads = tiles.B * tiles.K
   results = (
     jax.ShapeDtypeStruct((heads, shape.rows, shape.Hv), v.dtype),
@@ -71,7 +138,7 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
 
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   out, lse = pl.pallas_call(
-    functools.partial(_kernel, spec, shape),
+    functools.partial(_kernel, spec, shape, stored),
     grid=(tiles.B, tiles.K),
     in_specs=(
       block(listed, space=smem),
@@ -84,13 +151,13 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
     out_specs=tuple(map(block, results)),
     out_shape=results,
     scratch_shapes=(
-      pltpu.VMEM((2, chunk, *kb.shape[1:]), k.dtype),
-      pltpu.VMEM((2, chunk, *vb.shape[1:]), v.dtype),
+      stored.buffer(shape, chunk, kb),
+      stored.buffer(shape, chunk, vb),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SMEM((1,), jnp.int32),
       *Running.scratch(shape.rows, shape.Hv),
     ),
-    cost_estimate=_cost(shape, ids.shape[-1], qt, results),
+    cost_estimate=_cost(shape, stored, ids.shape[-1], qt, results),
     compiler_params=mosaic.compiler_params(),
     interpret=platform.current().interpret,
     name='decode',
@@ -106,7 +173,7 @@ def _pad(x, rows):
   return jnp.pad(x, [(0, 0), (0, rows - x.shape[1]), (0, 0)])
 
 
-def _cost(shape, M, q, results):
+def _cost(shape, stored, M, q, results):
   """From full lists: counts are not known when compiling."""
   heads, width = len(q), shape.H + shape.Hv
   keys = heads * M * shape.keys
@@ -114,13 +181,15 @@ def _cost(shape, M, q, results):
   return pl.CostEstimate(
     flops=2 * keys * shape.tiles.rows * width,
     transcendentals=keys * shape.tiles.rows,
-    bytes_accessed=keys * width * q.dtype.itemsize + once,
+    bytes_accessed=keys * width * (4 if stored.paired else q.dtype.itemsize)
+    + once,
   )
 
 
 def _kernel(
   spec,
   shape,
+  stored,
   listed,
   following,
   bounds,
@@ -138,7 +207,7 @@ def _kernel(
   b, h = pl.program_id(0), pl.program_id(1)
   tiles, chunk = shape.tiles, k_buffer.shape[1]
   listed, following = Listed(listed), Listed(following)
-  gather = Gather((kb, vb), (k_buffer, v_buffer), sems)
+  gather = stored.gather((kb, vb), (k_buffer, v_buffer), sems)
   run = Running(*running)
   run.start()
 
@@ -149,10 +218,9 @@ def _kernel(
     v_buffer[...] = jnp.zeros_like(v_buffer)
 
   def start(listed, c, half, h):
-    base = (b * tiles.K + h) * tiles.nk
     gather.start(
       half,
-      lambda n: (base + listed.block(c * chunk + n),) * 2,
+      lambda n: (stored.row(shape, b, h, listed.block(c * chunk + n)),) * 2,
       listed.left(c, chunk),
     )
 
@@ -162,10 +230,11 @@ def _kernel(
       start(following, 0, half, h + 1)
 
   def add(c, half):
-    k = k_buffer[half].reshape(chunk * shape.keys, -1)
-    v = v_buffer[half].reshape(chunk * shape.keys, -1)
+    k = stored.load(k_buffer, half, h, kb.dtype)
+    v = stored.load(v_buffer, half, h, vb.dtype)
     s = mosaic.dot(q[...], k, (1, 1)) * (spec.scale * mosaic.LOG2_E)
-    mask = _mask(spec, shape, bounds, listed.positions(c, chunk, shape))
+    position = listed.positions(c, chunk, shape, clamped=stored.in_place)
+    mask = _mask(spec, shape, bounds, position)
     run.add(slice(None), jnp.where(mask, s, softmax.MASKED), v)
 
   mosaic.pipeline(
