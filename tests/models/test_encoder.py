@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from psa_jax import models
+from psa_jax import models, sharding
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig, PsaConfig
 from psa_jax.models import encoder as encoder_lib
 from psa_jax.train.tasks import LanguageModel
@@ -118,4 +118,4 @@ def test_a_language_model_is_no_encoder():
     found, model=dataclasses.replace(found.model, kind='encoder')
   )
   with pytest.raises(ConfigError, match='sees the next token'):
-    LanguageModel(found, tiny.corpus(), None)
+    LanguageModel(found, tiny.corpus(), sharding.make_mesh(found.mesh))
