@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention.survivors import runs
+from psa_jax.attention.survivors import runs, whole_row
 from psa_jax.config import AttentionConfig, CascadeConfig
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.dense.columns import column_mass, self_mass
@@ -159,7 +159,6 @@ def visible_keys(
   segment_ids: Int[Array, 'B T'] | None, B: int, T: int, *, causal: bool
 ) -> Int[Array, 'B T']:
   """How many keys every query can read."""
-  if segment_ids is None:
-    segment_ids = jnp.zeros((B, T), jnp.int32)
-  _, seen, length = runs(segment_ids)
+  whole = segment_ids is None
+  _, seen, length = whole_row(B, T) if whole else runs(segment_ids)
   return seen if causal else length

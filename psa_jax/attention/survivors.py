@@ -149,6 +149,17 @@ def runs(
   return number, at - begin + 1, end - begin + 1
 
 
+def whole_row(
+  B: int, T: int
+) -> tuple[Int[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T']]:
+  """`runs` of rows that are one document each.
+
+  Of constant ids XLA would compute `runs` while it compiles, which is slow.
+  """
+  seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32)[None], (B, T))
+  return jnp.zeros_like(seen), seen, jnp.full_like(seen, T)
+
+
 def keep_bidirectional(
   score: Float[Array, 'B T'],
   quotas: Int[Array, 'B T'],
@@ -177,7 +188,7 @@ def keep_causal(
   score: Float[Array, 'B T'],
   alive: Bool[Array, 'B T'],
   quotas: Int[Array, 'B T'],
-  document: Int[Array, 'B T'],
+  document: Int[Array, 'B T'] | None,
   *,
   shares: tuple[int, int],
   window: int,
@@ -189,12 +200,15 @@ def keep_causal(
     score: importance of the token, known at its position.
     alive: candidates; they come first, in the order of their positions.
     quotas: `quota` of the document up to each candidate.
-    document: a number for each, in runs.
+    document: a number for each, in runs; None where a row is one document.
     shares: this layer's share and the one before it.
     window: candidates that are compared.
     credit: see the module docstring.
   """
-  _, place, _ = runs(document)
+  if document is None:
+    place = whole_row(*score.shape)[1]
+  else:
+    place = runs(document)[1]
   rank = _rank_among_last(score, place, window)
   compared = jnp.minimum(place, window)
   wanted = rank * shares[1] < compared * shares[0]
@@ -257,9 +271,18 @@ def top_heads(
 
 
 def pairs(
-  document: Int[Array, 'B T'], alive: Bool[Array, 'B T'], causal: bool
+  document: Int[Array, 'B T'] | None, alive: Bool[Array, 'B T'], causal: bool
 ) -> jax.Array:
-  """[B] f32: pairs of a query and a key that it reads."""
+  """[B] f32: pairs of a query and a key that it reads.
+
+  Args:
+    document: a number for each, in runs; None where a row is one document.
+    alive: what counts; it comes first.
+    causal: whether a query reads only keys up to its own.
+  """
+  if document is None:
+    count = alive.sum(1).astype(jnp.float32)
+    return count * (count + 1) / 2 if causal else count * count
   _, seen, length = runs(jnp.where(alive, document, -1))
   found = jnp.where(alive, seen if causal else length, 0)
   return found.astype(jnp.float32).sum(1)

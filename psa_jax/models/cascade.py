@@ -187,7 +187,8 @@ class Cascade:
         rows = rows._replace(score=rows.score + found.tokens)
         importance = _add_heads(importance, found.heads, heads)
       moved.append(stats)
-      said.append(aux | self._shares(start, rows, size.heads / K))
+      shares = self._shares(start, rows, size.heads / K, packed)
+      said.append(aux | shares)
     x = left if share == survivors.UNIT else _write(x, left, rows)
     aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *said)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved), aux
@@ -228,10 +229,11 @@ class Cascade:
       statistic[...] = statistic[...].at[at].set(new)
     return found._replace(heads=old[None])
 
-  def _shares(self, start: Rows, rows: Rows, heads: float):
+  def _shares(self, start: Rows, rows: Rows, heads: float, packed: bool):
     """Scalars of a layer: what it reads and holds, as shares of the whole."""
     read, visible = (
-      survivors.pairs(x.document, x.alive, self.causal) for x in (rows, start)
+      survivors.pairs(x.document if packed else None, x.alive, self.causal)
+      for x in (rows, start)
     )
     read = jnp.where(visible > 0, read / jnp.maximum(visible, 1), 1)
     tokens, every = (x.alive.sum().astype(jnp.float32) for x in (rows, start))
@@ -248,11 +250,12 @@ class Cascade:
     alive = jnp.ones((B, T), bool)
     if segment_ids is None:
       segment = jnp.zeros((B, T), jnp.int32)
+      document, seen, length = survivors.whole_row(B, T)
     else:
       segment = segment_ids
-    if segment_ids is not None and not self.causal:
-      alive = segment != PADDING
-    document, seen, length = survivors.runs(segment)
+      document, seen, length = survivors.runs(segment)
+      if not self.causal:
+        alive = segment != PADDING
     budget = seen if self.causal else length
     score = jnp.zeros((B, T), jnp.float32)
     return Rows(place, alive, score, document, budget, segment)
@@ -267,7 +270,9 @@ class Cascade:
     generous = rows.document < cfg.documents
     quotas = survivors.quota(rows.budget, size.share, generous)
     quotas = jnp.where(rows.alive, quotas, 0)
-    document = jnp.where(rows.alive, rows.document, DEAD)
+    document = None
+    if packed:
+      document = jnp.where(rows.alive, rows.document, DEAD)
     if self.causal:
       kept = survivors.keep_causal(
         rows.score,
@@ -279,9 +284,7 @@ class Cascade:
         credit=cfg.credit,
       )
     else:
-      kept = survivors.keep_bidirectional(
-        rows.score, quotas, document if packed else None
-      )
+      kept = survivors.keep_bidirectional(rows.score, quotas, document)
     at, alive = survivors.compact(kept, size.tokens)
     rows = jax.tree.map(lambda x: _take(x, at), rows)
     segment = jnp.where(alive, rows.segment, DEAD)

@@ -91,7 +91,7 @@ def largest(jaxpr):
   """Entries of the largest array that a program makes, loops included."""
   found = 0
   for eqn in jaxpr.eqns:
-    found = max(found, *(v.aval.size for v in eqn.outvars))
+    found = max([found, *(v.aval.size for v in eqn.outvars)])
     for inner in jax.tree.leaves(
       list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')
     ):
