@@ -52,8 +52,14 @@ def compress(
     stride: d; divides l.
 
   Raises:
-    ConfigError: the network is one for blocks of another length.
+    ConfigError: the network is one for blocks of another length, or they are
+      no whole number of strides.
   """
+  if block % stride:
+    raise ConfigError(
+      f'attention.nsa.compress_block={block} must be a multiple of '
+      f'stride={stride}'
+    )
   B, T, K, H = x.shape
   blocks = count(T, block=block, stride=stride)
   if not blocks:

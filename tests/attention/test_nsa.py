@@ -82,6 +82,7 @@ def learned(x):
 
 
 def attend(x, cfg, segments=None, step=0, train=True):
+  x = {n: jnp.asarray(a) for n, a in x.items()}
   return base.attend(
     x['q'],
     x['k'],
@@ -370,8 +371,8 @@ def test_a_needle_far_back_is_selected():
     t = jnp.full((1, 1), T - 1)
     lse = jax.nn.logsumexp(jnp.einsum('bckh,bqkh->bqkc', kc, q) * H**-0.5, -1)
     ids = compressed.top_blocks(
-      q,
-      kc,
+      jnp.asarray(q),
+      jnp.asarray(kc),
       lse,
       t,
       nsa.visible_blocks(config(sizes).nsa, t, None),
@@ -416,7 +417,7 @@ def test_scan_and_vmap_and_grad_trace():
 
 
 def test_what_cannot_be_is_refused():
-  x = inputs(SMALL, T=9)
+  x = {n: jnp.asarray(a) for n, a in inputs(SMALL, T=9).items()}
   with pytest.raises(ConfigError, match='causal'):
     base.attend(
       x['q'],
