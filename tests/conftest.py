@@ -9,8 +9,11 @@
 * Shapes and types of psa_jax's annotations are checked at run time by
   jaxtyping and beartype; `PSA_JAX_TYPECHECK=0` turns that off.
 * A broadcast between arrays of different rank is an error.
+* A process that has compiled so much that it nears the kernel's limit on
+  memory mappings drops its programs: beyond it JAX ends with a fault.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -57,6 +60,23 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile('psa_jax')
+
+
+MAPS = pathlib.Path('/proc/self/maps')
+MOST_MAPS = 30_000  # the limit is 65,530 on most machines
+_since_count = 0
+
+
+def pytest_runtest_teardown():
+  """Counts the memory mappings after every tenth test."""
+  global _since_count
+  _since_count += 1
+  if _since_count < 10 or not MAPS.exists():
+    return
+  _since_count = 0
+  if MAPS.read_bytes().count(b'\n') > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_unconfigure():
