@@ -30,7 +30,6 @@ _QUALITY = flags.DEFINE_bool('quality', True, 'Train the two models.')
 _WRITE = flags.DEFINE_bool('write', True, 'Append results and update README.')
 
 SCALES = (0.0, 1.0, 4.0, 16.0)  # of the queries
-HEAD = 64
 SOURCES = ['psa_jax', 'configs', ':(glob)experiments/hybrid/*.py']
 RECIPE = 'configs/lm_64k.py:quick'
 COMMON = {
@@ -56,6 +55,7 @@ def main(argv):
   """Counts, trains, and writes both down."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}')
+  from experiments.hybrid.counts import cost
   from psa_jax import report
 
   stamp = report.provenance(ROOT, SOURCES)
@@ -79,44 +79,6 @@ def main(argv):
       )
     text = f'{report.markdown(tables[name](rows))}\n\n{versions}'
     report.replace_section(HERE / 'README.md', name, text)
-
-
-def cost(scale, T):
-  """Pairs and multiply-adds of one head, counted from its block lists."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from psa_jax.attention import hybrid
-  from psa_jax.config import HybridConfig
-
-  cfg = HybridConfig()
-  rng = np.random.default_rng(0)
-  q, k = (
-    jnp.asarray(rng.standard_normal((1, T, 1, HEAD)) * c, jnp.float32)
-    for c in (scale, 1)
-  )
-  cap = hybrid.cap_at(cfg, 0, True)
-  select = jax.jit(lambda q, k: hybrid.select_blocks(q, k, cfg, cap=cap))
-  lists, spread = select(q, k)
-  read, visible = (
-    int(np.asarray(x, np.int64).sum()) * cfg.block_q * cfg.block_k
-    for x in (lists.counts, lists.visible)
-  )
-  tiles, blocks = T // cfg.block_q, -(-T // cfg.block_k)
-  # A pair costs a product of scores and one of values; the selection scores
-  # every block for one query a tile and sums every key once.
-  selection = tiles * blocks * HEAD + T * HEAD
-  return {
-    'length': T,
-    'scale': scale,
-    'pairs': read,
-    'dense_pairs': visible,
-    'multiply_adds': read * 2 * HEAD + selection,
-    'dense_multiply_adds': visible * 2 * HEAD,
-    'entropy': float(spread.entropy.mean()),
-    'capped': float(spread.capped.mean()),
-  }
 
 
 def cost_table(rows):

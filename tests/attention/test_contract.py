@@ -403,7 +403,7 @@ def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""
   traces, config = [], ROWS[name].config
   init, final = ROWS[name].ramp
-  ramp = ScheduleConfig(kind='linear', init=init, final=final, length=3)
+  ramp = ScheduleConfig('linear', float(init), float(final), length=3)
   config = scheduled(config, ramp)
 
   @jax.jit

@@ -2,26 +2,18 @@
 
 import json
 import pathlib
-import sys
 
 import numpy as np
-import pytest
+
+from experiments.hybrid import counts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'experiments' / 'hybrid'
 
 
-@pytest.fixture(scope='module')
-def run():
-  sys.path.insert(0, str(ROOT))
-  from experiments.hybrid import run
-
-  return run
-
-
-def test_the_flattest_attention_reads_window_and_cap(run):
+def test_the_flattest_attention_reads_window_and_cap():
   """Zero queries ask for every block: forced + floor(visible / 4), by tile."""
-  found = run.cost(0.0, 4096)
+  found = counts.cost(0.0, 4096)
   pairs = dense = 0
   for tile in range(32):
     first = tile * 128
@@ -35,8 +27,8 @@ def test_the_flattest_attention_reads_window_and_cap(run):
   assert found['multiply_adds'] == pairs * size * 128 + selection
 
 
-def test_peaked_attention_reads_less(run):
-  assert run.cost(30.0, 4096)['pairs'] < run.cost(0.0, 4096)['pairs']
+def test_peaked_attention_reads_less():
+  assert counts.cost(30.0, 4096)['pairs'] < counts.cost(0.0, 4096)['pairs']
 
 
 def test_the_page_shows_the_newest_results():

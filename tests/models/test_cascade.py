@@ -453,8 +453,9 @@ def test_a_mesh_changes_nothing(kind):
   want, *_ = forward(cfg, batch, segment_ids=segments, train=False)
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))
   with jax.set_mesh(mesh):
-    where = tuple(sharding.tree_shardings(x, mesh) for x in arrays(cfg))
-    state = jax.device_put(arrays(cfg), where)
+    state = tuple(
+      jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in arrays(cfg)
+    )
     rows = sharding.batch_sharding(mesh)
     got, *_ = forward_of.__wrapped__(cfg, False)(
       state,
