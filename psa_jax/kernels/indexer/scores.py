@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 # Numbers in the largest array that exists at a time, [B, queries, J, S].
-ROOM = 1 << 23
+ROOM = 1 << 21
 
 
 class Index(NamedTuple):
