@@ -4,8 +4,8 @@ from flax import nnx
 
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models.decoder_lm import DecoderLM as DecoderLM
-from psa_jax.models.decoder_lm import ModelOut as ModelOut
 from psa_jax.models.encoder import Encoder as Encoder
+from psa_jax.models.transformer import ModelOut as ModelOut
 
 MODELS = {'decoder_lm': DecoderLM, 'encoder': Encoder}
 

@@ -1,0 +1,144 @@
+"""What every Transformer over tokens is: embedding, L blocks, a final norm.
+
+The running statistics that the layers moved are written to the module; a
+caller under `jax.jit` has to return them in turn (see `stack.py`).
+
+The table's entries start with a standard deviation of 0.5 / sqrt(D), so that
+the blocks outweigh the embedding in the residual stream and, where it is the
+output matrix too, logits start at 0.5 around 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from psa_jax.attention.projections import fan_in, head_dim
+from psa_jax.attention.rotary import rotary
+from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.models import stack
+from psa_jax.norm import Norm, gamma
+from psa_jax.types import Scalar
+
+
+class ModelOut(NamedTuple):
+  """What a model returns.
+
+  Attributes:
+    hidden: [B, T, D] after the final norm, for `unembed`.
+    aux: f32 scalars averaged over layers, at least attention's `density`;
+      with PRepBN also the `gamma` that this step used.
+  """
+
+  hidden: Float[Array, 'B T D']
+  aux: dict[str, jax.Array]
+
+
+class Transformer(nnx.Module):
+  """Embedding, blocks and final norm; a subclass says who sees whom.
+
+  Attributes:
+    causal: whether a token sees only what is before it.
+    embedding: [V, D], read by `embed`.
+    layers: one `Block` whose arrays have a leading axis of length L.
+    final_norm: norm after the last block.
+  """
+
+  causal: bool
+
+  def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
+    """Creates the parameters.
+
+    Args:
+      config: the model.
+      vocab_size: V of the tokenizer; `config.vocab_size` overrides it.
+      rngs: the stream `params` draws the initial values.
+
+    Raises:
+      ConfigError: heads that do not fit, or a vocabulary that does not hold
+        the tokenizer's.
+    """
+    if vocab_size < 1 or 0 < config.vocab_size < vocab_size:
+      raise ConfigError(
+        f'model.vocab_size={config.vocab_size} cannot hold the {vocab_size} '
+        'ids of the tokenizer; set it to 0'
+      )
+    vocab_size = config.vocab_size or vocab_size
+    self.config = config
+    self.head_dim = head_dim(config)
+    dtype = jnp.dtype(config.param_dtype)
+    table = fan_in(1, 0, scale=0.25)
+    self.embedding = nnx.Param(
+      table(rngs.params(), (vocab_size, config.d_model), dtype)
+    )
+    self.layers = stack.make_layers(config, rngs=rngs)
+    self.final_norm = Norm(
+      config.d_model, config.norm, param_dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    *,
+    step: Scalar,
+    positions: Int[Array, 'B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    mechanism: str | None = None,
+    budget: Scalar | None = None,
+  ) -> ModelOut:
+    """Runs the model up to the final norm.
+
+    Args:
+      tokens: ids; one outside the vocabulary gives NaN.
+      step: optimiser step, which drives every schedule.
+      positions: rotary positions; None counts from 0 in every row.
+      segment_ids: documents of packed rows; None is one document a row.
+      mask: tokens that count in norm statistics; None counts all.
+      train: move running statistics and follow the training schedules.
+      mechanism: overrides the configured attention mechanism.
+      budget: share of the visible keys that attention may read, in place of
+        its schedule.
+
+    Raises:
+      ValueError: companions whose shape is not that of `tokens`.
+    """
+    for name, companion in (
+      ('positions', positions),
+      ('segment_ids', segment_ids),
+      ('mask', mask),
+    ):
+      if companion is not None and companion.shape != tokens.shape:
+        raise ValueError(
+          f'{name} {companion.shape} must have the shape of tokens '
+          f'{tokens.shape}'
+        )
+    if positions is None:
+      positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    x, aux = stack.apply_layers(
+      self.layers,
+      self.config,
+      self.embed(tokens),
+      step=step,
+      rope=rotary(
+        positions, head_dim=self.head_dim, theta=self.config.rope_theta
+      ),
+      segment_ids=segment_ids,
+      mask=mask,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+      causal=self.causal,
+    )
+    if self.config.norm.kind == 'prepbn':
+      aux['gamma'] = gamma(self.config.norm, step)
+    hidden = self.final_norm(x, step=step, train=train, mask=mask)
+    return ModelOut(hidden, aux)
+
+  def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    """Looks tokens up; NaN for an id outside the vocabulary."""
+    rows = jnp.take(self.embedding[...], tokens, axis=0, mode='fill')
+    return rows.astype(self.config.compute_dtype)
