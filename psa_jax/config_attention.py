@@ -11,7 +11,24 @@ class DenseConfig:
 
 
 @dataclass(frozen=True)
-class PsaConfig:
+class _BlockLists:
+  """What the mechanisms with a sink and a window have in common."""
+
+  block_q: int = 128
+  block_k: int = 64
+  window: int = 512
+  sink_blocks: int = 1
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the budget."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
+
+
+@dataclass(frozen=True)
+class PsaConfig(_BlockLists):
   """Progressive sparse attention (MECHANISMS section 3).
 
   Attributes:
@@ -33,23 +50,12 @@ class PsaConfig:
       schedule's value at the step being evaluated.
   """
 
-  block_q: int = 128
-  block_k: int = 64
-  window: int = 512
-  sink_blocks: int = 1
   budget: str = choice('ratio', 'ratio', 'mass')
   keep: ScheduleConfig = ScheduleConfig()
   mass: ScheduleConfig = ScheduleConfig()
   scoring: str = choice('mean', 'mean', 'bounds', 'random', 'recent')
   max_blocks: int = 0
   eval_keep: float = runtime(0.0)
-
-  @property
-  def forced_blocks(self) -> int:
-    """Most blocks that sink, window and own tile take, whatever the budget."""
-    own = -(-self.block_q // self.block_k)
-    window = -(-self.window // self.block_k)
-    return self.sink_blocks + own + window + 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class TopkConfig:
 
 
 @dataclass(frozen=True)
-class HybridConfig:
+class HybridConfig(_BlockLists):
   """Sliding window and global key blocks (MECHANISMS section 5).
 
   Attributes:
@@ -121,9 +127,6 @@ class HybridConfig:
       step being evaluated.
   """
 
-  block_q: int = 128
-  block_k: int = 64
-  window: int = 512
   sink_blocks: int = 0
   keep: ScheduleConfig = ScheduleConfig(kind='linear', final=0.25)
   coefficient: float = 1.0
@@ -132,16 +135,9 @@ class HybridConfig:
   max_blocks: int = 0
   eval_keep: float = runtime(0.0)
 
-  @property
-  def forced_blocks(self) -> int:
-    """Most blocks that sink, window and own tile take, whatever the cap."""
-    own = -(-self.block_q // self.block_k)
-    window = -(-self.window // self.block_k)
-    return self.sink_blocks + own + window + 1
-
 
 @dataclass(frozen=True)
-class DsaConfig:
+class DsaConfig(_BlockLists):
   """A learned indexer chooses the keys (MECHANISMS section 11).
 
   `block_q=1, block_k=1, window=1, sink_blocks=0` is the paper's choice of
@@ -162,23 +158,12 @@ class DsaConfig:
 
   heads: int = 4
   width: int = 32
-  block_q: int = 128
-  block_k: int = 64
-  window: int = 512
-  sink_blocks: int = 1
   budget: str = choice('tokens', 'tokens', 'ratio')
   top_k: ScheduleConfig = ScheduleConfig(init=2048.0)
   keep: ScheduleConfig = ScheduleConfig()
   pooling: str = choice('max', 'max', 'sum', 'mass')
   warmup_steps: int = 0
   eval_budget: float = runtime(0.0)
-
-  @property
-  def forced_blocks(self) -> int:
-    """Most blocks that sink, window and own tile take, whatever the budget."""
-    own = -(-self.block_q // self.block_k)
-    window = -(-self.window // self.block_k)
-    return self.sink_blocks + own + window + 1
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.approximate import PLAIN, Softmax
-from psa_jax.config import HybridConfig, PsaConfig
+from psa_jax.config import (
+  AttentionConfig,
+  ConfigError,
+  DsaConfig,
+  HybridConfig,
+  PsaConfig,
+)
 from psa_jax.kernels import block_scores
+from psa_jax.kernels.block_sparse import block_sparse_attention
 
 SAMPLES = 8  # queries whose retained mass is measured
 
@@ -59,18 +67,41 @@ def document_end(
   return lax.cummin(at, axis=1, reverse=True)
 
 
+class Tiles(NamedTuple):
+  """Where the query tiles begin, and in which document.
+
+  Attributes:
+    first: positions of the tiles' first queries.
+    starts: first positions of these queries' documents.
+  """
+
+  first: Int[Array, '#B Tb']
+  starts: Int[Array, 'B Tb']
+
+  @classmethod
+  def of_prefill(cls, B: int, T: int, block_q: int, segment_ids) -> 'Tiles':
+    """All tiles of T queries."""
+    starts = document_start(segment_ids, B, T)[:, ::block_q]
+    return cls(jnp.arange(0, T, block_q)[None], starts)
+
+  @classmethod
+  def of_decode(cls, positions: Int[Array, 'B'], starts) -> 'Tiles':
+    """The tile that begins at each row's position; `starts` None means 0."""
+    first = positions.astype(jnp.int32)[:, None]
+    starts = jnp.zeros_like(first) if starts is None else starts[:, None]
+    return cls(first, starts)
+
+
 def tile_ranges(
-  cfg: PsaConfig | HybridConfig,
-  first: Int[Array, '#B Tb'],
-  starts: Int[Array, 'B Tb'],
+  cfg: PsaConfig | HybridConfig | DsaConfig,
+  tiles: Tiles,
   blocks: int,
 ) -> tuple[block_scores.Ranges, Int[Array, 'B Tb']]:
   """Where the blocks lie as seen from each tile.
 
   Args:
     cfg: block sizes, window and sink.
-    first: positions of the tiles' first queries.
-    starts: first positions of these queries' documents.
+    tiles: where they begin.
     blocks: how many key blocks there are.
 
   Returns:
@@ -79,8 +110,8 @@ def tile_ranges(
     of the rest must not depend on that, for decoding does not know yet where
     the sequence ends.
   """
-  begin = starts // cfg.block_k
-  first = jnp.broadcast_to(first, begin.shape)
+  begin = tiles.starts // cfg.block_k
+  first = jnp.broadcast_to(tiles.first, begin.shape)
   end = (first + cfg.block_q - 1) // cfg.block_k + 1
   cut = jnp.maximum(end - blocks, 0)
   ranges = block_scores.Ranges(
@@ -91,6 +122,89 @@ def tile_ranges(
     near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
   )
   return ranges, cut
+
+
+def summarise(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  cfg: PsaConfig | HybridConfig,
+  segment_ids: Int[Array, 'B T'] | None,
+) -> tuple[Float[Array, 'B Tb N H'], block_scores.Pooled, Tiles]:
+  """What prefill chooses by: tiles' first queries, blocks, and the tiles."""
+  q, k = lax.stop_gradient((q, k))
+  pooled = block_scores.pool(
+    k,
+    block_k=cfg.block_k,
+    bounds=cfg.scoring == 'bounds',
+    segment_ids=segment_ids,
+  )
+  tiles = Tiles.of_prefill(*q.shape[:2], cfg.block_q, segment_ids)
+  return q[:, :: cfg.block_q], pooled, tiles
+
+
+def width_limit(cfg: PsaConfig | HybridConfig, blocks: int, name: str) -> int:
+  """M that `max_blocks` sets, at most `blocks`; 0 where it sets none.
+
+  Raises:
+    ConfigError: it is less than the sink and the window take.
+  """
+  forced = min(cfg.forced_blocks, blocks)
+  if 0 < cfg.max_blocks < forced:
+    raise ConfigError(
+      f'attention.{name}.max_blocks={cfg.max_blocks} is less than the {forced} '
+      'blocks that sink and window always take; raise it or use 0'
+    )
+  return min(cfg.max_blocks, blocks)
+
+
+def read_blocks(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  ids: Int[Array, 'B #K Tb M'],
+  counts: Int[Array, 'B #K Tb'],
+  config: AttentionConfig,
+  *,
+  block_q: int,
+  block_k: int,
+  segment_ids: Int[Array, 'B T'] | None,
+  how: Softmax = PLAIN,
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+  """Attention over lists, whose names a rematerialisation policy knows.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    ids: as in `block_sparse_attention`, or one list for all kv heads.
+    counts: likewise.
+    config: the implementation, and whether lists are checked.
+    block_q: queries a list.
+    block_k: keys a block.
+    segment_ids: documents.
+    how: the softmax.
+
+  Returns:
+    Output and log-sum-exp.
+  """
+  shape = k.shape[0], k.shape[2]
+  ids = checkpoint_name(ids, 'attn_ids')
+  counts = checkpoint_name(counts, 'attn_counts')
+  return block_sparse_attention(
+    q,
+    k,
+    v,
+    jnp.broadcast_to(ids, (*shape, *ids.shape[2:])),
+    jnp.broadcast_to(counts, (*shape, *counts.shape[2:])),
+    block_q=block_q,
+    block_k=block_k,
+    q_segment_ids=segment_ids,
+    kv_segment_ids=segment_ids,
+    softmax=how.softmax,
+    coefficients=how.coefficients,
+    check_lists=config.check_lists,
+    implementation=config.implementation,
+  )
 
 
 def renew(

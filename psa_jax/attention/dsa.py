@@ -39,12 +39,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention.blocks import BlockList, document_start, retained_mass
+from psa_jax.attention.blocks import (
+  BlockList,
+  Tiles,
+  read_blocks,
+  retained_mass,
+  share_read,
+  tile_ranges,
+)
 from psa_jax.config import AttentionConfig, ConfigError, DsaConfig
 from psa_jax.kernels import dense as dense_lib
 from psa_jax.kernels import indexer, topk
 from psa_jax.kernels.block_scores import Ranges
-from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.indexer import Index
 from psa_jax.types import AttnOut, Learned, Scalar
 
@@ -104,27 +110,24 @@ def _sparse(q, k, v, index, config, budget, segment_ids, train):
   """Output, log-sum-exp, density and divergence of stage 2."""
   cfg = config.dsa
   blocks = select_blocks(index, cfg, budget=budget, segment_ids=segment_ids)
-  ids = checkpoint_name(blocks.ids, 'attn_ids')
-  counts = checkpoint_name(blocks.counts, 'attn_counts')
-  heads = k.shape[2]
-  out, lse = block_sparse_attention(
+  # Named here as well, for the divergence reads the lists too.
+  blocks = blocks._replace(
+    ids=checkpoint_name(blocks.ids, 'attn_ids'),
+    counts=checkpoint_name(blocks.counts, 'attn_counts'),
+  )
+  out, lse = read_blocks(
     q,
     k,
     v,
-    jnp.broadcast_to(ids, (len(ids), heads, *ids.shape[2:])),
-    jnp.broadcast_to(counts, (len(ids), heads, counts.shape[-1])),
+    blocks.ids,
+    blocks.counts,
+    config,
     block_q=cfg.block_q,
     block_k=cfg.block_k,
-    q_segment_ids=segment_ids,
-    kv_segment_ids=segment_ids,
-    check_lists=config.check_lists,
-    implementation=config.implementation,
+    segment_ids=segment_ids,
   )
-  read, visible = (
-    x.sum(-1).astype(jnp.float32) for x in (blocks.counts, blocks.visible)
-  )
-  density = 1 - ((visible - read) / visible).mean()
-  lists = ids[:, 0], counts[:, 0]
+  density = share_read(blocks)
+  lists = blocks.ids[:, 0], blocks.counts[:, 0]
   tile = cfg.block_q, cfg.block_k
   kl = _divergence(index, q, k, lse, lists, tile, segment_ids, train)
   return out, lse, density, kl
@@ -217,12 +220,11 @@ def select_blocks(
     segment_ids: documents; nondecreasing along T.
   """
   B, T = index.q.shape[:2]
-  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
-  first = jnp.arange(0, T, cfg.block_q)[None]
+  tiles = Tiles.of_prefill(B, T, cfg.block_q, segment_ids)
   queries = index._replace(
     q=index.q[:, :: cfg.block_q], weights=index.weights[:, :: cfg.block_q]
   )
-  return _choose(cfg, queries, first, starts, budget)
+  return _choose(cfg, queries, tiles, budget)
 
 
 def select_for_decode(
@@ -244,27 +246,14 @@ def select_for_decode(
     starts: position of the first token of the document of each query; None
       means 0.
   """
-  positions = positions.astype(jnp.int32)[:, None]
-  starts = jnp.zeros_like(positions) if starts is None else starts[:, None]
-  return _choose(cfg, index, positions, starts, budget)
+  tiles = Tiles.of_decode(positions, starts)
+  return _choose(cfg, index, tiles, budget)
 
 
-def _choose(cfg, index, first, starts, budget):
-  """The lists of tiles whose first queries `index.q` are at `first`."""
+def _choose(cfg, index, tiles, budget):
+  """The lists of tiles whose first queries are those of `index`."""
   blocks = -(-index.k.shape[1] // cfg.block_k)
-  begin = starts // cfg.block_k
-  first = jnp.broadcast_to(first, begin.shape)
-  # As in psa: how much a tile reads must not depend on the end of the
-  # sequence, which decoding does not know.
-  end = (first + cfg.block_q - 1) // cfg.block_k + 1
-  cut = jnp.maximum(end - blocks, 0)
-  ranges = Ranges(
-    begin=begin,
-    end=end - cut,
-    scored=(first + 1) // cfg.block_k,
-    sink=begin + cfg.sink_blocks,
-    near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
-  )
+  ranges, cut = tile_ranges(cfg, tiles, blocks)
   visible, forced = ranges.visible(), ranges.forced()
   if cfg.budget == 'tokens':
     wanted = jnp.asarray(budget, jnp.float32) / cfg.block_k
@@ -287,6 +276,6 @@ def _choose(cfg, index, first, starts, budget):
     return topk.top_k(scores, part[1], max_k=width).indices
 
   ids = indexer.block_importance(
-    index, starts, block_k=cfg.block_k, pooling=cfg.pooling, then=rank
+    index, tiles.starts, block_k=cfg.block_k, pooling=cfg.pooling, then=rank
   )
   return BlockList(ids[:, None], counts[:, None], visible[:, None])

@@ -30,23 +30,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
 from psa_jax.attention.approximate import softmax_at
 from psa_jax.attention.blocks import (
   BlockList,
-  document_start,
+  Tiles,
+  read_blocks,
   renew,
   retained_mass,
   share_read,
+  summarise,
   tile_ranges,
+  width_limit,
 )
 from psa_jax.config import AttentionConfig, ConfigError, HybridConfig
 from psa_jax.kernels import block_scores
-from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import AttnOut, Learned, Scalar
 
 
@@ -92,20 +92,17 @@ def hybrid(
     q, k, cfg, cap=cap_at(cfg, step, train), segment_ids=segment_ids
   )
   how = softmax_at(config.softmax, step)
-  out, lse = block_sparse_attention(
+  out, lse = read_blocks(
     q,
     k,
     v,
-    checkpoint_name(lists.ids, 'attn_ids'),
-    checkpoint_name(lists.counts, 'attn_counts'),
+    lists.ids,
+    lists.counts,
+    config,
     block_q=cfg.block_q,
     block_k=cfg.block_k,
-    q_segment_ids=segment_ids,
-    kv_segment_ids=segment_ids,
-    softmax=how.softmax,
-    coefficients=how.coefficients,
-    check_lists=config.check_lists,
-    implementation=config.implementation,
+    segment_ids=segment_ids,
+    how=how,
   )
   aux = {
     'density': share_read(lists),
@@ -133,16 +130,11 @@ def list_width(cfg: HybridConfig, blocks: int) -> int:
   Raises:
     ConfigError: `max_blocks` is less than the sink and the window take.
   """
-  forced = min(cfg.forced_blocks, blocks)
-  if cfg.max_blocks:
-    if cfg.max_blocks < forced:
-      raise ConfigError(
-        f'attention.hybrid.max_blocks={cfg.max_blocks} is less than the '
-        f'{forced} blocks that sink and window always take; raise it or use 0'
-      )
-    return min(cfg.max_blocks, blocks)
+  limit = width_limit(cfg, blocks, 'hybrid')
+  if limit:
+    return limit
   most = max(schedules.upper_bound(cfg.keep), cfg.eval_keep)
-  return min(forced + int(most * blocks) + 1, blocks)
+  return min(cfg.forced_blocks + int(most * blocks) + 1, blocks)
 
 
 def select_blocks(
@@ -162,17 +154,8 @@ def select_blocks(
     cap: traced, see `cap_at`.
     segment_ids: documents; nondecreasing along T.
   """
-  q, k = lax.stop_gradient((q, k))
-  B, T = q.shape[:2]
-  pooled = block_scores.pool(
-    k,
-    block_k=cfg.block_k,
-    bounds=cfg.scoring == 'bounds',
-    segment_ids=segment_ids,
-  )
-  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
-  first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, cap)
+  queries, pooled, tiles = summarise(q, k, cfg, segment_ids)
+  return _choose(cfg, queries, pooled, tiles, cap)
 
 
 def select_for_decode(
@@ -198,9 +181,8 @@ def select_for_decode(
   Returns:
     Lists of one tile (Tb is 1), for every position of that tile.
   """
-  positions = positions.astype(jnp.int32)[:, None]
-  starts = jnp.zeros_like(positions) if starts is None else starts[:, None]
-  return _choose(cfg, q, pooled, positions, starts, cap)[0]
+  tiles = Tiles.of_decode(positions, starts)
+  return _choose(cfg, q, pooled, tiles, cap)[0]
 
 
 def next_blocks(
@@ -230,19 +212,18 @@ def next_blocks(
   return renew(previous, select, cfg.block_q, lengths)
 
 
-def _choose(cfg, q, pooled, first, starts, cap):
-  """Lists and spread of tiles whose first queries `q` are at `first`.
+def _choose(cfg, q, pooled, tiles, cap):
+  """Lists and spread of tiles whose first queries are `q`.
 
   Args:
     cfg: the mechanism's settings.
     q: [B, Tb, N, H].
     pooled: the summaries of all blocks.
-    first: [1 or B, Tb].
-    starts: [B, Tb] first positions of the documents of `q`.
+    tiles: where they begin.
     cap: traced.
   """
   blocks = pooled.size.shape[1]
-  ranges, cut = tile_ranges(cfg, first, starts, blocks)
+  ranges, cut = tile_ranges(cfg, tiles, blocks)
   width = list_width(cfg, blocks)
   ids, found = block_scores.top_blocks(
     q,

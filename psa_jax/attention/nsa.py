@@ -30,12 +30,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
 from psa_jax.attention import nsa_compress
+from psa_jax.attention.blocks import document_start, read_blocks
 from psa_jax.config import AttentionConfig, ConfigError, NsaConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.block_scores import Ranges
@@ -155,18 +154,16 @@ def _attend(q, k, v, config, budget, segment_ids, causal, learned, *, tile):
   ids, counts, ranges = select(
     q, kc, lse, config, budget, starts, tile, -(-k.shape[1] // cfg.select_block)
   )
-  out_s, _ = block_sparse_attention(
+  out_s, _ = read_blocks(
     q,
     k,
     v,
-    checkpoint_name(ids, 'attn_ids'),
-    checkpoint_name(counts, 'attn_counts'),
+    ids,
+    counts,
+    config,
     block_q=tile,
     block_k=cfg.select_block,
-    q_segment_ids=segment_ids,
-    kv_segment_ids=segment_ids,
-    check_lists=config.check_lists,
-    implementation=config.implementation,
+    segment_ids=segment_ids,
   )
   heads = learned.heads
   kw, vw = heads.get('k_window', k), heads.get('v_window', v)
@@ -200,13 +197,10 @@ def combine(
 def document_starts(
   segment_ids: Int[Array, 'B T'] | None,
 ) -> Int[Array, 'B T'] | None:
-  """Position of the first token of every token's document."""
+  """`document_start`, and None where every row is one document."""
   if segment_ids is None:
     return None
-  T = segment_ids.shape[1]
-  new = segment_ids[:, 1:] != segment_ids[:, :-1]
-  at = jnp.where(new, jnp.arange(1, T)[None], 0)
-  return lax.cummax(jnp.pad(at, ((0, 0), (1, 0))), axis=1)
+  return document_start(segment_ids, *segment_ids.shape)
 
 
 def visible_blocks(

@@ -32,7 +32,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
@@ -40,15 +39,17 @@ from psa_jax.attention import controls
 from psa_jax.attention.approximate import softmax_at
 from psa_jax.attention.blocks import (
   BlockList,
-  document_start,
+  Tiles,
+  read_blocks,
   renew,
   retained_mass,
   share_read,
+  summarise,
   tile_ranges,
+  width_limit,
 )
 from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
 from psa_jax.kernels import block_scores
-from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import AttnOut, Learned, Scalar
 
 
@@ -88,20 +89,17 @@ def psa(
     seed=step if train else 0,
   )
   how = softmax_at(config.softmax, step)
-  out, lse = block_sparse_attention(
+  out, lse = read_blocks(
     q,
     k,
     v,
-    checkpoint_name(blocks.ids, 'attn_ids'),
-    checkpoint_name(blocks.counts, 'attn_counts'),
+    blocks.ids,
+    blocks.counts,
+    config,
     block_q=cfg.block_q,
     block_k=cfg.block_k,
-    q_segment_ids=segment_ids,
-    kv_segment_ids=segment_ids,
-    softmax=how.softmax,
-    coefficients=how.coefficients,
-    check_lists=config.check_lists,
-    implementation=config.implementation,
+    segment_ids=segment_ids,
+    how=how,
   )
   aux = {
     'density': share_read(blocks),
@@ -143,18 +141,13 @@ def list_width(cfg: PsaConfig, blocks: int) -> int:
   Raises:
     ConfigError: `max_blocks` is less than the sink and the window take.
   """
-  forced = min(cfg.forced_blocks, blocks)
-  if cfg.max_blocks:
-    if cfg.max_blocks < forced:
-      raise ConfigError(
-        f'attention.psa.max_blocks={cfg.max_blocks} is less than the {forced} '
-        'blocks that sink and window always take; raise it or use 0'
-      )
-    return min(cfg.max_blocks, blocks)
+  limit = width_limit(cfg, blocks, 'psa')
+  if limit:
+    return limit
   if cfg.budget == 'mass':
     return blocks
   most = max(schedules.upper_bound(cfg.keep), cfg.eval_keep)
-  return min(max(forced, int(most * blocks) + 1), blocks)
+  return min(max(cfg.forced_blocks, int(most * blocks) + 1), blocks)
 
 
 def select_blocks(
@@ -180,17 +173,8 @@ def select_blocks(
     The lists; at least sink and window are kept whatever the budget, and a
     budget of 1 keeps every visible block.
   """
-  q, k = lax.stop_gradient((q, k))
-  B, T = q.shape[:2]
-  pooled = block_scores.pool(
-    k,
-    block_k=cfg.block_k,
-    bounds=cfg.scoring == 'bounds',
-    segment_ids=segment_ids,
-  )
-  starts = document_start(segment_ids, B, T)[:, :: cfg.block_q]
-  first = jnp.arange(0, T, cfg.block_q)[None]
-  return _choose(cfg, q[:, :: cfg.block_q], pooled, first, starts, budget, seed)
+  queries, pooled, tiles = summarise(q, k, cfg, segment_ids)
+  return _choose(cfg, queries, pooled, tiles, budget, seed)
 
 
 def select_for_decode(
@@ -216,9 +200,8 @@ def select_for_decode(
   Returns:
     Lists of one tile (Tb is 1), for every position of that tile.
   """
-  positions = positions.astype(jnp.int32)[:, None]
-  starts = jnp.zeros_like(positions) if starts is None else starts[:, None]
-  return _choose(cfg, q, pooled, positions, starts, budget)
+  tiles = Tiles.of_decode(positions, starts)
+  return _choose(cfg, q, pooled, tiles, budget)
 
 
 def next_blocks(
@@ -253,23 +236,22 @@ def next_blocks(
   return renew(previous, select, cfg.block_q, lengths)
 
 
-def _choose(cfg, q, pooled, first, starts, budget, seed=0):
-  """The lists of tiles whose first queries `q` are at positions `first`.
+def _choose(cfg, q, pooled, tiles, budget, seed=0):
+  """The lists of tiles whose first queries are `q`.
 
   Args:
     cfg: the mechanism's settings.
     q: [B, Tb, N, H].
     pooled: the summaries of all blocks.
-    first: [1 or B, Tb].
-    starts: [B, Tb] first positions of the documents of `q`.
+    tiles: where they begin.
     budget: traced.
     seed: traced, of random scoring.
   """
   blocks = pooled.size.shape[1]
   if cfg.scoring in controls.SCORINGS:
-    at = jnp.broadcast_to(first, starts.shape)
+    at = jnp.broadcast_to(tiles.first, tiles.starts.shape)
     q, pooled = controls.blind(q, pooled, at, scoring=cfg.scoring, seed=seed)
-  ranges, cut = tile_ranges(cfg, first, starts, blocks)
+  ranges, cut = tile_ranges(cfg, tiles, blocks)
   mass = functools.partial(_mass_counts, budget=budget)
   width = list_width(cfg, blocks)
   ids, counts = block_scores.top_blocks(

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax.attention.psa import document_start
+from psa_jax.attention.blocks import document_start
 from psa_jax.config import AttentionConfig
 from psa_jax.kernels.linear_attention import linear_attention
 from psa_jax.types import AttnOut, Learned, Scalar
