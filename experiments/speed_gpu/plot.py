@@ -1,0 +1,50 @@
+"""The picture of `README.md`: time over the length."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.speed_gpu import contenders as lib
+from experiments.speed_gpu import tables
+
+
+def draw(rows: Sequence[dict[str, Any]], target: pathlib.Path) -> None:
+  """Draws forward+backward and decoding, log-log, heads of 128."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  panels = {'forward': 'forward', 'backward': 'backward', 'decode': 'decode'}
+  figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2))
+  for axis, (which, title) in zip(axes, panels.items(), strict=True):
+    mine = [
+      row
+      for row in rows
+      if row.get('pass') == which
+      and row['head_dim'] == 128
+      and 'median' in row
+      and row['what'] != 'ceilings'
+    ]
+    for name in dict.fromkeys(row['contender'] for row in mine):
+      if name in (lib.XLA_KERNEL, lib.SELECTION):
+        continue
+      at = sorted(
+        (row['length'], row['median'])
+        for row in mine
+        if row['contender'] == name
+      )
+      dashed = name in tables.DENSE or 'jax.nn' in name
+      axis.plot(
+        *zip(*at, strict=True),
+        label=name,
+        marker='o',
+        linestyle='--' if dashed else '-',
+      )
+    axis.set_xscale('log', base=2)
+    axis.set(yscale='log', xlabel='tokens', ylabel='seconds', title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+  figure.tight_layout()
+  figure.savefig(target, dpi=120)
+  plt.close(figure)
