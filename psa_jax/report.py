@@ -57,9 +57,12 @@ def _commit(root, sources) -> str:
 
 
 def _git(root, *words) -> str:
-  done = subprocess.run(
-    ['git', *words], cwd=root, capture_output=True, text=True, check=False
-  )
+  try:
+    done = subprocess.run(
+      ['git', *words], cwd=root, capture_output=True, text=True, check=False
+    )
+  except FileNotFoundError:  # a machine without git
+    return ''
   return done.stdout.strip()
 
 
