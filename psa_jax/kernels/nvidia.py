@@ -25,6 +25,9 @@ ROWS = 64  # rows of a product of keys; on Hopper of every product
 WIDEST = 128  # head width: what memories have room for
 STEP = 16  # head widths and key blocks are multiples of this
 SHARED = 227 * 1024  # bytes of shared memory
+# Blocks of threads to aim at: two for each multiprocessor of an H100, of which
+# a B200 has a few more.
+BLOCKS = 264
 VECTOR = 32  # int32 that are copied at once, or a multiple: 128 bytes
 
 

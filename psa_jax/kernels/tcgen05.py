@@ -92,25 +92,40 @@ class Products(NamedTuple):
     """Whether to begin scores before they are needed."""
     return self.sizes.ahead
 
-  def begin(self, a, b) -> None:
-    """Starts the f32 product a @ b.T of tiles in shared memory."""
+  def begin(self, wanted, a, b) -> None:
+    """Starts the f32 product a @ b.T of tiles in shared memory, if wanted."""
+
+    @pl.when(wanted)
+    def _():
+      self._begin(a, b)
+
+  def _begin(self, a, b) -> None:
     plgpu.tcgen05_mma(
       self.scored, a, b.transpose((1, 0)), self.done[0], accumulate=False
     )
 
-  def end(self, a, b) -> jax.Array:
+  def take(self, begun) -> jax.Array:
     """Waits for what was begun."""
-    del a, b
+    del begun
     plgpu.barrier_wait(self.done[0])
     scores = plgpu.async_load_tmem(self.scored)
     # The next product may overwrite it.
     plgpu.wait_load_tmem()
     return scores
 
+  def meanwhile(self, wanted, a, b, work):
+    """What `work()` returns; begins another product before it."""
+    self.begin(wanted, a, b)
+    return work(), None
+
   def scores(self, a, b) -> jax.Array:
-    """Both at once."""
-    self.begin(a, b)
-    return self.end(a, b)
+    """The f32 product a @ b.T of tiles in shared memory."""
+    self._begin(a, b)
+    return self.take(None)
+
+  def both_scores(self, first, second, then):
+    """`then(a @ b.T)` and the second pair's product, one after the other."""
+    return then(self.scores(*first)), self.scores(*second)
 
   def zero(self, name: str) -> None:
     """A sum of nothing."""
@@ -145,9 +160,17 @@ class Products(NamedTuple):
     plgpu.tcgen05_mma(self.sums[name], self.left, b, self.done[1])
     plgpu.barrier_wait(self.done[1])
 
+  def plus_both(self, names, totals, first, second):
+    """Two of `plus`, one after the other."""
+    pairs = zip(names, totals, (first, second), strict=True)
+    return tuple(self.plus(name, x, *ab) for name, x, ab in pairs)
+
   def read(self, name: str, total) -> jax.Array:
     """The sum as an array."""
-    return plgpu.async_load_tmem(self.sums[name])
+    del total
+    found = plgpu.async_load_tmem(self.sums[name])
+    plgpu.wait_load_tmem()
+    return found
 
 
 def _memory(cores: nvidia.Cores, width: int):

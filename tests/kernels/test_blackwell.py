@@ -99,7 +99,7 @@ def test_value_simulated(name, seed):
   ],
 )
 def test_decoding_simulated(shape, window, starts, monkeypatch):
-  monkeypatch.setattr(decode_on_hopper.decode_gpu, 'BLOCKS', 4)
+  monkeypatch.setattr(nvidia, 'BLOCKS', 4)
   args, call, mask = decode_on_hopper.make_case(*shape, window, starts)
   with gpu_simulator.simulated(B200):
     out, lse = jax.jit(call)(*args)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.kernels import platform
+from psa_jax.kernels import nvidia, platform
 from psa_jax.kernels.decode import decode_attention
 from psa_jax.kernels.decode import pallas_gpu as decode_gpu
 from tests import oracles
@@ -63,7 +63,7 @@ def test_lowers_for_hopper(block_k, T):
   ],
 )
 def test_simulated(shape, window, starts, monkeypatch):
-  monkeypatch.setattr(decode_gpu, 'BLOCKS', 4)  # two or so a list
+  monkeypatch.setattr(nvidia, 'BLOCKS', 4)  # two or so a list
   args, call, mask = make_case(*shape, window, starts)
   with gpu_simulator.simulated(gpu_simulator.H100):
     out, lse = jax.jit(call)(*args)

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from psa_jax.kernels import platform
 from psa_jax.kernels.block_scores.ranges import Scores
 
 TILES_AT_ONCE = 64  # queries scored together; bounds the score array
-FEW_ROWS = 8  # queries a kv head that are scored one by one
+# On a GPU every step of a loop costs some launches: 64 MB of scores a step.
+SCORES_ON_GPU = 2**24
+FEW_ROWS = 8  # queries a kv head that a CPU scores one by one
 ALWAYS = 1e6  # importance of a block that comes first whatever its score
 
 
@@ -16,7 +19,7 @@ def top_blocks(queries, pooled, ranges, *, spec):
   B, tiles, N, H = queries.shape
   K = pooled.total.shape[1]
   queries = queries.reshape(B, tiles, K, N // K, H)
-  group = min(TILES_AT_ONCE, tiles)
+  group = min(_tiles_at_once(B * N * pooled.size.shape[1]), tiles)
 
   def split(x):  # [B, tiles, *] -> [chunks, B, group, *]
     rest = [(0, 0)] * (x.ndim - 2)
@@ -27,9 +30,18 @@ def top_blocks(queries, pooled, ranges, *, spec):
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(B, K, -1, *x.shape[4:])[:, :, :tiles]
 
+  if group == tiles:
+    return _rank(queries, ranges, pooled, spec)
   chunks = jax.tree.map(split, (queries, ranges))
   found = lax.map(lambda chunk: _rank(*chunk, pooled, spec), chunks)
   return jax.tree.map(join, found)
+
+
+def _tiles_at_once(scores: int) -> int:
+  """Queries scored together, of which each has so many scores."""
+  if platform.current().platform != 'gpu':
+    return TILES_AT_ONCE
+  return max(TILES_AT_ONCE, SCORES_ON_GPU // scores)
 
 
 def _rank(queries, ranges, pooled, spec):
@@ -65,7 +77,7 @@ def _scores(queries, pooled, spec):
 def _dot(queries, keys):
   """[B, n, K, G, H] times [B, K, blocks, H] -> [B, K, n, G, blocks]."""
   B, n, K, G, H = queries.shape
-  if n * G > FEW_ROWS:
+  if n * G > FEW_ROWS or platform.current().platform != 'cpu':
     return jnp.einsum('bnkgh,bkjh->bkngj', queries, keys)
   # A decoding step: on CPU a batched product costs more to start than this
   # many products with a vector take.

@@ -48,9 +48,117 @@ def transpose(
   tile = jnp.broadcast_to(jnp.arange(tiles)[:, None], (tiles, M)).reshape(-1)
   tile = jnp.broadcast_to(tile[None, None], block.shape)
   block, tile = jax.lax.sort((block, tile), num_keys=1, is_stable=True)
-  every = jnp.arange(blocks + 1)
-  first = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, every)))
-  return Readers(first(block).astype(jnp.int32), tile.astype(jnp.int32))
+  offsets = _search(block, jnp.arange(blocks + 1), 'left')
+  return Readers(offsets, tile.astype(jnp.int32))
+
+
+class Shares(NamedTuple):
+  """Readers dealt out, so that nobody walks through many of them alone.
+
+  A block with too many readers (a sink has all tiles) is split: its readers
+  are in the first `E` shares, several a block, and the share that is its own
+  is empty. Then comes a share for each block.
+
+  Attributes:
+    block: the key block of each share.
+    first: of its readers, in `Readers.tiles`.
+    count: how many they are.
+    extra: `E`.
+  """
+
+  block: Int[Array, 'B K I']
+  first: Int[Array, 'B K I']
+  count: Int[Array, 'B K I']
+  extra: int
+
+
+def share_out(readers: Readers, tiles: int, most: int) -> Shares:
+  """Splits what is read by more than `most` tiles.
+
+  Args:
+    readers: of key blocks.
+    tiles: of queries, the most readers that a block can have.
+    most: readers of a share.
+  """
+  counts = jnp.diff(readers.offsets)
+  B, K, blocks = counts.shape
+  every = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), counts.shape)
+  if tiles <= most:
+    return Shares(every, readers.offsets[..., :-1], counts, 0)
+  # A split block has more readers than `most`, and at most one share that is
+  # less than half full.
+  extra = 2 * (readers.tiles.shape[-1] // most)
+  split = _split(counts, most)
+  ends = jnp.cumsum(split, -1)
+  block = _search(ends, jnp.arange(extra), 'right')
+  there = block < blocks
+  block = jnp.minimum(block, blocks - 1)
+
+  def of(x):
+    return jnp.take_along_axis(x, block, -1)
+
+  nth = jnp.arange(extra) - of(ends - split)
+  size = -(-of(counts) // jnp.maximum(of(split), 1))
+  begin = nth * size
+  count = jnp.where(there, jnp.clip(of(counts) - begin, 0, size), 0)
+  parts = (
+    (block, every),
+    (of(readers.offsets) + begin, readers.offsets[..., :-1]),
+    (count, jnp.where(split > 0, 0, counts)),
+  )
+  block, first, count = (
+    jnp.concatenate(x, -1).astype(jnp.int32) for x in parts
+  )
+  return Shares(block, first, count, extra)
+
+
+def join_shares(whole, partial, readers: Readers, tiles: int, most: int):
+  """Adds the shares of split blocks up, always in the same order.
+
+  Args:
+    whole: results [B, Nb, rows, K, H], of which those of split blocks are
+      replaced.
+    partial: [B, K, E, rows, H], the extra shares' results.
+    readers: see `share_out`.
+    tiles: likewise.
+    most: likewise.
+  """
+  split = _split(jnp.diff(readers.offsets), most)
+  B, K, blocks = split.shape
+  room = jnp.arange(readers.tiles.shape[-1] // most)
+  # The split blocks; past the last one a number that is no block's.
+  block = _search(jnp.cumsum(split > 0, -1), room, 'right')
+  there = jnp.minimum(block, blocks - 1)
+  ends, n = (
+    jnp.take_along_axis(x, there, -1) for x in (jnp.cumsum(split, -1), split)
+  )
+
+  def add(total, nth):
+    at = jnp.clip(ends - n + nth, 0, partial.shape[2] - 1)
+    part = jnp.take_along_axis(partial, at[..., None, None], 2)
+    return total + jnp.where((nth < n)[..., None, None], part, 0)
+
+  total = jnp.zeros((*block.shape, *partial.shape[3:]), partial.dtype)
+  for nth in range(-(-tiles // most)):
+    total = add(total, nth)
+  b, h = (jnp.arange(n) for n in (B, K))
+  return whole.at[b[:, None, None], block, :, h[None, :, None]].set(
+    total.astype(whole.dtype), mode='drop', unique_indices=True
+  )
+
+
+def _split(counts, most: int):
+  """How many extra shares each block has."""
+  return jnp.where(counts > most, -(-counts // most), 0)
+
+
+def _search(rows, values, side):
+  """Where `values` would be in each of the sorted rows [B, K, *]."""
+
+  def one(row):
+    return jnp.searchsorted(row, values, side=side, method='scan_unrolled')
+
+  return jax.vmap(jax.vmap(one))(rows).astype(jnp.int32)
 
 
 def check(block_ids, block_counts, blocks: int) -> None:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from psa_jax.kernels import nvidia, softmax
+from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.block_sparse.lists import transpose
 from psa_jax.kernels.nvidia import ROWS, Cores, Rows
 from psa_jax.kernels.tiles import Tiles
@@ -58,37 +59,26 @@ def _forward(spec, q, k, v, ids, counts, segments):
 
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   cores = Cores.for_queries(tiles.rows, spec.block_k, q, v)
+  queries = QueryRows.of(tiles, cores.padded(tiles.rows), cores.rows)
   ids, counts = clip_lists(tiles, ids, counts)
   out, lse = kernel.forward(
-    pack_rows(tiles, cores, nvidia.pad_width(q)),
+    queries.pack(nvidia.pad_width(q)),
     pack_keys(tiles, nvidia.pad_width(k)),
     pack_keys(tiles, nvidia.pad_width(v)),
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1)),
     row_limits(tiles, cores, spec, segments),
     key_segments(tiles, segments, nvidia.VECTOR),
-    block_k=spec.block_k,
+    queries=queries,
     scale=spec.scale,
     dtype=v.dtype,
     cores=cores,
   )
-  out = unpack_rows(tiles, out)[..., : v.shape[-1]]
-  return out, unpack_rows(tiles, lse)
+  return queries.unpack(out)[..., : v.shape[-1]], queries.unpack_always(lse)
 
 
 def clip_lists(tiles: Tiles, ids, counts):
   """Lists in which every entry names a block, and counts are possible."""
   return jnp.clip(ids, 0, tiles.nk - 1), jnp.clip(counts, 0, ids.shape[-1])
-
-
-def pack_rows(tiles: Tiles, cores: Cores, x, value=0):
-  """[B, T, N, *] -> [tiles, padded rows, *]."""
-  rows = cores.padded(tiles.rows)
-  return nvidia.pad_axis(tiles.pack_q(x), 1, rows, value)
-
-
-def unpack_rows(tiles: Tiles, x):
-  """The inverse of `pack_rows`."""
-  return tiles.unpack_q(x[:, : tiles.rows])
 
 
 def pack_keys(tiles: Tiles, x, behind: int = 0):
@@ -144,23 +134,25 @@ def _backward_rule(spec, saved, grads):
   pad = functools.partial(nvidia.pad_width, step=step)
   cores = Cores.for_queries(tiles.rows, spec.block_k, pad(q), pad(v))
   cores = cores.for_gradient(spec.block_k)
+  rows = cores.padded(tiles.rows)
+  queries = QueryRows.of(tiles, rows, cores.rows, ROWS)
   known = softmax.Backward.of(out, lse, *grads)
   behind = nvidia.up(spec.block_k, ROWS) - spec.block_k
   inputs = kernel.Inputs(
-    q=pack_rows(tiles, cores, pad(q)),
-    d_out=pack_rows(tiles, cores, pad(grads[0])),
+    queries=queries,
+    q=queries.pack(pad(q)),
+    d_out=queries.pack(pad(grads[0])),
     k=pack_keys(tiles, pad(k), behind),
     v=pack_keys(tiles, pad(v), behind),
-    lse=pack_rows(tiles, cores, known.lse),
-    delta=pack_rows(tiles, cores, known.delta),
+    lse=queries.pack_always(known.lse),
+    delta=queries.pack_always(known.delta),
     rows=row_limits(tiles, cores, spec, segments),
     kv_segment=key_segments(tiles, segments, ROWS),
   )
-  static = dict(block_k=spec.block_k, scale=spec.scale)
-  dq = kernel.query_gradient(inputs, ids, counts, cores=cores, **static)
+  dq = kernel.query_gradient(inputs, ids, counts, scale=spec.scale, cores=cores)
   readers = transpose(ids, counts, tiles.nk)
-  dk, dv = kernel.key_gradients(inputs, readers, rows=tiles.rows, **static)
-  dq = unpack_rows(tiles, dq)[..., : q.shape[-1]]
+  dk, dv = kernel.key_gradients(inputs, readers, scale=spec.scale)
+  dq = queries.unpack(dq)[..., : q.shape[-1]]
   dk, dv = (
     x[:, : tiles.S, :, : like.shape[-1]] for x, like in ((dk, k), (dv, v))
   )

@@ -9,8 +9,9 @@ shared memory, always in the same order.
 With s the scores, p = exp(s - lse) and dp = d_out v^T, the gradient of the
 scores is p (dp - delta) (FlashAttention, Dao et al. 2022, Alg. 4).
 
-Not done: a block of keys that every tile reads (a sink) is walked by one block
-of threads. It comes first in the grid, so that the others fill the time.
+A key block that many tiles read (a sink) is dealt out to several blocks of
+threads, whose sums are added afterwards, in f32 and in order (`lists.Shares`).
+They come first in the grid, so that the others fill the time.
 """
 
 import functools
@@ -24,10 +25,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from psa_jax.kernels import nvidia, products
 from psa_jax.kernels import warpgroups as wg
+from psa_jax.kernels.block_sparse import lists
 from psa_jax.kernels.block_sparse import pallas_gpu_forward as forward
+from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.block_sparse.lists import Readers
 from psa_jax.kernels.nvidia import ROWS, Rows
 
+FEWEST_READERS = 16  # query tiles of a share
 STAGES = 4  # buffers of query rows; even, so that each has one reader
 
 
@@ -37,8 +41,9 @@ class Inputs(NamedTuple):
   Keys and values may be longer than their blocks.
 
   Attributes:
-    q: [tiles, rows, H].
-    d_out: [tiles, rows, Hv].
+    queries: how queries are given.
+    q: as `queries` says.
+    d_out: likewise.
     k: [B, S, K, H].
     v: [B, S, K, Hv].
     lse: [tiles, rows]; +inf where a row read nothing.
@@ -47,6 +52,7 @@ class Inputs(NamedTuple):
     kv_segment: [B, S] or None.
   """
 
+  queries: QueryRows
   q: jax.Array
   d_out: jax.Array
   k: jax.Array
@@ -59,22 +65,23 @@ class Inputs(NamedTuple):
   def arrays(self):
     """By name, without those that are not there; lse for powers of two."""
     given = self._asdict()
+    del given['queries']
     given |= given.pop('rows')._asdict() | dict(lse=self.lse * forward.LOG2E)
     return {name: x for name, x in given.items() if x is not None}
 
 
 def query_gradient(
-  inputs: Inputs, ids, counts, *, block_k, scale, cores: nvidia.Cores
+  inputs: Inputs, ids, counts, *, scale, cores: nvidia.Cores
 ) -> jax.Array:
-  """Gradient [tiles, rows, H]; lists are [B, K, Tb, M] and [B, K, Tb]."""
-  q, k, v = inputs.q, inputs.k, inputs.v
-  lists = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
-  kept = q.dtype.itemsize * (q.shape[2] + v.shape[3])
+  """Gradient, shaped as the queries; lists are [B, K, Tb, M], [B, K, Tb]."""
+  q, v, queries = inputs.q, inputs.v, inputs.queries
+  listed = forward.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1))
+  kept = q.dtype.itemsize * (q.shape[-1] + v.shape[3])
   plan = forward.Plan.of(
-    q, k, v, lists, inputs.rows, block_k, scale, q.dtype, cores, kept=kept
+    q, v, listed, queries, inputs.rows, scale, q.dtype, cores, kept=kept
   )
-  pairs = plan.lists * plan.rows * plan.M * block_k
-  read = plan.parts * plan.lists * plan.M * block_k * (plan.H + plan.Hv)
+  pairs = plan.lists * plan.rows * plan.M * plan.block_k
+  read = plan.parts * plan.lists * plan.M * plan.block_k * (plan.H + plan.Hv)
   kernel = wg.launch(
     functools.partial(_query_kernel, plan),
     [jax.ShapeDtypeStruct(q.shape, q.dtype)],
@@ -87,8 +94,8 @@ def query_gradient(
       bytes_accessed=q.dtype.itemsize * (read + 2 * q.size + inputs.d_out.size),
     ),
   )
-  ids = jnp.pad(lists.ids, ((0, 0), (0, 1)))
-  [dq] = kernel(inputs.arrays() | dict(ids=ids, counts=lists.counts))
+  ids = jnp.pad(listed.ids, ((0, 0), (0, 1)))
+  [dq] = kernel(inputs.arrays() | dict(ids=ids, counts=listed.counts))
   return dq
 
 
@@ -102,11 +109,12 @@ def _query_kernel(plan, inputs, dq_ref):
     def _compute():
       if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
+      mine = []
+      for name, target in tiles.items():
+        mine += plan.row_slices(inputs[name], target, where, me)
       rows = where.slice(me, plan.cores)
-      mine = [
-        (inputs[name].at[where.tile, rows], target.at[me])
-        for name, target in (tiles | sums).items()
-      ]
+      for name, target in sums.items():
+        mine.append((inputs[name].at[where.tile, rows], target.at[me]))
       limits = forward.row_copies(plan, inputs, vectors, where, me)
       forward.load_rows(mine + limits, ready.at[me])
       made = products.of(sizes, scratch, me)
@@ -117,7 +125,8 @@ def _query_kernel(plan, inputs, dq_ref):
       q = tiles['q'].at[me]
       q[...] = (dq * plan.scale).astype(plan.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q, dq_ref.at[where.at, rows])
+      for target, source in plan.row_slices(dq_ref, tiles['q'], where, me):
+        plgpu.copy_smem_to_gmem(source, target)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(me == plan.cores.computing)
@@ -131,15 +140,13 @@ def _query_kernel(plan, inputs, dq_ref):
   vectors = plan.vectors()
   sums = {x: plgpu.SMEM((n, rows), jnp.float32) for x in ('lse', 'delta')}
   tiles = dict(q=plan.tile(n, rows, plan.H), d_out=plan.tile(n, rows, plan.Hv))
-  arrivals = len(tiles) + len(sums) + len(vectors)
-  ready = plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
   wg.scoped(
     body,
     tiles,
     sums,
     vectors,
     products.scratch(sizes),
-    ready,
+    plan.ready(len(tiles), len(sums) + len(vectors)),
     plan.ring(),
   )
 
@@ -155,31 +162,34 @@ def _query_walk(plan, inputs, where, count, tiles, sums, vectors, ring, made):
     vector = wg.load_vector(sums[name].at[me], plan.cores, axis=0)
     return wg.spread(vector, shape, 0, plan.cores)
 
-  def step(s, slot, block, dq):
+  def probabilities(s, slot, block):
     segment = buffers['segment'].at[slot] if plan.segmented else None
     may = forward.may_read(plan, vectors, me, block, segment)
     p = jnp.exp2(s * (plan.scale * forward.LOG2E) - row('lse'))
-    p = jnp.where(may, p, 0.0)
-    dp = made.scores(d_out, buffers['v'].at[slot])
+    return jnp.where(may, p, 0.0)
+
+  def step(slot, block, dq):
+    keys = buffers['k'].at[slot]
+    p, dp = made.both_scores(
+      (q, keys),
+      (d_out, buffers['v'].at[slot]),
+      lambda s: probabilities(s, slot, block),
+    )
     ds = (p * (dp - row('delta'))).astype(plan.dtype)
-    return made.plus('dq', dq, ds, buffers['k'].at[slot])
+    return made.plus('dq', dq, ds, keys)
 
   start = made.zero('dq')
-  dq = forward.walk(plan, inputs, where, count, ring, made, q, step, start)
+  dq = forward.walk(plan, inputs, where, count, ring, step, start)
   return made.read('dq', dq)
 
 
 class KeyPlan(NamedTuple):
   """The static numbers of a call of `key_gradients`."""
 
-  B: int
-  K: int
-  nq: int
-  nk: int
-  rows: int
+  queries: QueryRows
   H: int
   Hv: int
-  block_k: int
+  extra: int
   scale: float
   dtype: jnp.dtype
   lowest: bool
@@ -187,9 +197,24 @@ class KeyPlan(NamedTuple):
   cores: nvidia.Cores
 
   @property
+  def tiles(self):
+    """The tiling."""
+    return self.queries.tiles
+
+  @property
+  def heads(self):
+    """Kv heads of all batch rows."""
+    return self.tiles.B * self.tiles.K
+
+  @property
+  def block_k(self):
+    """Keys a block."""
+    return self.tiles.block_k
+
+  @property
   def groups(self):
-    """Pieces of 64 rows a query tile."""
-    return -(-self.rows // ROWS)
+    """Pieces of 64 rows a query tile, without its padding."""
+    return -(-self.tiles.rows // ROWS)
 
   @property
   def parts(self):
@@ -222,7 +247,8 @@ class KeyPlan(NamedTuple):
       lse=plgpu.SMEM((STAGES, ROWS), jnp.float32),
       delta=plgpu.SMEM((STAGES, ROWS), jnp.float32),
     )
-    full = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=STAGES)
+    copies = len(buffers) - 2 + 2 * self.queries.copies(ROWS)
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)
     return buffers, full, plgpu.Barrier(num_barriers=STAGES)
 
   def exchange(self):
@@ -231,83 +257,103 @@ class KeyPlan(NamedTuple):
     return {n: self.tile(ROWS, n, dtype=jnp.float32) for n in widths}
 
   def where(self):
-    """(batch row, kv head, block, first key within it)."""
+    """(kv head of all, share, part of its block)."""
     at = lax.axis_index(wg.BLOCK)
     part = lax.rem(at, jnp.int32(self.parts))
     at = lax.div(at, jnp.int32(self.parts))
-    block = lax.rem(at, jnp.int32(self.nk))
-    at = lax.div(at, jnp.int32(self.nk))
-    batch = lax.div(at, jnp.int32(self.K))
-    return batch, lax.rem(at, jnp.int32(self.K)), block, part * ROWS
+    heads = jnp.int32(self.heads)
+    return lax.rem(at, heads), lax.div(at, heads), part
+
+
+def most_readers(tiles, readers: Readers) -> int:
+  """Query tiles that one block of threads walks through.
+
+  Half of what each multiprocessor has to do on average, so that the longest
+  walk does not decide how long the kernel takes.
+  """
+  every = tiles.B * tiles.K * readers.tiles.shape[-1]
+  return max(FEWEST_READERS, every // nvidia.BLOCKS)
 
 
 def key_gradients(
-  inputs: Inputs, readers: Readers, *, rows, block_k, scale
+  inputs: Inputs, readers: Readers, *, scale
 ) -> tuple[jax.Array, jax.Array]:
   """Of keys and values, [B, S, K, H] and [B, S, K, Hv]; S ends with a block.
 
   Args:
     inputs: see `Inputs`.
     readers: who reads which block.
-    rows: of a query tile without its padding.
-    block_k: keys a block.
     scale: factor on the scores.
   """
   q, k, v, limits = inputs.q, inputs.k, inputs.v, inputs.rows
-  B, _, K, H = k.shape
+  tiles = inputs.queries.tiles
+  most = most_readers(tiles, readers)
+  shares = lists.share_out(readers, tiles.nq, most)
   plan = KeyPlan(
-    B,
-    K,
-    q.shape[0] // (B * K),
-    readers.offsets.shape[-1] - 1,
-    rows,
-    H,
+    inputs.queries,
+    q.shape[-1],
     v.shape[3],
-    block_k,
+    shares.extra,
     scale,
     q.dtype,
     limits.low is not None,
     limits.segment is not None,
     nvidia.Cores.for_keys(),
   )
-  S = plan.nk * plan.parts * ROWS
-  pairs = readers.tiles.size * plan.rows * plan.parts * ROWS
+  size = plan.parts * ROWS
+  widths = (plan.H, plan.Hv)
+  out_type = [
+    jax.ShapeDtypeStruct((tiles.B, tiles.nk * size, tiles.K, n), q.dtype)
+    for n in widths
+  ]
+  if shares.extra:
+    shape = (plan.heads, shares.extra * size)
+    out_type += [jax.ShapeDtypeStruct((*shape, n), jnp.float32) for n in widths]
+  pairs = readers.tiles.size * tiles.rows * size
   kernel = wg.launch(
     functools.partial(_key_kernel, plan),
-    [jax.ShapeDtypeStruct((B, S, K, n), q.dtype) for n in (H, plan.Hv)],
-    blocks=B * K * plan.nk * plan.parts,
+    out_type,
+    blocks=plan.heads * shares.block.shape[-1] * plan.parts,
     computing=plan.cores.computing,
     name='block_sparse_key_gradients',
     cost=pl.CostEstimate(
-      flops=4 * pairs * (H + plan.Hv),
+      flops=4 * pairs * sum(widths),
       transcendentals=pairs,
       bytes_accessed=q.dtype.itemsize
-      * (pairs // ROWS * (H + plan.Hv) + 2 * k.size + 2 * v.size),
+      * (pairs // ROWS * sum(widths) + 2 * k.size + 2 * v.size),
     ),
   )
-  grads = kernel(
-    inputs.arrays()
-    | dict(
-      offsets=readers.offsets.reshape(B * K, -1),
-      tiles=readers.tiles.reshape(B * K, -1),
-    )
+  tables = dict(
+    block=shares.block,
+    first=shares.first,
+    count=shares.count,
+    tiles=readers.tiles,
   )
+  tables = {x: y.reshape(plan.heads, -1) for x, y in tables.items()}
+  found = kernel(inputs.arrays() | tables)
 
-  def cut(x):
-    x = x.reshape(B, plan.nk, -1, *x.shape[2:])[:, :, :block_k]
-    return x.reshape(B, -1, *x.shape[3:])
+  def finish(whole, partial):
+    whole = whole.reshape(tiles.B, tiles.nk, size, *whole.shape[2:])
+    if partial is not None:
+      shape = (tiles.B, tiles.K, shares.extra, size, -1)
+      partial = partial.reshape(shape)
+      whole = lists.join_shares(whole, partial, readers, tiles.nq, most)
+    whole = whole[:, :, : plan.block_k]
+    return whole.reshape(tiles.B, -1, *whole.shape[3:])
 
-  dk, dv = grads
-  return cut(dk), cut(dv)
+  partial = found[2:] if shares.extra else (None, None)
+  return finish(found[0], partial[0]), finish(found[1], partial[1])
 
 
-def _key_kernel(plan, inputs, dk_ref, dv_ref):
+def _key_kernel(plan, inputs, dk_ref, dv_ref, *partial):
   def body(own, segment, exchange, scratch, ready, handed, ring):
     me = lax.axis_index(wg.AXIS)
-    batch, head, block, first = plan.where()
-    row = batch * plan.K + head
-    begin = inputs['offsets'][row, block]
-    count = (inputs['offsets'][row, block + 1] - begin) * plan.groups
+    row, share, part = plan.where()
+    K = jnp.int32(plan.tiles.K)
+    batch, head = lax.div(row, K), lax.rem(row, K)
+    block = inputs['block'][row, share]
+    count = inputs['count'][row, share] * plan.groups
+    first = part * ROWS
     keys = pl.ds(block * plan.block_k + first, ROWS)
 
     @pl.when(me < plan.cores.computing)
@@ -316,9 +362,11 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref):
       plgpu.barrier_wait(ready)
       made = products.of(plan.sizes, scratch, me)
       sums = _key_walk(plan, count, block, first, own, segment, ring, made)
-      _join(plan, sums, exchange, handed, own)
+      at = share * plan.parts * ROWS + first
+      rest = [ref.at[row, pl.ds(at, ROWS)] for ref in partial]
+      _join(plan, sums, exchange, handed, own, share < plan.extra, rest)
 
-      @pl.when(me == 0)
+      @pl.when((me == 0) & (share >= plan.extra))
       def _store():
         out = pl.ds((block * plan.parts) * ROWS + first, ROWS)
         plgpu.commit_smem()
@@ -335,6 +383,7 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref):
       if plan.segmented:
         source = inputs['kv_segment'].at[batch, keys]
         plgpu.copy_gmem_to_smem(source, segment, ready)
+      begin = inputs['first'][row, share]
       _copy_rows(plan, inputs, batch, row, begin, count, ring)
 
   own = dict(k=plan.tile(ROWS, plan.H), v=plan.tile(ROWS, plan.Hv))
@@ -356,18 +405,25 @@ def _copy_rows(plan, inputs, batch, row, begin, count, ring):
 
   def copy(i, slot):
     tile = inputs['tiles'][row, begin + lax.div(i, jnp.int32(plan.groups))]
-    rows = pl.ds(lax.rem(i, jnp.int32(plan.groups)) * ROWS, ROWS)
+    first = lax.rem(i, jnp.int32(plan.groups)) * ROWS
     for name, buffer in buffers.items():
-      limit = name in Rows._fields
-      at = (batch if limit else row) * plan.nq + tile
-      source = inputs[name].at[at, rows]
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
+      at = (batch if name in Rows._fields else row) * plan.tiles.nq + tile
+      pairs = [(inputs[name].at[at, pl.ds(first, ROWS)], buffer.at[slot])]
+      if name in ('q', 'd_out'):
+        pairs = plan.queries.slices(
+          inputs[name], buffer.at[slot], at, first, ROWS
+        )
+      for source, target in pairs:
+        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
   wg.copy_loop(count, STAGES, copy, free)
 
 
 def _key_walk(plan, count, block, first, own, segment, ring, made):
-  """(dk, dv) of every other piece, f32; keys are rows here, rows columns."""
+  """(dk, dv) of every other piece, f32; keys are rows here, rows columns.
+
+  They are returned as functions, so that not both have to be in registers.
+  """
   me = lax.axis_index(wg.AXIS)
   buffers, full, free = ring
   shape = (ROWS, ROWS)
@@ -382,21 +438,23 @@ def _key_walk(plan, count, block, first, own, segment, ring, made):
       vector = wg.load_vector(buffers[name].at[slot], plan.cores, axis=1)
       return wg.spread(vector, shape, 1, plan.cores)
 
-    s = made.scores(own['k'], q)
-    p = jnp.exp2(s * (plan.scale * forward.LOG2E) - column('lse'))
-    may = _read_by(plan, column, block, first, segment)
-    p = jnp.where(may, p, 0.0)
-    dv = made.plus('dv', dv, p.astype(plan.dtype), d_out)
-    dp = made.scores(own['v'], d_out)
+    def probabilities(s):
+      p = jnp.exp2(s * (plan.scale * forward.LOG2E) - column('lse'))
+      may = _read_by(plan, column, block, first, segment)
+      return jnp.where(may, p, 0.0)
+
+    p, dp = made.both_scores((own['k'], q), (own['v'], d_out), probabilities)
     ds = (p * (dp - column('delta'))).astype(plan.dtype)
-    dk = made.plus('dk', dk, ds, q)
+    dk, dv = made.plus_both(
+      ('dk', 'dv'), (dk, dv), (ds, q), (p.astype(plan.dtype), d_out)
+    )
     wg.release(free.at[slot], loaded=True)
     return dk, dv
 
   start = made.zero('dk'), made.zero('dv')
   mine = lax.div(count + 1 - me, jnp.int32(2))
   dk, dv = lax.fori_loop(jnp.int32(0), mine, step, start)
-  return made.read('dk', dk), made.read('dv', dv)
+  return (lambda: made.read('dk', dk)), (lambda: made.read('dv', dv))
 
 
 def _read_by(plan, column, block, first, segment) -> jax.Array:
@@ -415,26 +473,51 @@ def _read_by(plan, column, block, first, segment) -> jax.Array:
   return may
 
 
-def _join(plan, sums, exchange, handed, own):
-  """Adds the second warpgroup's sums to the first's; stores the results."""
+def _join(plan, sums, exchange, handed, own, extra, partial):
+  """Adds the second warpgroup's sums to the first's; stores the results.
+
+  Args:
+    plan: of the call.
+    sums: this warpgroup's, as functions.
+    exchange: shared memory for the second one's, by width.
+    handed: barriers.
+    own: keys and values, which the results replace.
+    extra: whether this is an extra share.
+    partial: where its results go instead; empty if there are none.
+  """
   given, taken = handed
   me = lax.axis_index(wg.AXIS)
   dk, dv = sums
   at_k, at_v = exchange[plan.H], exchange[plan.Hv]
 
+  def store(result, buffer, to):
+    if not partial:
+      own[to][...] = result.astype(plan.dtype)
+      return
+
+    @pl.when(jnp.logical_not(extra))
+    def _own():
+      own[to][...] = result.astype(plan.dtype)
+
+    @pl.when(extra)
+    def _partial():
+      buffer[...] = result
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(buffer, partial['kv'.index(to)])
+      plgpu.wait_smem_to_gmem(0)
+
   @pl.when(me == 1)
   def _give():
-    at_k[...] = dk
+    at_k[...] = dk()
     plgpu.barrier_arrive(given)
     plgpu.barrier_wait(taken)
-    at_v[...] = dv
+    at_v[...] = dv()
     plgpu.barrier_arrive(given)
 
   @pl.when(me == 0)
   def _take():
     plgpu.barrier_wait(given)
-    both = dk + at_k[...]
+    store((dk() + at_k[...]) * plan.scale, at_k, 'k')
     plgpu.barrier_arrive(taken)
-    own['k'][...] = (both * plan.scale).astype(plan.dtype)
     plgpu.barrier_wait(given)
-    own['v'][...] = (dv + at_v[...]).astype(plan.dtype)
+    store(dv() + at_v[...], at_v, 'v')

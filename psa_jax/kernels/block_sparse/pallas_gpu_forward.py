@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from psa_jax.kernels import nvidia, products, softmax
 from psa_jax.kernels import warpgroups as wg
+from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.nvidia import Rows
 
 LOG2E = math.log2(math.e)
@@ -50,35 +51,38 @@ def forward(
   rows: Rows,
   kv_segment: jax.Array | None,
   *,
-  block_k: int,
+  queries: QueryRows,
   scale: float,
   dtype,
   cores: nvidia.Cores,
 ) -> tuple[jax.Array, jax.Array]:
-  """Output [lists, rows, Hv] in `dtype` and log-sum-exp [lists, rows].
+  """Output, shaped as `queries` says, and log-sum-exp [lists, rows].
 
   Args:
-    q: [tiles, rows, H]; tile `(b * K + head) * nq + i`. Rows are
-      `cores.padded`.
+    q: as `queries` says, of which rows are `cores.padded`. Lists that share a
+      tile write [lists, rows, Hv], which takes packed queries.
     k: [B, S, K, H], S a multiple of `block_k`.
     v: [B, S, K, Hv].
     lists: see `Lists`.
     rows: of [B * nq, rows].
     kv_segment: [B, S] if `rows` has segments, S a multiple of
       `nvidia.VECTOR` behind the first key of the last block.
-    block_k: keys a block.
+    queries: how queries are given.
     scale: factor on the scores.
     dtype: of the output.
     cores: see `nvidia.Cores.for_queries`.
   """
-  kept = q.dtype.itemsize * q.shape[2]
-  if not in_place(q.shape[2], v.shape[3], q.dtype, dtype):
+  kept = q.dtype.itemsize * q.shape[-1]
+  if not in_place(q.shape[-1], v.shape[3], q.dtype, dtype):
     kept += jnp.dtype(dtype).itemsize * v.shape[3]
-  plan = Plan.of(q, k, v, lists, rows, block_k, scale, dtype, cores, kept=kept)
+  plan = Plan.of(q, v, lists, queries, rows, scale, dtype, cores, kept=kept)
+  shape = queries.shape(plan.Hv)
+  if lists.per_tile > 1:
+    shape = (plan.lists, plan.rows, plan.Hv)
   kernel = wg.launch(
     functools.partial(_kernel, plan),
     [
-      jax.ShapeDtypeStruct((plan.lists, plan.rows, plan.Hv), dtype),
+      jax.ShapeDtypeStruct(shape, dtype),
       jax.ShapeDtypeStruct((plan.lists, plan.rows), jnp.float32),
     ],
     blocks=plan.lists * plan.parts,
@@ -104,12 +108,9 @@ class Plan(NamedTuple):
   lists: int
   M: int
   per_tile: int
-  nq: int
-  K: int
-  rows: int
+  queries: QueryRows
   H: int
   Hv: int
-  block_k: int
   scale: float
   dtype: jnp.dtype
   out_dtype: jnp.dtype
@@ -119,16 +120,15 @@ class Plan(NamedTuple):
   kept: int
 
   @classmethod
-  def of(cls, q, k, v, lists, rows, block_k, scale, out_dtype, cores, kept):
+  def of(cls, q, v, lists, queries, rows, scale, out_dtype, cores, kept):
     """The numbers of a call.
 
     Args:
       q: as `forward` takes it, like those up to `cores`.
-      k: likewise.
       v: likewise.
       lists: likewise.
+      queries: likewise.
       rows: likewise.
-      block_k: likewise.
       scale: likewise.
       out_dtype: likewise.
       cores: likewise.
@@ -137,12 +137,9 @@ class Plan(NamedTuple):
     return cls(
       *lists.ids.shape,
       per_tile=lists.per_tile,
-      nq=q.shape[0] // (k.shape[0] * k.shape[2]),
-      K=k.shape[2],
-      rows=q.shape[1],
-      H=q.shape[2],
+      queries=queries,
+      H=q.shape[-1],
       Hv=v.shape[3],
-      block_k=block_k,
       scale=scale,
       dtype=q.dtype,
       out_dtype=jnp.dtype(out_dtype),
@@ -151,6 +148,16 @@ class Plan(NamedTuple):
       cores=cores,
       kept=kept,
     )
+
+  @property
+  def rows(self):
+    """Of a query tile, padding included."""
+    return self.queries.rows
+
+  @property
+  def block_k(self):
+    """Keys a block."""
+    return self.queries.tiles.block_k
 
   @property
   def stages(self):
@@ -220,10 +227,23 @@ class Plan(NamedTuple):
     at = lax.div(block, jnp.int32(self.parts))
     part = lax.rem(block, jnp.int32(self.parts))
     tile = lax.div(at, jnp.int32(self.per_tile))
-    head = lax.div(tile, jnp.int32(self.nq))
-    batch = lax.div(head, jnp.int32(self.K))
-    info = batch * self.nq + lax.rem(tile, jnp.int32(self.nq))
-    return Where(at, tile, batch, lax.rem(head, jnp.int32(self.K)), info, part)
+    nq, K = self.queries.tiles.nq, self.queries.tiles.K
+    head = lax.div(tile, jnp.int32(nq))
+    batch = lax.div(head, jnp.int32(K))
+    info = batch * nq + lax.rem(tile, jnp.int32(nq))
+    return Where(at, tile, batch, lax.rem(head, jnp.int32(K)), info, part)
+
+  def row_slices(self, array, shared, where, me):
+    """(global, shared) memory of the copies of a warpgroup's rows."""
+    first = where.first(me, self.cores)
+    return self.queries.slices(
+      array, shared.at[me], where.tile, first, self.cores.rows
+    )
+
+  def ready(self, tiles: int, vectors: int):
+    """A barrier a warpgroup, for what it loads before it begins."""
+    copies = tiles * self.queries.copies(self.cores.rows) + vectors
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=self.cores.computing)
 
 
 class Where(NamedTuple):
@@ -245,9 +265,13 @@ class Where(NamedTuple):
   info: jax.Array
   part: jax.Array
 
+  def first(self, me, cores: nvidia.Cores):
+    """The first row of computing warpgroup `me`."""
+    return (self.part * cores.computing + me) * cores.rows
+
   def slice(self, me, cores: nvidia.Cores):
     """The rows of computing warpgroup `me`."""
-    return pl.ds((self.part * cores.computing + me) * cores.rows, cores.rows)
+    return pl.ds(self.first(me, cores), cores.rows)
 
 
 def _kernel(plan, inputs, out_ref, lse_ref):
@@ -260,19 +284,23 @@ def _kernel(plan, inputs, out_ref, lse_ref):
     def _compute():
       if plan.cores.computing > 1:
         plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
-      rows = where.slice(me, plan.cores)
       load_rows(
-        [(inputs['q'].at[where.tile, rows], q.at[me])]
+        plan.row_slices(inputs['q'], q, where, me)
         + row_copies(plan, inputs, vectors, where, me),
         ready.at[me],
       )
       made = products.of(sizes, scratch, me)
       result = _walk(plan, inputs, where, count, q.at[me], vectors, ring, made)
       # The queries were read for the last time.
-      target = (q if out is None else out).at[me]
-      target[...], lse.at[me][...] = _finish(plan, *result)
+      made_in = q if out is None else out
+      made_in.at[me][...], lse.at[me][...] = _finish(plan, *result)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(target, out_ref.at[where.at, rows])
+      rows = where.slice(me, plan.cores)
+      targets = [(out_ref.at[where.at, rows], made_in.at[me])]
+      if plan.per_tile == 1:
+        targets = plan.row_slices(out_ref, made_in, where, me)
+      for target, source in targets:
+        plgpu.copy_smem_to_gmem(source, target)
       plgpu.copy_smem_to_gmem(lse.at[me], lse_ref.at[where.at, rows])
       plgpu.wait_smem_to_gmem(0)
 
@@ -295,7 +323,7 @@ def _kernel(plan, inputs, out_ref, lse_ref):
     plgpu.SMEM((n, rows), jnp.float32),
     vectors,
     products.scratch(sizes),
-    plgpu.Barrier(num_arrivals=1 + len(vectors), num_barriers=n),
+    plan.ready(1, len(vectors)),
     plan.ring(),
   )
 
@@ -354,7 +382,7 @@ def may_read(plan, vectors, me, block, segment_ref) -> jax.Array:
   return may
 
 
-def walk(plan, inputs, where, count, ring, made, q, step, carry):
+def walk(plan, inputs, where, count, ring, step, carry):
   """A computing warpgroup's loop over a list.
 
   Args:
@@ -363,37 +391,57 @@ def walk(plan, inputs, where, count, ring, made, q, step, carry):
     where: the list is.
     count: blocks to read.
     ring: buffers of keys and values, and their barriers.
-    made: products.
-    q: queries in shared memory.
-    step: takes scores [rows, block_k], the buffer, the block and the carry.
+    step: takes the buffer, the block and the carry.
     carry: the first one.
   """
-  buffers, full, free = ring
-
-  def begin(i):
-    slot = lax.rem(i, jnp.int32(plan.stages))
-    plgpu.barrier_wait(full.at[slot])
-    made.begin(q, buffers['k'].at[slot])
+  _, full, free = ring
 
   def body(i, carry):
     block, carry = carry
     # Known one step ahead: the way to global memory is long.
     following = inputs['ids'][where.at, i + 1]
-    if not made.ahead:
-      begin(i)
     slot = lax.rem(i, jnp.int32(plan.stages))
-    scores = made.end(q, buffers['k'].at[slot])
-    if made.ahead:
-      pl.when(i + 1 < count)(lambda: begin(i + 1))
-    carry = step(scores, slot, block, carry)
-    loaded = plan.segmented or not plan.cores.hardware
-    wg.release(free.at[slot], loaded=loaded)
+    plgpu.barrier_wait(full.at[slot])
+    carry = step(slot, block, carry)
+    _release(plan, free.at[slot])
     return following, carry
 
-  if made.ahead:
-    pl.when(count > 0)(lambda: begin(jnp.int32(0)))
   first = inputs['ids'][where.at, 0]
   return lax.fori_loop(jnp.int32(0), count, body, (first, carry))[1]
+
+
+def _walk_ahead(plan, inputs, where, count, ring, made, q, step, carry):
+  """`walk`, with the scores of the next block begun before a step."""
+  buffers, full, free = ring
+
+  def arrive(i, wanted):
+    slot = lax.rem(i, jnp.int32(plan.stages))
+    pl.when(wanted)(lambda: plgpu.barrier_wait(full.at[slot]))
+    return buffers['k'].at[slot]
+
+  def body(i, carry):
+    block, begun, carry = carry
+    following = inputs['ids'][where.at, i + 1]
+    slot = lax.rem(i, jnp.int32(plan.stages))
+    scores = made.take(begun)
+    more = i + 1 < count
+    keys = arrive(i + 1, more)
+    carry, begun = made.meanwhile(
+      more, q, keys, lambda: step(scores, slot, block, carry)
+    )
+    _release(plan, free.at[slot])
+    return following, begun, carry
+
+  keys = arrive(jnp.int32(0), count > 0)
+  begun = made.begin(count > 0, q, keys)
+  first = inputs['ids'][where.at, 0]
+  carry = first, begun, carry
+  return lax.fori_loop(jnp.int32(0), count, body, carry)[2]
+
+
+def _release(plan, free) -> None:
+  """Says that a buffer was read."""
+  wg.release(free, loaded=plan.segmented or not plan.cores.hardware)
 
 
 def _walk(plan, inputs, where, count, q, vectors, ring, made):
@@ -421,7 +469,16 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
     return wg.in_layout(x, plan.cores, 0)
 
   start = made.zero('out'), rows(softmax.MASKED / 2), rows(0.0)
-  out, *rest = walk(plan, inputs, where, count, ring, made, q, step, start)
+  if made.ahead:
+    found = _walk_ahead(plan, inputs, where, count, ring, made, q, step, start)
+  else:
+
+    def plain(slot, block, carry):
+      scores = made.scores(q, buffers['k'].at[slot])
+      return step(scores, slot, block, carry)
+
+    found = walk(plan, inputs, where, count, ring, plain, start)
+  out, *rest = found
   return made.read('out', out), *rest
 
 

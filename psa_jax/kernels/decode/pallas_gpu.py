@@ -16,12 +16,9 @@ import jax.numpy as jnp
 
 from psa_jax.kernels import nvidia, softmax
 from psa_jax.kernels.block_sparse import pallas_gpu as block_sparse
+from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.nvidia import Cores, Rows
 from psa_jax.kernels.tiles import Tiles
-
-# Blocks of threads to aim at: two for each multiprocessor of an H100, of which
-# a B200 has a few more.
-BLOCKS = 264
 
 
 def refusal(where, q, k, v, *lists, spec) -> str | None:
@@ -39,14 +36,15 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   ids, counts = block_sparse.clip_lists(tiles, ids, counts)
   ids, counts = deal(ids, counts, parts=_parts(tiles, ids.shape[-1]))
   parts = ids.shape[2]
+  queries = QueryRows(tiles, cores.padded(tiles.rows), packed=True)
   outs, lses = kernel.forward(
-    block_sparse.pack_rows(tiles, cores, nvidia.pad_width(q)),
+    queries.pack(nvidia.pad_width(q)),
     block_sparse.pack_keys(tiles, nvidia.pad_width(k)),
     block_sparse.pack_keys(tiles, nvidia.pad_width(v)),
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1), parts),
     _row_limits(tiles, cores, spec, lengths, starts),
     None,
-    block_k=spec.block_k,
+    queries=queries,
     scale=spec.scale,
     dtype=jnp.float32,
     cores=cores,
@@ -54,7 +52,7 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
 
   def part(x, i):
     x = x.reshape(-1, parts, *x.shape[1:])[:, i]
-    return block_sparse.unpack_rows(tiles, x)
+    return queries.unpack(x)
 
   every = range(parts)
   out, lse = softmax.merge(
@@ -84,7 +82,7 @@ def deal(ids, counts, *, parts: int):
 
 def _parts(tiles: Tiles, M: int) -> int:
   """How many blocks of threads share a list."""
-  return max(1, min(M, BLOCKS // (tiles.B * tiles.K)))
+  return max(1, min(M, nvidia.BLOCKS // (tiles.B * tiles.K)))
 
 
 def _row_limits(tiles: Tiles, cores: Cores, spec, lengths, starts) -> Rows:
