@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from psa_jax.kernels import platform
-from psa_jax.kernels.block_sparse import block_sparse_attention
+from psa_jax.kernels.block_sparse import (
+  block_sparse_attention,
+  pallas_gpu_backward,
+)
 from tests import oracles
 from tests.kernels import gpu_simulator, test_block_sparse
 
@@ -24,6 +27,8 @@ CASES = {
   'ragged': (1, 40, 50, 2, 1, 24, 16, 40, 32, True, 10, True),
   # More rows that read a block than there are buffers, in two key parts.
   'many readers': (1, 96, 96, 3, 1, 16, 32, 96, 96, False, 0, True),
+  # Read and written where they are, in several copies.
+  'whole tiles': (1, 80, 80, 8, 2, 16, 16, 16, 16, False, 0, True),
   'two heads': (1, 16, 32, 2, 2, 16, 16, 16, 32, False, 16, True),
   # Longer lists than there are buffers, and an empty one.
   'long lists': (1, 16, 80, 2, 2, 16, 16, 16, 16, False, 64, True),
@@ -113,6 +118,15 @@ def test_value_and_gradients_simulated(name, seed, window):
     got = gradients(call, d_out, d_lse)(*args)
     jax.block_until_ready(got)
   check(got, args, mask, d_out, d_lse)
+
+
+def test_blocks_with_many_readers_are_dealt_out_simulated(monkeypatch):
+  monkeypatch.setattr(pallas_gpu_backward, 'FEWEST_READERS', 1)
+  args, call, mask, d_out = make_case('whole tiles', 0)
+  with gpu_simulator.simulated(gpu_simulator.H100):
+    got = gradients(call, d_out)(*args)
+    jax.block_until_ready(got)
+  check(got, args, mask, d_out, 0.0)
 
 
 def test_long_and_empty_lists_simulated():

@@ -40,6 +40,50 @@ def test_transpose_against_brute_force(seed):
       assert read.tolist() == want, (b, h, j)
 
 
+@hypothesis.given(seed=st.integers(0, 2**31), most=st.integers(1, TILES))
+def test_shares_hold_every_reader_once_and_few_each(seed, most):
+  rng = np.random.default_rng(seed)
+  ids, counts = random_lists(rng)
+  ids[..., 0] = 1  # every tile that reads anything reads block 1
+  ids[..., 1:][ids[..., 1:] == 1] = 0
+  counts = np.minimum(counts, 2)
+  ids[..., 1][ids[..., 1] == 1] = 2
+  readers = _transpose(jnp.asarray(ids), jnp.asarray(counts), BLOCKS)
+  shares = lists.share_out(readers, TILES, most)
+  block, first, count = (np.asarray(x) for x in shares[:3])
+  assert count.max() <= most
+  assert block.shape[-1] == shares.extra + BLOCKS
+  offsets, tiles = np.asarray(readers.offsets), np.asarray(readers.tiles)
+  for b, h in np.ndindex(2, 2):
+    read = [[] for _ in range(BLOCKS)]
+    for j, begin, n in zip(block[b, h], first[b, h], count[b, h], strict=True):
+      read[j] += tiles[b, h, begin : begin + n].tolist()
+    for j in range(BLOCKS):
+      want = tiles[b, h, offsets[b, h, j] : offsets[b, h, j + 1]].tolist()
+      assert read[j] == want, (b, h, j)
+    own = np.asarray(shares.block)[b, h, shares.extra :]
+    np.testing.assert_array_equal(own, np.arange(BLOCKS))
+  # The sum over all shares of a block is put where the block is.
+  weight = jnp.asarray(rng.normal(size=tiles.shape), jnp.float32)
+  at = first[..., None] + np.arange(TILES)
+  value = np.take_along_axis(
+    np.asarray(weight)[..., None, :],
+    np.minimum(at, tiles.shape[-1] - 1),
+    -1,
+  )
+  sums = np.where(np.arange(TILES) < count[..., None], value, 0).sum(-1)
+  whole = np.moveaxis(sums[..., shares.extra :], 1, 2)[:, :, None, :, None]
+  got = whole
+  if shares.extra:
+    partial = jnp.asarray(sums[..., : shares.extra, None, None])
+    got = lists.join_shares(jnp.asarray(whole), partial, readers, TILES, most)
+  want = np.zeros(whole.shape, np.float32)
+  for b, h, j in np.ndindex(2, 2, BLOCKS):
+    span = slice(offsets[b, h, j], offsets[b, h, j + 1])
+    want[b, j, 0, h, 0] = np.asarray(weight)[b, h, span].sum()
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_check_lets_good_lists_through_and_names_the_bad_one():
   ids, counts = random_lists(np.random.default_rng(0))
   counts[1, 0, 2], ids[1, 0, 2] = 3, (2, 0, 4)

@@ -97,7 +97,7 @@ def share_out(readers: Readers, tiles: int, most: int) -> Shares:
   def of(x):
     return jnp.take_along_axis(x, block, -1)
 
-  nth = jnp.arange(extra) - of(ends - split)
+  nth = jnp.arange(extra)[None, None] - of(ends - split)
   size = -(-of(counts) // jnp.maximum(of(split), 1))
   begin = nth * size
   count = jnp.where(there, jnp.clip(of(counts) - begin, 0, size), 0)
