@@ -1,0 +1,71 @@
+"""What is trained: every mechanism and control, on text and recall tasks.
+
+Seeds are the outermost loop, so a grid that was stopped early has every cell
+with fewer seeds and not fewer cells.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from psa_jax import config_dict
+from psa_jax.config import Config
+from psa_jax.recipe import load_recipe
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONTROLS = ('dense', 'window', 'random')
+MECHANISMS = (
+  'psa',
+  'psa_bounds',
+  'topk',
+  'hybrid',
+  'nsa',
+  'nsa_tile',
+  'dsa',
+  'sla',
+  'cascade',
+)
+ARMS = CONTROLS + MECHANISMS
+# Recipe of each task; {} is the arm.
+TASKS = {
+  'text': 'configs/mechanisms.py:{}',
+  'mqar': 'configs/recall.py:{},mqar',
+  'needle': 'configs/recall.py:{},needle',
+}
+SEEDS = (0, 1, 2)
+SAME = {'eval.dense': 'false', 'log.tensorboard': 'false'}
+
+
+class Cell(NamedTuple):
+  """One run."""
+
+  task: str
+  arm: str
+  seed: int
+
+  def config(self, changes: Sequence[tuple[str, str]] = ()) -> Config:
+    """Its configuration."""
+    changes = [*SAME.items(), ('seed', str(self.seed)), *changes]
+    return load_recipe(str(ROOT / TASKS[self.task].format(self.arm)), changes)
+
+
+def cells(
+  tasks: Sequence[str] = tuple(TASKS),
+  arms: Sequence[str] = ARMS,
+  seeds: Sequence[int] = SEEDS,
+) -> Iterator[Cell]:
+  """All runs, in the order in which they are made."""
+  for seed in seeds:
+    for task in tasks:
+      for arm in arms:
+        yield Cell(task, arm, seed)
+
+
+def settings(config: Config) -> str:
+  """A hash of everything that is configured but the seed."""
+  values = config_dict.to_dict(config)
+  del values['seed']
+  text = json.dumps(values, sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:10]

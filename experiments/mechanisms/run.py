@@ -1,0 +1,174 @@
+"""Every attention mechanism on text and recall, at what it costs.
+
+  python experiments/mechanisms/run.py                  train, then measure
+  python experiments/mechanisms/run.py --what=quality   the grid alone
+  python experiments/mechanisms/run.py --what=cost      times, a quiet machine
+  python experiments/mechanisms/run.py --what=          tables and picture
+
+The same command goes on where it stopped: a run whose settings have not changed
+is not made again. Every run is a process on one core, `--workers` at a time.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from absl import app, flags  # noqa: E402
+
+from experiments.mechanisms import grid, rows  # noqa: E402
+
+WHAT = ('quality', 'cost')
+SOURCES = ['psa_jax', 'configs', ':(glob)experiments/mechanisms/*.py']
+
+_WHAT = flags.DEFINE_list('what', list(WHAT), 'What to find out.')
+_TASKS = flags.DEFINE_list('tasks', list(grid.TASKS), 'Tasks of the grid.')
+_ARMS = flags.DEFINE_list('arms', list(grid.ARMS), 'Mechanisms and controls.')
+_SEEDS = flags.DEFINE_integer('seeds', len(grid.SEEDS), 'Runs of each cell.')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'Runs at a time.', lower_bound=1)
+_RESULTS = flags.DEFINE_string(
+  'results', str(HERE / 'results.jsonl'), 'File that rows are added to.'
+)
+_CELL = flags.DEFINE_string('cell', '', 'Internal: task,arm,seed of one run.')
+_SET = flags.DEFINE_multi_string('set', [], 'KEY=VALUE laid on every recipe.')
+
+
+def main(argv):
+  """Does what was asked for, and renews the page."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown argument {argv[1]!r}')
+  if _CELL.value:
+    task, arm, seed = _CELL.value.split(',')
+    print(json.dumps(train(grid.Cell(task, arm, int(seed)))))
+    return
+  for flag, known in ((_WHAT, WHAT), (_TASKS, grid.TASKS), (_ARMS, grid.ARMS)):
+    for name in flag.value:
+      if name not in known:
+        raise app.UsageError(f'--{flag.name}={name} is none of {[*known]}')
+  results = pathlib.Path(_RESULTS.value)
+  from psa_jax import report
+
+  stamp = report.provenance(ROOT, SOURCES)
+  if 'quality' in _WHAT.value:
+    run_grid(results, stamp)
+  if 'cost' in _WHAT.value:
+    from experiments.mechanisms import cost
+
+    for row in cost.measure(_ARMS.value, changes()):
+      rows.append(results, row | stamp)
+  write_page(results)
+
+
+def changes():
+  """(key, value) pairs of `--set`."""
+  return [tuple(x.split('=', 1)) for x in _SET.value]
+
+
+def run_grid(results, stamp):
+  """Makes the runs that are missing."""
+  have = rows.done(rows.read(results))
+  found = {
+    cell: grid.settings(cell.config(changes()))
+    for cell in grid.cells(_TASKS.value, _ARMS.value, range(_SEEDS.value))
+  }
+  todo = [x for x in found.items() if x not in have]
+  print(f'{len(found) - len(todo)} runs of {len(found)} are there', flush=True)
+  cores = queue.SimpleQueue()
+  available = sorted(os.sched_getaffinity(0))
+  for number in range(_WORKERS.value):
+    cores.put(available[number % len(available)])
+
+  def one(cell, settings):
+    core = cores.get()
+    began = time.perf_counter()
+    row = start(cell, core)
+    cores.put(core)
+    seconds = time.perf_counter() - began
+    return (
+      {'what': 'quality', **cell._asdict(), 'settings': settings}
+      | row
+      | {'seconds': seconds}
+    )
+
+  with concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool:
+    waiting = [pool.submit(one, *x) for x in todo]
+    for number, made in enumerate(concurrent.futures.as_completed(waiting), 1):
+      row = made.result()
+      rows.append(results, row | stamp)
+      quality = row.get('error', row.get('quality'))
+      print(
+        f'{number}/{len(todo)} {row["task"]} {row["arm"]} seed {row["seed"]}: '
+        f'{quality}, {row["seconds"]:.0f} s',
+        flush=True,
+      )
+
+
+def start(cell, core):
+  """What a process on one core found; an `error` if it failed."""
+  environment = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'),
+    'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu'),
+  }
+  done = subprocess.run(
+    [sys.executable, __file__, f'--cell={",".join(map(str, cell))}']
+    + [f'--set={x}' for x in _SET.value],
+    capture_output=True,
+    text=True,
+    env=environment,
+    preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    check=False,
+  )
+  try:
+    return json.loads(done.stdout.splitlines()[-1])
+  except (IndexError, json.JSONDecodeError):
+    said = done.stderr.strip().splitlines()
+    return {'error': said[-1][:300] if said else f'exit code {done.returncode}'}
+
+
+def train(cell):
+  """One run by the project's trainer, and its last validation."""
+  from psa_jax.train import loop
+
+  config = cell.config(changes())
+  with tempfile.TemporaryDirectory() as folder:
+    # Standard output is the answer's.
+    with open(os.devnull, 'w') as nowhere:
+      kept, sys.stdout = sys.stdout, nowhere
+      result = loop.train_and_evaluate(config, pathlib.Path(folder))
+      sys.stdout = kept
+  last = result['validation'][config.model.attention.name]
+  text = cell.task == 'text'
+  return {
+    'quality': last['bits_per_byte' if text else 'accuracy'],
+    'density': last['density'],
+    'length': last['seq_len'],
+    'train_seconds': result['train_seconds'],
+    'peak_bytes': result['peak_memory_bytes'],
+  } | ({} if text else {'by': last['by']})
+
+
+def write_page(results):
+  """Tables and picture from the rows."""
+  from experiments.mechanisms import plot, tables
+  from psa_jax import report
+
+  found = rows.newest(rows.read(results))
+  for name, text in tables.sections(found).items():
+    print(f'{text}\n')
+    if results.parent == HERE:
+      report.replace_section(HERE / 'README.md', name, text)
+  if results.parent == HERE and found:
+    plot.draw(found, HERE / 'mechanisms.png')
+
+
+if __name__ == '__main__':
+  app.run(main)
