@@ -31,6 +31,7 @@ from psa_jax.kernels.dense import dense_attention
 BLOCK_Q, BLOCK_K, WINDOW, BLOCKS = 64, 64, 512, 24
 WHOLE, KERNEL = 'psa', 'psa kernel alone'
 XLA_KERNEL = 'psa kernel alone, xla'
+XLA_UP_TO = 16_384  # tokens; it takes a second at 65,536
 SELECTION = 'psa selection alone'
 DENSE = 'dense (cuDNN)'
 GEMM, GEMM_SIZE = 'bf16 GEMM', 8192
@@ -136,7 +137,10 @@ def all_passes(shape: Shape) -> dict[tuple[str, str], Call]:
     return lists(shape)[:2]
 
   found |= passes(WHOLE, attend_sparse, shape)
-  for name, way in ((KERNEL, 'pallas_gpu'), (XLA_KERNEL, 'xla')):
+  ways = {KERNEL: 'pallas_gpu'}
+  if shape.length <= XLA_UP_TO:
+    ways[XLA_KERNEL] = 'xla'
+  for name, way in ways.items():
     found |= passes(name, functools.partial(attend_listed, way), shape, listed)
   found[SELECTION, 'forward'] = lazily(
     lambda: queued(jax.jit(_select), *inputs(shape)[:2])

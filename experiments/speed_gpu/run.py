@@ -122,24 +122,36 @@ def sweep(what, add, shape, found, about):
 @contextlib.contextmanager
 def started_torch():
   """A function that adds PyTorch's rows of a shape; ends it afterwards."""
-  server = version = None
-  if _TORCH.value:
-    server = subprocess.Popen(
-      [_TORCH.value, HERE / 'torch_times.py'],
+  server = _Torch(_TORCH.value) if _TORCH.value else None
+  if server is not None and server.version is None:
+    print(f'no PyTorch rows: {_TORCH.value} has none', file=sys.stderr)
+  try:
+    if server is None or server.version is None:
+      yield lambda add, what, shape: None
+    else:
+      yield server.ask
+  finally:
+    if server is not None:
+      server.close()
+
+
+class _Torch:
+  """PyTorch in a process of its own."""
+
+  def __init__(self, python):
+    self.server = subprocess.Popen(
+      [python, HERE / 'torch_times.py'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
     )
-    first = server.stdout.readline()
-    if not first:
-      print(f'no PyTorch rows: {_TORCH.value} has none', file=sys.stderr)
-      server = None
-    else:
-      version = json.loads(first)['version']
+    assert self.server.stdin is not None and self.server.stdout is not None
+    self.requests, self.answers = self.server.stdin, self.server.stdout
+    first = self.answers.readline()
+    self.version = json.loads(first)['version'] if first else None
 
-  def ask(add, what, shape):
-    if server is None:
-      return
+  def ask(self, add, what, shape):
+    """Adds the rows of one shape."""
     with tempfile.TemporaryDirectory() as folder:
       request = {'what': what, 'batch': lib.DECODE_BATCH, **shape._asdict()}
       if what == 'lengths' and lib.is_sparse(shape.length, lib.BLOCKS):
@@ -152,23 +164,21 @@ def started_torch():
           block_q=lib.BLOCK_Q,
           block_k=lib.BLOCK_K,
         )
-      server.stdin.write(json.dumps(request) + '\n')
-      server.stdin.flush()
-      for line in server.stdout:
+      self.requests.write(json.dumps(request) + '\n')
+      self.requests.flush()
+      for line in self.answers:
         row = json.loads(line)
         if row.get('done'):
           return
         if 'seconds' in row:
           row['median'] = float(np.median(row['seconds']))
-        add(**row, version=version)
+        add(**row, version=self.version)
     print('PyTorch died; its further rows are missing', file=sys.stderr)
 
-  try:
-    yield ask
-  finally:
-    if server is not None:
-      server.stdin.close()
-      server.wait()
+  def close(self):
+    """Ends the process."""
+    self.requests.close()
+    self.server.wait()
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """The tables of `README.md`, made from rows of `results.jsonl`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from experiments.speed_gpu import contenders as lib
 from psa_jax import report
 
 Row = dict[str, Any]
+ORDER = ('forward', 'backward', 'forward+backward', 'decode')
 DENSE = (lib.DENSE, 'PyTorch SDPA, flash', 'PyTorch SDPA, cuDNN')
 
 
@@ -49,20 +51,19 @@ def caption(rows: Sequence[Row]) -> str:
   return ', '.join([text, *torch])
 
 
-def times(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def times(rows: Sequence[Row]) -> list[Sequence[str]]:
   """Medians by contender and pass, a column a length."""
   lengths = sorted({row['length'] for row in rows})
-  table = [('contender', 'pass', *(f'{n:,}' for n in lengths))]
-  subjects = dict.fromkeys((row.get('pass'), row['contender']) for row in rows)
-  order = {'forward': 0, 'backward': 1, 'forward+backward': 2, 'decode': 3}
-  subjects = [x for x in subjects if x[0] is not None]
-  for which, name in sorted(subjects, key=lambda x: order[x[0]]):
-    at = {
-      row['length']: duration(row)
-      for row in rows
-      if (row.get('pass'), row['contender']) == (which, name)
-    }
-    table.append((name, which, *(at.get(n, '') for n in lengths)))
+  table: list[Sequence[str]] = [
+    ('contender', 'pass', *(f'{n:,}' for n in lengths))
+  ]
+  for which in ORDER:
+    mine = [row for row in rows if row.get('pass') == which]
+    for name in dict.fromkeys(row['contender'] for row in mine):
+      at = {
+        row['length']: duration(row) for row in mine if row['contender'] == name
+      }
+      table.append((name, which, *(at.get(n, '') for n in lengths)))
   return table
 
 
@@ -86,9 +87,9 @@ def errors(rows: Sequence[Row], what: str) -> list[str]:
   return sorted(found)
 
 
-def ratio_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def ratio_table(rows: Sequence[Row]) -> list[Sequence[str]]:
   """Ours against the fastest dense at the longest length."""
-  table = [
+  table: list[Sequence[str]] = [
     (
       'heads of',
       'pass',
@@ -101,12 +102,8 @@ def ratio_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
   ]
   length = max((row['length'] for row in rows), default=0)
   rate = gemm_rate(rows)
-  subjects = {
-    (row['head_dim'], row.get('pass')): None
-    for row in rows
-    if row['length'] == length and row.get('pass')
-  }
-  for width, which in subjects:
+  widths = sorted({row['head_dim'] for row in rows}, reverse=True)
+  for width, which in itertools.product(widths, ORDER):
     at = {
       row['contender']: row
       for row in rows
@@ -140,13 +137,16 @@ def gemm_rate(rows: Sequence[Row]) -> float | None:
   return 2 * lib.GEMM_SIZE**3 / took[-1] if took else None
 
 
-def shares(row: Row, which: str, width: int, rate: float | None):
+def shares(
+  row: Row, which: str, width: int, rate: float | None
+) -> tuple[str, str]:
   """Of the GEMM rate: what is read, and what causality does not mask."""
   products = {'forward': 2, 'backward': 5, 'forward+backward': 7}
   if rate is None or which not in products or 'pairs_read' not in row:
     return '', ''
   each = 2 * width * products[which] / row['median'] / rate
-  return tuple(
+  read, visible = (
     f'{100 * each * row[pairs]:.0f} %'
     for pairs in ('pairs_read', 'pairs_visible')
   )
+  return read, visible

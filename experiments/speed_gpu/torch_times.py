@@ -132,9 +132,12 @@ def flex(path, inputs, grad):
     seq_lengths=(q.shape[2], k.shape[2]),
   )
   run = torch.compile(lib.flex_attention)
+  # Its own blocks must divide those of the lists.
+  sizes = {f'BLOCK_M{i}': block_q for i in ('', '1', '2')}
+  sizes |= {f'BLOCK_N{i}': block_k for i in ('', '1', '2')}
 
   def attend(q, k, v):
-    return run(q, k, v, block_mask=mask, enable_gqa=True)
+    return run(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=sizes)
 
   return three_passes(attend, inputs, grad)
 

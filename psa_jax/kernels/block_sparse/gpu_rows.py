@@ -9,6 +9,7 @@ read from [B, T, N, *] as the caller has them. Else they were packed before:
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -49,7 +50,7 @@ class QueryRows(NamedTuple):
     return cls(tiles, rows, not (whole and runs))
 
   @property
-  def count(self) -> int:
+  def number(self) -> int:
     """Query tiles of all heads."""
     return self.tiles.B * self.tiles.K * self.tiles.nq
 
@@ -72,31 +73,31 @@ class QueryRows(NamedTuple):
   def shape(self, width: int) -> tuple[int, ...]:
     """Of an array with so many channels, as the kernel reads or writes it."""
     if self.packed:
-      return self.count, self.rows, width
+      return self.number, self.rows, width
     return self.tiles.B, self.tiles.T, self.tiles.K * self.tiles.G, width
 
   def copies(self, size: int) -> int:
     """How many copies `size` rows of a tile take."""
     return 1 if self.packed else max(1, size // self.tiles.block_q)
 
-  def slices(self, array, shared, tile, first, size: int):
+  def slices(self, array, shared, head, i, first, size: int):
     """(global, shared) memory of each copy.
 
     Args:
       array: of `shape`, in global memory.
       shared: [size, *].
-      tile: number of the query tile, `(b * K + head) * nq + i`.
+      head: kv head of all batch rows, `b * K + head`.
+      i: query tile of the head.
       first: row of the tile.
       size: rows, one of `pieces`.
     """
     if self.packed:
+      tile = head * self.tiles.nq + i
       return [(array.at[tile, pl.ds(first, size)], shared)]
-    nq, K, G, block_q = (
-      jax.numpy.int32(x)
-      for x in (self.tiles.nq, self.tiles.K, self.tiles.G, self.tiles.block_q)
+    K, G, block_q = (
+      jnp.int32(x) for x in (self.tiles.K, self.tiles.G, self.tiles.block_q)
     )
-    row, i = lax.div(tile, nq), lax.rem(tile, nq)
-    batch, head = lax.div(row, K), lax.rem(row, K)
+    batch, head = lax.div(head, K), lax.rem(head, K)
     n = self.copies(size)
     step = size // n
     found = []

@@ -411,7 +411,7 @@ def _copy_rows(plan, inputs, batch, row, begin, count, ring):
       pairs = [(inputs[name].at[at, pl.ds(first, ROWS)], buffer.at[slot])]
       if name in ('q', 'd_out'):
         pairs = plan.queries.slices(
-          inputs[name], buffer.at[slot], at, first, ROWS
+          inputs[name], buffer.at[slot], row, tile, first, ROWS
         )
       for source, target in pairs:
         plgpu.copy_gmem_to_smem(source, target, full.at[slot])

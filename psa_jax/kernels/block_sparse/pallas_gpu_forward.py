@@ -235,9 +235,14 @@ class Plan(NamedTuple):
 
   def row_slices(self, array, shared, where, me):
     """(global, shared) memory of the copies of a warpgroup's rows."""
-    first = where.first(me, self.cores)
+    nq = jnp.int32(self.queries.tiles.nq)
     return self.queries.slices(
-      array, shared.at[me], where.tile, first, self.cores.rows
+      array,
+      shared.at[me],
+      lax.div(where.tile, nq),
+      lax.rem(where.tile, nq),
+      where.first(me, self.cores),
+      self.cores.rows,
     )
 
   def ready(self, tiles: int, vectors: int):
