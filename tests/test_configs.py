@@ -12,6 +12,7 @@ import pytest
 from psa_jax import config_dict
 from psa_jax.data import synthetic
 from psa_jax.recipe import load_recipe
+from psa_jax.schedules import ScheduleConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / 'configs').glob('*.py'))
@@ -156,10 +157,17 @@ def test_recall_joins_every_mechanism_with_every_task(mechanism, task):
   assert config.data.source == f'synthetic:{task}'
   assert config.name == f'recall_{mechanism}_{task}'
   synthetic.build(config)  # the task fits into every stage
-  if mechanism not in ('dense', 'quick'):
-    keep = config.model.attention.psa.keep
-    assert keep.init == 1.0 and keep.final < 0.3
-    assert keep.begin + keep.length < sum(config.train.steps)
+  attention = config.model.attention
+  own = getattr(attention, attention.name.removesuffix('_tile'))
+  schedules = [
+    x
+    for x in vars(own).values()
+    if isinstance(x, ScheduleConfig) and x.init != x.final
+  ]
+  assert bool(schedules) == (mechanism not in ('dense', 'sla'))
+  for schedule in schedules:
+    # The last steps are at the setting that is judged.
+    assert schedule.begin + schedule.length < sum(config.train.steps)
 
 
 def test_the_controls_of_recall_differ_from_psa_by_the_ranking_only():

@@ -32,7 +32,10 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
 
 def quality(rows: Sequence[Row]) -> list[tuple[str, ...]]:
   """Mean and spread of the seeds by arm and task, controls first."""
-  table = [('attention', *TITLES.values(), 'density, text', 'seeds')]
+  table = [
+    ('attention', *TITLES.values(), 'density, text', 'peak memory, text')
+    + ('seeds',)
+  ]
   for arm in grid.ARMS:
     mine = [row for row in rows if row['arm'] == arm]
     if not mine:
@@ -43,8 +46,10 @@ def quality(rows: Sequence[Row]) -> list[tuple[str, ...]]:
       for x, task in zip(numbers, grid.TASKS, strict=True)
     ]
     density = spread(values(mine, 'text', 'density'), percent=True)
+    peak = max(values(mine, 'text', 'peak_bytes'), default=0)
+    peak = f'{peak / 2**20:,.0f} MiB' if peak else '-'
     seeds = ' '.join(str(len(x)) for x in numbers)
-    table.append((name(arm), *shown, density, seeds))
+    table.append((name(arm), *shown, density, peak, seeds))
   return table
 
 
@@ -76,7 +81,6 @@ def costs(rows: Sequence[Row]) -> list[tuple[str, ...]]:
       'forward and backward, of dense',
       'keys read a query',
       'temporary memory, of dense',
-      'peak memory of the run',
     )
   ]
   for arm in grid.ARMS:
@@ -92,7 +96,6 @@ def costs(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         ),
         f'{row["keys"]:,.0f}',
         f'{row["temporary_bytes"] / dense["temporary_bytes"]:.2f}',
-        f'{row["peak_bytes"] / 2**20:.0f} MiB' if row.get('peak_bytes') else '',
       )
     )
   return table

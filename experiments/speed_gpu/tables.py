@@ -36,7 +36,8 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
       if mine:
         parts += [f'Heads of {width}.', report.markdown(times(mine))]
     if parts:
-      found[what] = '\n\n'.join([*parts, *errors(rows, what), caption(rows)])
+      mine = [row for row in rows if row['what'] == what]
+      found[what] = '\n\n'.join([*parts, *errors(rows, what), caption(mine)])
   ratios = ratio_table(rows)
   if len(ratios) > 1:
     found['ratios'] = report.markdown(ratios)
@@ -45,10 +46,12 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
 
 def caption(rows: Sequence[Row]) -> str:
   """Where and when the rows were measured."""
-  last = [row for row in rows if 'version' not in row][-1]
+  ours = [row for row in rows if 'version' not in row]
   torch = sorted({row['version'] for row in rows if 'version' in row})
-  text = ', '.join(f'{x} {last[x]}' for x in ('date', 'commit', 'jax', 'gpu'))
-  return ', '.join([text, *torch])
+  commits = ' '.join(dict.fromkeys(row['commit'] for row in ours))
+  last = ours[-1]
+  where = f'{last["date"]}, commit {commits}, JAX {last["jax"]}, {last["gpu"]}'
+  return ', '.join([where, *torch]) + '.'
 
 
 def times(rows: Sequence[Row]) -> list[Sequence[str]]:
@@ -80,7 +83,7 @@ def duration(row: Row) -> str:
 def errors(rows: Sequence[Row], what: str) -> list[str]:
   """Why a contender has no time, once a reason."""
   found = {
-    f'{row["contender"]}, {row.get("pass", "every pass")}: {row["error"]}.'
+    f'{row["contender"]}, {row["pass"]}: {row["error"][:90]} ...'
     for row in rows
     if row['what'] == what and 'error' in row
   }

@@ -82,9 +82,8 @@ def say(fields, name, make):
     made = make()
   except Exception as error:  # whatever it is, the others go on
     reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-    print(
-      json.dumps({**fields, 'contender': name, 'error': reason}), flush=True
-    )
+    row = {**fields, 'contender': name, 'pass': 'every pass', 'error': reason}
+    print(json.dumps(row), flush=True)
     return
   for which, function in made.items():
     row = {**fields, 'contender': name, 'pass': which}

@@ -1,8 +1,8 @@
 """The GPU kernels of block-list attention on Hopper; what they refuse.
 
-No test runs on a GPU. Lowering generates the kernels' code for sm_90a; the
-simulator runs it with products of its own (see `kernels/wgmma.py`). Blackwell
-is in `test_blackwell.py`.
+Nothing here runs on a GPU; `test_on_gpu.py` does. Lowering generates the
+kernels' code for sm_90a; the simulator runs it with products of its own (see
+`kernels/wgmma.py`). Blackwell is in `test_blackwell.py`.
 """
 
 import functools

@@ -5,24 +5,25 @@ list) and the gradients of keys and values (a key block against the tiles that
 read it, from the transposed lists). Each writes its own results once: no
 atomic additions, so results repeat bit by bit.
 
-Here the arrays are brought into the kernels' shapes: the G query heads of a
-kv head become rows of one tile, whose number is padded to a multiple of what
-a block of threads takes; head widths are padded to a multiple of 16 (of 32 for
-the gradients on Blackwell). Keys and values are read where they are, unless S
-or a width has to be padded.
+Here the arrays are brought into the kernels' shapes. The G query heads of a kv
+head are rows of one tile. Where whole tiles can be copied from [B, T, N, H]
+(`gpu_rows.py`) nothing is moved; else rows are packed, and padded to a multiple
+of what a block of threads takes. Head widths are padded to a multiple of 16 (of
+32 for the gradients on Blackwell). Keys and values are read where they are,
+unless S or a width has to be padded.
 
-What was and was not executed: the kernels compile for sm_90a and sm_100a
-without spilled registers, and they run in the simulator of Mosaic GPU kernels,
-which checks copies, barriers and shared memory for races. There the layouts of
-registers are left out, Hopper's products are replaced (`wgmma.py`) and those of
-Blackwell are simulated by the tests; no run on a GPU has been made, and no
-speed was measured.
+What was and was not executed: `tests/kernels/test_on_gpu.py` passed on an H100,
+and `experiments/speed_gpu` has its times. On Blackwell no run has been made:
+the kernels compile for sm_100a without spilled registers and run in the
+simulator of Mosaic GPU kernels, which checks copies, barriers and shared memory
+for races; products and tensor memory are simulated by the tests.
 
 Inside `shard_map` they need `check_vma=False`, as `attention/base.py` sets it.
 
 Not done: float32, heads wider than 128, leaving the mask out where a block lies
-wholly in the past. On Blackwell, gradients of keys and values multiply 64 rows
-at a time, which takes as long as 128; what else `tcgen05.py` names.
+wholly in the past (with heads of 64 such work bounds the forward kernel). On
+Blackwell, gradients of keys and values multiply 64 rows at a time, which takes
+as long as 128; what else `tcgen05.py` names.
 """
 
 import functools

@@ -1,0 +1,159 @@
+"""The grid of mechanisms: complete, resumable, and honest in its tables."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from experiments.mechanisms import grid, plot, rows, tables
+from psa_jax.attention import base
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STAMP = dict(
+  date='2026-01-01', commit='abc', jax='1', python='3', machine='two cores'
+)
+
+
+def row(task='mqar', arm='psa', seed=0, **fields):
+  quality = {'quality': 0.5, 'density': 0.25, 'peak_bytes': 2**30}
+  by = {'distance': [['0 to 15', 10, 0.75], ['16 or more', 10, 0.25]]}
+  return {
+    'what': 'quality',
+    'task': task,
+    'arm': arm,
+    'seed': seed,
+    'settings': 'x',
+    **quality,
+    **({} if task == 'text' else {'by': by}),
+    **STAMP,
+    **fields,
+  }
+
+
+def test_every_mechanism_is_an_arm():
+  # `on_demand` is for inference alone: nothing trains with it.
+  trained = set(base.MECHANISMS) - {'on_demand'}
+  names = {
+    grid.Cell('text', arm, 0).config().model.attention.name for arm in grid.ARMS
+  }
+  assert names == trained
+
+
+@pytest.mark.parametrize('task', grid.TASKS)
+def test_arms_differ_in_their_attention_alone(task):
+  configs = {arm: grid.Cell(task, arm, 0).config() for arm in grid.ARMS}
+
+  def rest(config):
+    model = dataclasses.replace(
+      config.model, attention=configs['dense'].model.attention, remat='none'
+    )
+    return dataclasses.replace(config, name='', model=model)
+
+  same = {arm: rest(config) for arm, config in configs.items()}
+  assert all(x == same['dense'] for x in same.values())
+  attention = [x.model.attention for x in configs.values()]
+  assert all(a != b for a, b in zip(attention, attention[1:], strict=False))
+
+
+def test_seeds_come_last():
+  cells = list(grid.cells(seeds=range(2)))
+  assert len(cells) == 2 * len(grid.TASKS) * len(grid.ARMS) == len(set(cells))
+  first = cells[: len(cells) // 2]
+  assert {x.seed for x in first} == {0}
+  assert {x.arm for x in first} == set(grid.ARMS)
+
+
+def test_settings_know_every_key_but_the_seed():
+  cell = grid.Cell('mqar', 'psa', 0)
+  want = grid.settings(cell.config())
+  assert grid.settings(cell._replace(seed=1).config()) == want
+  for key in ('model.d_model', 'model.attention.psa.block_k', 'eval.windows'):
+    assert grid.settings(cell.config([(key, '32')])) != want, key
+
+
+def test_resuming_skips_what_ended_with_the_same_settings():
+  made = [row(), row(arm='nsa', error='ValueError: no'), row(seed=1)]
+  done = rows.done(made)
+  assert (grid.Cell('mqar', 'psa', 0), 'x') in done
+  assert (grid.Cell('mqar', 'psa', 0), 'y') not in done
+  assert (grid.Cell('mqar', 'nsa', 0), 'x') not in done
+
+
+def test_a_torn_last_line_is_dropped_and_a_torn_other_one_is_not(tmp_path):
+  path = tmp_path / 'results.jsonl'
+  assert rows.read(path) == []
+  rows.append(path, row())
+  with path.open('a') as file:
+    file.write(json.dumps(row(seed=1))[:20])
+  assert rows.read(path) == [row()]
+  rows.append(path, row(seed=2))
+  assert rows.read(path) == [row(), row(seed=2)]
+  path.write_text('{"torn\n' + path.read_text())
+  with pytest.raises(json.JSONDecodeError):
+    rows.read(path)
+
+
+def test_the_last_row_of_a_run_counts():
+  found = rows.newest([row(error='x'), row(seed=1), row(quality=0.75)])
+  assert [x.get('quality') for x in found if x['seed'] == 0] == [0.75]
+
+
+def test_tables_tell_mean_spread_and_what_is_missing():
+  made = [
+    row(quality=0.5),
+    row(quality=0.7, seed=1),
+    row('text', 'dense', quality=2.5, density=1.0),
+    row('needle', 'nsa', error='ValueError: no'),
+    row('text', 'nsa', quality=3.0),
+  ]
+  found = tables.sections(made)
+  lines = found['quality'].splitlines()
+  assert lines[0].startswith('| attention | bits per byte')
+  at = {line.split(' | ')[0].strip('| '): line for line in lines[2:]}
+  assert '| 2.500 |' in at['dense (control)']
+  assert '60.0 ± 14.1 %' in at['psa'] and at['psa'].endswith('| 0 2 0 |')
+  assert at['nsa'].endswith('| 1 0 0 |')
+  assert 'nsa, needle, seed 0: failed. ValueError: no' in found['quality']
+  assert '75 % | 25 %' in found['recall']
+  assert 'commit abc' in found['quality']
+
+
+def test_costs_are_beside_dense():
+  cost = dict(what='cost', temporary_bytes=100, keys=64.0, **STAMP)
+  made = [
+    cost | dict(arm='dense', forward=1.0, both=4.0),
+    cost | dict(arm='psa', forward=0.5, both=1.0, temporary_bytes=50),
+    cost | dict(arm='nsa', error='no'),
+  ]
+  text = tables.sections(made)['cost']
+  assert '500 ms, 0.50 | 1000 ms, 0.25 | 64 | 0.50 |' in text
+  assert 'nsa, cost, seed 0: failed. no' in text
+
+
+def test_a_picture_is_drawn(tmp_path):
+  made = [row(), row(seed=1, quality=0.6), row('text', quality=2.0)]
+  plot.draw(made, tmp_path / 'a.png')
+  assert (tmp_path / 'a.png').stat().st_size > 10_000
+
+
+def test_a_run_of_the_grid_is_a_run_of_the_trainer(monkeypatch):
+  path = ROOT / 'experiments/mechanisms/run.py'
+  spec = importlib.util.spec_from_file_location('mechanisms_run', path)
+  assert spec is not None and spec.loader is not None
+  from absl import flags
+
+  before = set(flags.FLAGS)
+  run = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(run)
+  small = [('train.steps', '2,2'), ('optim.warmup_steps', '1')]
+  small += [('train.batch_size', '8,8'), ('eval.windows', '8')]
+  small += [('model.attention.psa.keep.length', '2')]
+  small += [('model.attention.psa.keep.begin', '1')]
+  monkeypatch.setattr(run, 'changes', lambda: small)
+  found = run.train(grid.Cell('mqar', 'psa', 0))
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+  assert 0 <= found['quality'] <= 1 and 0 < found['density'] < 1
+  assert found['length'] == 128 and found['by']['distance']
