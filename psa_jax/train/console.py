@@ -127,6 +127,7 @@ def _fields(row: Mapping[str, Any], eta: float | None) -> list[str]:
     ('accuracy', 'accuracy', '.1%'),
     ('density', 'density', '.1%'),
     ('gamma', 'gamma', '.2f'),
+    ('bits', 'bits', '.3g'),
     ('tokens_per_second', 'tok/s', ',.0f'),
   ):
     if row.get(name) is not None:

@@ -67,7 +67,13 @@ def test_numbers_that_a_row_lacks_are_left_out(capsys):
   lib.open_console(260).show(row)
   line = capsys.readouterr().out
   assert 'eval at step 12/260' in line and 'dense attention' in line
-  assert 'loss' not in line and 'gamma' not in line and 'eta' not in line
+  for absent in ('loss', 'gamma', 'bits', 'eta'):
+    assert absent not in line
+
+
+def test_the_bits_of_quantised_training_are_shown(capsys):
+  lib.open_console(260).show({**ROW, 'bits': 6.0}, eta=1.0)
+  assert 'bits 6' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('width', [60, 100, 160])
