@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from psa_jax.kernels import platform, softmax
 from psa_jax.kernels.block_sparse import IMPLEMENTATIONS, block_sparse_attention
 from psa_jax.kernels.block_sparse import xla as xla_module
 from tests import oracles
@@ -75,10 +76,47 @@ def make_case(name, seed=0, dtype=jnp.float32):
 @pytest.mark.parametrize('implementation', PORTABLE)
 @pytest.mark.parametrize('name', list(CASES))
 def test_value_and_gradients(name, implementation):
+  check_value_and_gradients(name, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+  ('name', 'chunk'), [*((x, 8) for x in CASES), ('prefill chunk', 3072)]
+)
+def test_many_tiles_at_once(name, chunk, monkeypatch):
+  """What `xla` does on a GPU: groups of tiles, the last one not full."""
+  monkeypatch.setattr(xla_module, 'CHUNKS', (chunk,))
+  rows, keys = CASES[name][7] * CASES[name][3], max(chunk, CASES[name][8])
+  room = 3 * rows * min(keys, -(-CASES[name][2] // 8) * 8 + 8)
+  monkeypatch.setattr(xla_module, 'SCORES_ON_GPU', room)
+  with platform.target('gpu', kind='NVIDIA A100', capability=80):
+    check_value_and_gradients(name, implementation='xla')
+
+
+@pytest.mark.parametrize('kind', ['polynomial', 'sas'])
+def test_many_tiles_at_once_with_other_kinds(kind, monkeypatch):
+  monkeypatch.setattr(xla_module, 'SCORES_ON_GPU', 2**12)
+  args, call, _, d_out = make_case('G = 3')
+  cubic = jnp.asarray([0.1, 1.0, 0.2, 0.05])
+  more = {'coefficients': cubic} if kind == 'polynomial' else {}
+  how = softmax.Kind(kind, clamp=1.5)
+
+  def loss(more, *args):
+    out, _ = call(*args, implementation='xla', softmax=how, **more)
+    return (out * d_out).sum(), out
+
+  step = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+  want = jax.jit(step)(more, *args)
+  with platform.target('gpu', kind='NVIDIA A100', capability=80):
+    got = jax.jit(lambda *x: step(*x))(more, *args)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    oracles.check_close(x, np.asarray(y), gradient=True)
+
+
+def check_value_and_gradients(name, **how):
   args, call, mask, d_out = make_case(name)
   rng = np.random.default_rng(1)
   d_lse = rng.normal(size=d_out.shape[:-1])
-  call = functools.partial(call, implementation=implementation)
+  call = functools.partial(call, **how)
 
   def loss(*args):
     out, lse = call(*args)

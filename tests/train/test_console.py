@@ -67,7 +67,7 @@ def test_numbers_that_a_row_lacks_are_left_out(capsys):
   lib.open_console(260).show(row)
   line = capsys.readouterr().out
   assert 'eval at step 12/260' in line and 'dense attention' in line
-  for absent in ('loss', 'gamma', 'bits', 'eta'):
+  for absent in ('loss', 'gamma', ' bits ', 'eta'):
     assert absent not in line
 
 

@@ -10,7 +10,10 @@ in list order, so it is deterministic. It holds its tiles keys first, [keys,
 rows], and sums dq transposed: then no product has to turn a large operand.
 
 One tile a step on purpose: on CPU, batching small products with vmap is an
-order of magnitude slower than this loop, which keeps both cores in GEMM.
+order of magnitude slower than this loop, which keeps both cores in GEMM. A GPU
+wants the opposite, for every step is some launches there: it takes many tiles a
+step (`_together`), as far as the longest of their lists goes. Then dk and dv
+are added to by many tiles at once, in no fixed order.
 """
 
 import functools
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import platform, softmax
 from psa_jax.kernels.tiles import Tiles
 
 # Keys gathered at a time. Products are faster the larger they are, so a list
@@ -29,6 +32,7 @@ from psa_jax.kernels.tiles import Tiles
 # of the next; the small ones at its end waste little. A tile of scores has at
 # most `SCORES` entries. Measured in experiments/LOG.md.
 CHUNKS, SCORES = (3072, 1536, 128), 2**21
+SCORES_ON_GPU = 2**25  # of all tiles that are taken together
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
@@ -112,6 +116,56 @@ def _walk(spec, tiles, lists, sizes, tile, step, carry):
   return carry
 
 
+class _Together(NamedTuple):
+  """Tiles that are taken together, in groups of equal size.
+
+  Attributes:
+    tile: [groups, n] numbers of tiles; those past the last one are not there.
+    size: blocks of a chunk.
+    count: tiles that there are.
+  """
+
+  tile: jax.Array
+  size: int
+  count: int
+
+  @classmethod
+  def of(cls, tiles, sizes, count):
+    """The groups on a GPU; None where tiles are taken one by one."""
+    if platform.current().platform != 'gpu':
+      return None
+    scores = tiles.rows * sizes[0] * tiles.block_k
+    n = max(1, min(SCORES_ON_GPU // scores, count))
+    tile = jnp.arange(-(-count // n) * n).reshape(-1, n)
+    return cls(tile, sizes[0], count)
+
+  def trips(self, lists, tile):
+    """Chunks of the longest list of a group."""
+    counts = jnp.where(tile < self.count, lists.counts[tile], 0)
+    return -(-counts.max() // self.size)
+
+  def chunk(self, spec, tiles, lists, tile, i):
+    """Ids and mask of the i-th chunk of a tile's list."""
+    at = i * self.size + jnp.arange(self.size)
+    used = (at < lists.counts[tile]) & (tile < self.count)
+    ids = lax.dynamic_slice_in_dim(lists.ids[tile], i * self.size, self.size)
+    return ids, _mask(spec, tiles, lists, tile, ids, used)
+
+  def walk(self, spec, tiles, lists, trips, tile, step, carry):
+    """`_walk` of a tile among others, so for a given number of chunks."""
+
+    def one(i, carry):
+      return step(*self.chunk(spec, tiles, lists, tile, i), carry)
+
+    return lax.fori_loop(0, trips, one, carry)
+
+  def join(self, found):
+    """[groups, n, *] -> [tiles, *]."""
+    return jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:])[: self.count], found
+    )
+
+
 def _mask(spec, tiles, lists, tile, ids, used):
   """[rows, keys] bool: which query of the tile reads which key of a chunk."""
   pos = ids[:, None] * spec.block_k + jnp.arange(spec.block_k)[None]
@@ -140,8 +194,9 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   kind = spec.softmax
 
-  def tile_out(tile):
+  def tile_out(walk, tile):
     base = (tile // tiles.nq) * tiles.nk
+    walk = functools.partial(walk, tile)
 
     def scores(ids, mask):
       keys = _read(kb, base + ids)
@@ -158,14 +213,25 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
         return softmax.add_below(run, s, values, kind)
       return softmax.add(run, s, values)
 
-    walk = functools.partial(_walk, spec, tiles, lists, sizes, tile)
     run = softmax.start(tiles.rows, vb.shape[-1], acc)
     if kind.needs_top:
       run = run._replace(top=walk(highest, run.top))
     run = walk(read, run)
     return *softmax.finish(run, v.dtype), run.top if kind.needs_top else None
 
-  found = lax.map(tile_out, jnp.arange(qt.shape[0]))
+  count = qt.shape[0]
+  together = _Together.of(tiles, sizes, count)
+  if together is None:
+    walk = functools.partial(_walk, spec, tiles, lists, sizes)
+    found = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
+    return jax.tree.map(tiles.unpack_q, found)
+
+  def group(tile):
+    trips = together.trips(lists, tile)
+    walk = functools.partial(together.walk, spec, tiles, lists, trips)
+    return jax.vmap(functools.partial(tile_out, walk))(tile)
+
+  found = together.join(lax.map(group, together.tile))
   return jax.tree.map(tiles.unpack_q, found)
 
 
@@ -200,39 +266,67 @@ def _backward_rule(spec, saved, grads):
   rows = jax.tree.map(tiles.pack_q, rows)
   kind = spec.softmax
 
-  def tile_grads(carry, tile):
-    base = (tile // tiles.nq) * tiles.nk
+  def piece(tile, ids, mask):
+    """What a chunk of a tile's list adds: to dq, to blocks of dk and dv."""
+    at = (tile // tiles.nq) * tiles.nk + ids
     row = jax.tree.map(lambda x: x[tile], rows)
+    keys, values = _read(kb, at), _read(vb, at)
+    raw = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
+    p, slope = row.probabilities(kind.scores(raw, cubic), kind)
+    if mask is not None:
+      p, slope = jnp.where(mask.T, p, 0), jnp.where(mask.T, slope, 0)
+    dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
+    ds = slope * (dp - row.delta[None])
+    more = None
+    if cubic is not None:
+      ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
+    ds = ds.astype(q.dtype)
+    dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+    dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
+    keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
+    dq = softmax.dot('hs,sr->hr', keys, ds, acc)
+    blocks = [x.reshape(len(ids), -1, x.shape[-1]) for x in (dk_c, dv_c)]
+    return dq, at, *blocks, more
 
+  def add(carry, found):
+    """Also of many tiles at once, whose results lie along a first axis."""
+    dq, dk, dv, d_cubic = carry
+    more, at, dk_c, dv_c, d_cubic_c = found
+    dk, dv = dk.at[at].add(dk_c), dv.at[at].add(dv_c)
+    if cubic is not None:
+      d_cubic = d_cubic + d_cubic_c.reshape(-1, *cubic.shape).sum(0)
+    return dq + more, dk, dv, d_cubic
+
+  def tile_grads(carry, tile):
     def step(ids, mask, carry):
-      dq, dk, dv, d_cubic = carry
-      at = base + ids
-      keys, values = _read(kb, at), _read(vb, at)
-      raw = softmax.dot('sh,rh->sr', keys, qt[tile], acc) * factor
-      p, slope = row.probabilities(kind.scores(raw, cubic), kind)
-      if mask is not None:
-        p, slope = jnp.where(mask.T, p, 0), jnp.where(mask.T, slope, 0)
-      dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
-      ds = slope * (dp - row.delta[None])
-      if cubic is not None:
-        ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
-        d_cubic = d_cubic + more
-      ds = ds.astype(q.dtype)
-      dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
-      dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
-      keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
-      dq = dq + softmax.dot('hs,sr->hr', keys, ds, acc)
-      dk = dk.at[at].add(dk_c.reshape(-1, *dk.shape[1:]))
-      dv = dv.at[at].add(dv_c.reshape(-1, *dv.shape[1:]))
-      return dq, dk, dv, d_cubic
+      return add(carry, piece(tile, ids, mask))
 
     dq = jnp.zeros((qt.shape[2], qt.shape[1]), acc)
     dq, *carry = _walk(spec, tiles, lists, sizes, tile, step, (dq, *carry))
     return tuple(carry), (dq.T * spec.scale).astype(q.dtype)
 
+  def group_grads(carry, tile):
+    def one(tile, i):
+      return piece(tile, *together.chunk(spec, tiles, lists, tile, i))
+
+    def step(i, carry):
+      return add(carry, jax.vmap(one, (0, None))(tile, i))
+
+    dq = jnp.zeros((len(tile), qt.shape[2], qt.shape[1]), acc)
+    trips = together.trips(lists, tile)
+    dq, *carry = lax.fori_loop(0, trips, step, (dq, *carry))
+    dq = jnp.swapaxes(dq, 1, 2)
+    return tuple(carry), (dq * spec.scale).astype(q.dtype)
+
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   init = *init, None if cubic is None else jnp.zeros_like(cubic, acc)
-  (dk, dv, d_cubic), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  together = _Together.of(tiles, sizes, qt.shape[0])
+  if together is None:
+    carry, dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  else:
+    carry, dq = lax.scan(group_grads, init, together.tile)
+    dq = together.join(dq)
+  dk, dv, d_cubic = carry
   dq = tiles.unpack_q(dq)
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
