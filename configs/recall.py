@@ -225,7 +225,7 @@ def _schedule(init: float, final: float) -> dict:
 
 
 def _kernels(attention: dict) -> str:
-  lists = attention['name'] in ('psa', 'hybrid', 'dsa')
+  lists = attention['name'] in ('psa', 'hybrid', 'dsa', 'nsa', 'nsa_tile')
   return 'reference' if lists else 'auto'
 
 
