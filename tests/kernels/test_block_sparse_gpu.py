@@ -28,7 +28,7 @@ CASES = {
   # More rows that read a block than there are buffers, in two key parts.
   'many readers': (1, 96, 96, 3, 1, 16, 32, 96, 96, False, 0, True),
   # Read and written where they are, in several copies.
-  'whole tiles': (1, 80, 80, 8, 2, 16, 16, 16, 16, False, 0, True),
+  'whole tiles': (1, 48, 48, 4, 1, 16, 16, 16, 16, False, 0, True),
   'two heads': (1, 16, 32, 2, 2, 16, 16, 16, 32, False, 16, True),
   # Longer lists than there are buffers, and an empty one.
   'long lists': (1, 16, 80, 2, 2, 16, 16, 16, 16, False, 64, True),
