@@ -16,6 +16,7 @@ import pytest
 from psa_jax.kernels import platform
 from psa_jax.kernels.block_sparse import (
   block_sparse_attention,
+  lists,
   pallas_gpu_backward,
 )
 from tests import oracles
@@ -28,7 +29,7 @@ CASES = {
   # More rows that read a block than there are buffers, in two key parts.
   'many readers': (1, 96, 96, 3, 1, 16, 32, 96, 96, False, 0, True),
   # Read and written where they are, in several copies.
-  'whole tiles': (1, 48, 48, 4, 1, 16, 16, 16, 16, False, 0, True),
+  'whole tiles': (1, 96, 96, 2, 1, 16, 16, 32, 32, False, 0, True),
   'two heads': (1, 16, 32, 2, 2, 16, 16, 16, 32, False, 16, True),
   # Longer lists than there are buffers, and an empty one.
   'long lists': (1, 16, 80, 2, 2, 16, 16, 16, 16, False, 64, True),
@@ -121,8 +122,11 @@ def test_value_and_gradients_simulated(name, seed, window):
 
 
 def test_blocks_with_many_readers_are_dealt_out_simulated(monkeypatch):
-  monkeypatch.setattr(pallas_gpu_backward, 'FEWEST_READERS', 1)
-  args, call, mask, d_out = make_case('whole tiles', 0)
+  monkeypatch.setattr(pallas_gpu_backward, 'FEWEST_READERS', 2)
+  args, call, mask, d_out = make_case('whole tiles', 10)
+  ids, counts = (call.keywords[f'block_{x}'] for x in ('ids', 'counts'))
+  readers = lists.transpose(ids, counts, 3)
+  assert (jnp.diff(readers.offsets) > 2).any()  # of three tiles
   with gpu_simulator.simulated(gpu_simulator.H100):
     got = gradients(call, d_out)(*args)
     jax.block_until_ready(got)
