@@ -4,11 +4,14 @@ Seeds are the outermost loop, so a grid that was stopped early has every cell
 with fewer seeds and not fewer cells.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from psa_jax import config_dict
 from psa_jax.config import Config
@@ -61,6 +64,28 @@ def cells(
     for task in tasks:
       for arm in arms:
         yield Cell(task, arm, seed)
+
+
+def train(
+  cell: Cell, changes: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+  """One run by the project's trainer, and its last validation."""
+  from psa_jax.train import loop
+
+  config = cell.config(changes)
+  with tempfile.TemporaryDirectory() as folder:
+    # What it says goes to standard error; standard output is the answer's.
+    with contextlib.redirect_stdout(sys.stderr):
+      result = loop.train_and_evaluate(config, pathlib.Path(folder))
+  last = result['validation'][config.model.attention.name]
+  text = cell.task == 'text'
+  return {
+    'quality': last['bits_per_byte' if text else 'accuracy'],
+    'density': last['density'],
+    'length': last['seq_len'],
+    'train_seconds': result['train_seconds'],
+    'peak_bytes': result['peak_memory_bytes'],
+  } | ({} if text else {'by': last['by']})
 
 
 def settings(config: Config) -> str:

@@ -16,7 +16,6 @@ import pathlib
 import queue
 import subprocess
 import sys
-import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -48,7 +47,8 @@ def main(argv):
     raise app.UsageError(f'unknown argument {argv[1]!r}')
   if _CELL.value:
     task, arm, seed = _CELL.value.split(',')
-    print(json.dumps(train(grid.Cell(task, arm, int(seed)))))
+    found = grid.train(grid.Cell(task, arm, int(seed)), changes())
+    print(json.dumps(found))
     return
   for flag, known in ((_WHAT, WHAT), (_TASKS, grid.TASKS), (_ARMS, grid.ARMS)):
     for name in flag.value:
@@ -132,28 +132,6 @@ def start(cell, core):
   except (IndexError, json.JSONDecodeError):
     said = done.stderr.strip().splitlines()
     return {'error': said[-1][:300] if said else f'exit code {done.returncode}'}
-
-
-def train(cell):
-  """One run by the project's trainer, and its last validation."""
-  from psa_jax.train import loop
-
-  config = cell.config(changes())
-  with tempfile.TemporaryDirectory() as folder:
-    # Standard output is the answer's.
-    with open(os.devnull, 'w') as nowhere:
-      kept, sys.stdout = sys.stdout, nowhere
-      result = loop.train_and_evaluate(config, pathlib.Path(folder))
-      sys.stdout = kept
-  last = result['validation'][config.model.attention.name]
-  text = cell.task == 'text'
-  return {
-    'quality': last['bits_per_byte' if text else 'accuracy'],
-    'density': last['density'],
-    'length': last['seq_len'],
-    'train_seconds': result['train_seconds'],
-    'peak_bytes': result['peak_memory_bytes'],
-  } | ({} if text else {'by': last['by']})
 
 
 def write_page(results):

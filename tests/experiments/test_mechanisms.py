@@ -1,16 +1,13 @@
 """The grid of mechanisms: complete, resumable, and honest in its tables."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
 from experiments.mechanisms import grid, plot, rows, tables
 from psa_jax.attention import base
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAMP = dict(
   date='2026-01-01', commit='abc', jax='1', python='3', machine='two cores'
 )
@@ -138,22 +135,11 @@ def test_a_picture_is_drawn(tmp_path):
   assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 
-def test_a_run_of_the_grid_is_a_run_of_the_trainer(monkeypatch):
-  path = ROOT / 'experiments/mechanisms/run.py'
-  spec = importlib.util.spec_from_file_location('mechanisms_run', path)
-  assert spec is not None and spec.loader is not None
-  from absl import flags
-
-  before = set(flags.FLAGS)
-  run = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(run)
+def test_a_run_of_the_grid_is_a_run_of_the_trainer():
   small = [('train.steps', '2,2'), ('optim.warmup_steps', '1')]
   small += [('train.batch_size', '8,8'), ('eval.windows', '8')]
   small += [('model.attention.psa.keep.length', '2')]
   small += [('model.attention.psa.keep.begin', '1')]
-  monkeypatch.setattr(run, 'changes', lambda: small)
-  found = run.train(grid.Cell('mqar', 'psa', 0))
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
+  found = grid.train(grid.Cell('mqar', 'psa', 0), small)
   assert 0 <= found['quality'] <= 1 and 0 < found['density'] < 1
   assert found['length'] == 128 and found['by']['distance']
