@@ -160,7 +160,7 @@ def attention(op, T, N, K, H, dtype, backward=False, **settings):
     dtype: of queries, keys and values.
     backward: whether to differentiate in them.
     **settings: `block_q`, `block_k` and `M`, the room of a list, of
-      `block_sparse`.
+      `block_sparse`, and its `softmax`.
   """
 
   def build(implementation):
@@ -174,8 +174,15 @@ def attention(op, T, N, K, H, dtype, backward=False, **settings):
       tiles = T // settings['block_q']
       args += [((1, K, tiles, settings['M']), 'int32')]
       args += [((1, K, tiles), 'int32')]
+    if settings.get('softmax') == 'polynomial':
+      exact, cubic = call, ((4,), 'float32')
+
+      def call(q, k, v, coefficients, *lists):
+        return exact(q, k, v, *lists, coefficients=coefficients)
+
+      args.insert(3, cubic)
     if backward:
-      call = with_gradients(call, 3)
+      call = with_gradients(call, len(args) - 2 if settings else 3)
       args += [((1, T, N, H), dtype), ((1, T, N), 'float32')]
     return call, args
 
@@ -259,6 +266,17 @@ CASES = [
     Case(f'{op} {name}', op, attention(op, **sizes, **lists))
     for op, lists in (('block_sparse', LISTS), ('dense', {}))
     for name, sizes in PASSES.items()
+  ),
+  *(
+    Case(
+      f'block_sparse 64k bf16 forward+backward, {softmax}',
+      'block_sparse',
+      attention(
+        'block_sparse', **LONG, backward=True, **LISTS, softmax=softmax
+      ),
+      only=('pallas_tpu',),
+    )
+    for softmax in ('polynomial', 'sas')
   ),
   Case(
     'decode 8x64k bf16',

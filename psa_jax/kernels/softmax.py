@@ -38,6 +38,7 @@ MASKED = -1e30
 SAS_CUBIC = (-0.10250, 0.46247, -0.99205, 0.99961)
 SAS_LEAST = -6.0
 KINDS = ('exact', 'polynomial', 'sas')
+Cubic = Float[Array, '4'] | Sequence[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Kind:
     """Whether the row maximum must be known before the first sum."""
     return self.name == 'sas'
 
-  def scores(self, s: jax.Array, coefficients: jax.Array | None) -> jax.Array:
+  def scores(self, s: jax.Array, coefficients: Cubic | None) -> jax.Array:
     """What the exponential is taken of."""
     if coefficients is None:
       return s
@@ -89,13 +90,13 @@ EXACT = Kind()
 
 
 def polynomial(
-  s: Float[Array, '...'], coefficients: Float[Array, '4'], *, clamp: float
+  s: Float[Array, '...'], coefficients: Cubic, *, clamp: float
 ) -> Float[Array, '...']:
   """a3 s^3 + a2 s^2 + a1 s + a0 of the score clamped to [-clamp, clamp].
 
   Args:
     s: raw scores.
-    coefficients: (a0, a1, a2, a3).
+    coefficients: (a0, a1, a2, a3), an array or its four scalars.
     clamp: largest magnitude that counts.
   """
   a0, a1, a2, a3 = (coefficients[i].astype(s.dtype) for i in range(4))
@@ -110,7 +111,7 @@ def polynomial_slope(s, coefficients, *, clamp):
   return jnp.where(inside, (3 * a3 * s + 2 * a2) * s + a1, 0)
 
 
-def through_polynomial(ds, raw, coefficients, kind: Kind):
+def through_polynomial(ds, raw, coefficients, kind: Kind, sum_of=jnp.sum):
   """From gradients of a polynomial's values to those of what it was made of.
 
   Args:
@@ -118,13 +119,14 @@ def through_polynomial(ds, raw, coefficients, kind: Kind):
     raw: the scores.
     coefficients: (a0, a1, a2, a3).
     kind: the softmax.
+    sum_of: of what every score gives to a coefficient's gradient.
 
   Returns:
-    Gradients of the scores and of the coefficients.
+    Gradients of the scores and of the coefficients, four.
   """
   s = jnp.clip(raw, -kind.clamp, kind.clamp)
   powers = [ds, ds * s, ds * s**2, ds * s**3]
-  of_coefficients = jnp.stack([x.sum() for x in powers])
+  of_coefficients = jnp.stack([sum_of(x) for x in powers])
   slope = polynomial_slope(raw, coefficients, clamp=kind.clamp)
   return ds * slope, of_coefficients
 

@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from psa_jax.kernels import arguments as arguments_lib
-from psa_jax.kernels import softmax
+from psa_jax.kernels import platform, softmax
+from psa_jax.kernels.block_sparse import (
+  block_sparse_attention,
+  pallas_tpu_backward,
+  pallas_tpu_walk,
+)
 from tests import oracles
 from tests.kernels.test_block_sparse import CASES, make_case
 
@@ -95,7 +102,75 @@ def arguments(name):
 @pytest.mark.parametrize('implementation', ['xla', 'reference'])
 @pytest.mark.parametrize('name', ['polynomial', 'sas'])
 @pytest.mark.parametrize('case', list(CASES))
-def test_value_and_gradients(case, name, implementation, monkeypatch):
+def test_value_and_gradients(case, name, implementation):
+  check(case, name, implementation)
+
+
+@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+@pytest.mark.parametrize(
+  'case', ['odd lengths', 'wide values', 'prefill chunk', 'bidirectional']
+)
+def test_on_a_tpu(case, name):
+  with platform.target('tpu', interpret=True):
+    check(case, name, 'pallas_tpu')
+
+
+@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+def test_on_a_tpu_in_many_chunks(name, monkeypatch):
+  """The passes over a list are of several chunks, and pieces of rows."""
+  monkeypatch.setattr(pallas_tpu_walk, 'CHUNK_KEYS', 128)
+  monkeypatch.setattr(pallas_tpu_walk, 'PIECE_ROWS', 64)
+  monkeypatch.setattr(pallas_tpu_backward, 'CHUNK_ROWS', 128)
+  monkeypatch.setitem(
+    CASES, 'many', (1, 200, 600, 8, 2, 16, 16, 32, 64, True, 400, True)
+  )
+  with platform.target('tpu', interpret=True):
+    check('many', name, 'pallas_tpu')
+
+
+@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+def test_on_a_tpu_without_races(name):
+  """Reads of memory that nothing wrote give NaN here."""
+  simulator = pltpu.InterpretParams(detect_races=True)
+  with platform.target('tpu', interpret=simulator):
+    check('narrow values', name, 'pallas_tpu')
+  assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+def test_lowers_for_tpu(name, dtype):
+  shapes = (1, 4096, 8, 64), (1, 4096, 2, 64), (1, 4096, 2, 64)
+  args = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
+  lists = (1, 2, 32, 8), (1, 2, 32)
+  args += [jax.ShapeDtypeStruct(x, jnp.int32) for x in lists]
+  keywords, coefficients = arguments(name)
+
+  def loss(q, k, v, coefficients, ids, counts):
+    out, lse = block_sparse_attention(
+      q, k, v, ids, counts, block_q=128, block_k=64, coefficients=coefficients,
+      **keywords,
+    )  # fmt: skip
+    return out.astype(jnp.float32).sum() + lse.sum()
+
+  args.insert(3, coefficients)
+  which = (0, 1, 2) if coefficients is None else (0, 1, 2, 3)
+  with platform.target('tpu', kind='v5e'):
+    step = jax.jit(jax.grad(loss, which)).trace(*args)
+    lowered = step.lower(lowering_platforms=('tpu',))
+  assert lowered.as_text().count('tpu_custom_call') == 3
+
+
+def test_a_gpu_kernel_refuses_it_by_name():
+  args, call, _, _ = make_case('plain')
+  call = functools.partial(call, implementation='pallas_gpu', softmax='sas')
+  with platform.target('gpu', kind='NVIDIA H100', capability=90):
+    with pytest.raises(ValueError, match='exact, not sas'):
+      call(*args)
+
+
+def check(case, name, implementation):
+  """Value, log-sum-exp and all gradients against the oracle."""
   args, call, mask, d_out = make_case(case)
   # Scores on both sides of the clamp and of SAS's cut-off.
   args = (6 * args[0], *args[1:])

@@ -27,23 +27,22 @@ from psa_jax.kernels.block_sparse import (
 from psa_jax.kernels.platform import Implementation
 
 
-def _exact_only(kernel, machine: str) -> Implementation:
-  """A kernel that knows no other softmax, and takes no coefficients."""
+def _on_gpu(*args, spec):
+  """The kernel that knows the exact softmax only, without coefficients."""
+  return pallas_gpu.block_sparse_attention(*args[:-1], spec=spec)
 
-  def run(*args, spec):
-    return kernel.block_sparse_attention(*args[:-1], spec=spec)
 
-  def refusal(where, *args, spec):
-    if spec.softmax.name != 'exact':
-      return f'its softmax is exact, not {spec.softmax.name}'
-    return kernel.refusal(where, *args[:-1], spec=spec)
-
-  return Implementation(run, refusal, platform=machine)
+def _gpu_refusal(where, *args, spec):
+  if spec.softmax.name != 'exact':
+    return f'its softmax is exact, not {spec.softmax.name}'
+  return pallas_gpu.refusal(where, *args[:-1], spec=spec)
 
 
 IMPLEMENTATIONS = {
-  'pallas_tpu': _exact_only(pallas_tpu, 'tpu'),
-  'pallas_gpu': _exact_only(pallas_gpu, 'gpu'),
+  'pallas_tpu': Implementation(
+    pallas_tpu.block_sparse_attention, pallas_tpu.refusal, platform='tpu'
+  ),
+  'pallas_gpu': Implementation(_on_gpu, _gpu_refusal, platform='gpu'),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(
     reference.block_sparse_attention, automatic=False
@@ -107,8 +106,7 @@ def block_sparse_attention(
     scale: factor on the scores; None means H ** -0.5.
     softmax: `exact`, `polynomial` or `sas`, see `psa_jax/kernels/softmax.py`;
       a `Kind` sets the polynomial's clamp too.
-    coefficients: (a0, a1, a2, a3) of the polynomial; traced, and `xla` and
-      `reference` differentiate by them.
+    coefficients: (a0, a1, a2, a3) of the polynomial; traced, with gradients.
     check_lists: for debugging: the running program stops with the first list
       that names a block twice or one that is not there. Costs a copy of the
       lists to the host.

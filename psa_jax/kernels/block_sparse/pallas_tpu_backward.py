@@ -27,11 +27,14 @@ from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   LSE,
   POSITION,
   SEGMENT,
+  TOP,
   Call,
   Walk,
+  coefficients,
   stats,
 )
 from psa_jax.kernels.mosaic import FAR, LOG2_E, Gather
+from psa_jax.kernels.mosaic_softmax import Scores
 
 CHUNK_ROWS = 1024  # query rows fetched and multiplied at a time
 RING = 4  # rows of 128 entries of the stream that are kept
@@ -39,20 +42,23 @@ RING = 4  # rows of 128 entries of the stream that are kept
 
 def backward(spec, interpret, saved, grads):
   """Gradients of the arguments of `pallas_tpu._attention`."""
-  q, k, v, ids, counts, segments, out, lse = saved
+  q, k, v, ids, counts, segments, cubic, out, lse, top = saved
   d_out, d_lse = grads
   call = Call.of(spec, q, k, v, ids, segments, interpret)
   shape = call.shape
   rows = softmax.Backward.of(out, lse, d_out, d_lse)
-  known = stats(call, segments, rows.lse * LOG2_E, rows.delta)
+  known = stats(call, segments, rows.lse * LOG2_E, rows.delta, top)
   qd = mosaic.in_planes(shape.pack_q(q), shape.pack_out(d_out))
   kv = shape.pack_kv(k, v)
   kv_seg = None
   if segments is not None:
     kv_seg = shape.pack_segments(*segments)[1]
-  dq = _queries(call, ids, counts, known, qd, kv, kv_seg)
-  d_kv = _keys(call, ids, counts, known, qd, kv, kv_seg)
-  return shape.unpack_q(dq), *shape.unpack_kv(d_kv), None, None, None
+  given = ids, counts, known, qd, kv, kv_seg, cubic
+  dq, d_cubic = _queries(call, *given)
+  d_kv = _keys(call, *given)
+  if cubic is not None:
+    d_cubic = d_cubic.sum((0, 2))[: len(cubic)].astype(cubic.dtype)
+  return shape.unpack_q(dq), *shape.unpack_kv(d_kv), None, None, None, d_cubic
 
 
 def vmem(call, dtype) -> int:
@@ -73,13 +79,27 @@ def _float(x):
   return lax.bitcast_convert_type(x, jnp.float32)
 
 
-def _queries(call, ids, counts, known, qd, kv, kv_seg):
-  """[B * K * nq, rows, q_width] gradient of the queries."""
+def _used(call):
+  """Statistics of a row that the probabilities are made of."""
+  return (LSE, DELTA, TOP) if call.spec.softmax.needs_top else (LSE, DELTA)
+
+
+def _queries(call, ids, counts, known, qd, kv, kv_seg, cubic):
+  """[B * K * nq, rows, q_width] gradient of the queries.
+
+  And that of a polynomial's coefficients from every tile, [B * K * nq, 8,
+  128]: in the first rows, by lane; None if there are none.
+  """
   shape = call.shape
   walk, walk_specs = Walk.inputs(call, ids, counts, known, kv, kv_seg)
   result = jax.ShapeDtypeStruct(
     (call.tile_count, shape.rows, shape.q_width), qd.dtype
   )
+  of_cubic = None
+  if cubic is not None:
+    of_cubic = jax.ShapeDtypeStruct(
+      (call.tile_count, 8, mosaic.LANES), jnp.float32
+    )
 
   def tile(x):
     return pl.BlockSpec(
@@ -91,47 +111,62 @@ def _queries(call, ids, counts, known, qd, kv, kv_seg):
   return pl.pallas_call(
     functools.partial(_queries_kernel, call),
     grid=call.grid,
-    in_specs=(*walk_specs, tile(qd)),
-    out_specs=tile(result),
-    out_shape=result,
-    scratch_shapes=(*Walk.scratch(call, kv.dtype, LSE, DELTA), acc),
+    in_specs=(*walk_specs, coefficients(cubic), tile(qd)),
+    out_specs=(tile(result), None if of_cubic is None else tile(of_cubic)),
+    out_shape=(result, of_cubic),
+    scratch_shapes=(*Walk.scratch(call, kv.dtype, *_used(call)), acc),
     cost_estimate=call.cost(
       2 * shape.H + shape.Hv, call.gathered_keys(kv.dtype), (qd, known, result)
     ),
     compiler_params=mosaic.compiler_params(),
     interpret=call.interpret,
     name='block_sparse_dq',
-  )(*walk, qd)
+  )(*walk, cubic, qd)
 
 
 def _queries_kernel(
-  call, listed, following, known, kv, kv_seg, qd, dq, *scratch
+  call,
+  listed,
+  following,
+  known,
+  kv,
+  kv_seg,
+  cubic,
+  qd,
+  dq,
+  d_cubic,
+  *scratch,
 ):
   *scratch, acc = scratch
   walk = Walk(listed, following, known, kv, kv_seg, *scratch)
+  form = Scores.of(call.spec, cubic)
   at = call.shape.q_width // mosaic.LANES
   acc[...] = jnp.zeros_like(acc)
+  if d_cubic is not None:
+    d_cubic[...] = jnp.zeros_like(d_cubic)
 
   def add(rows, k, v, mask):
     def plane(n):
       return qd[n, rows]
 
-    lse = mosaic.spread(_float(walk.columns[LSE][rows]), len(k))
-    delta = mosaic.spread(_float(walk.columns[DELTA][rows]), len(k))
+    known = [
+      mosaic.spread(_float(walk.columns[n][rows]), len(k)) for n in _used(call)
+    ]
+    lse, delta, *top = known
     q, d_out = mosaic.wide(plane, 0, at), mosaic.wide(plane, at, len(qd))
-    s = mosaic.dot(q, k, (1, 1)) * (call.spec.scale * LOG2_E)
-    p = jnp.exp2(s - lse)
-    if mask is not None:
-      p = jnp.where(mask, p, 0)
+    s = form.raw(mosaic.dot(q, k, (1, 1)))
+    _, slope = form.probabilities(s, lse, top[0] if top else None, mask)
     dp = mosaic.dot(d_out, v, (1, 1))
-    ds = (p * (dp - delta)).astype(k.dtype)
-    acc[rows] += mosaic.dot(ds, k, (1, 0))
+    ds, of_cubic = form.through(slope * (dp - delta), s)
+    acc[rows] += mosaic.dot(ds.astype(k.dtype), k, (1, 0))
+    if d_cubic is not None:
+      d_cubic[:4] += of_cubic
 
   walk.run(call, add)
   dq[...] = (acc[...] * call.spec.scale).astype(dq.dtype)
 
 
-def _keys(call, ids, counts, known, qd, kv, kv_seg):
+def _keys(call, ids, counts, known, qd, kv, kv_seg, cubic):
   """[B * K * nk, keys, kv_width] gradient of the keys and values."""
   shape, tiles = call.shape, call.shape.tiles
   spans, stream = _readers(call, ids, counts)
@@ -160,6 +195,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg):
       pl.BlockSpec((None, 1, 2), after, memory_space=pltpu.SMEM),
       block,
       seg_spec,
+      coefficients(cubic),
       anywhere,
       anywhere,
       anywhere,
@@ -181,7 +217,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg):
     compiler_params=mosaic.compiler_params(),
     interpret=call.interpret,
     name='block_sparse_dkv',
-  )(spans, spans, kv, kv_seg, stream, qd, known)
+  )(spans, spans, kv, kv_seg, cubic, stream, qd, known)
 
 
 def _chunk(call):
@@ -256,6 +292,7 @@ def _keys_kernel(
   after,
   kv,
   kv_seg,
+  cubic,
   source,
   qd_source,
   known_source,
@@ -274,6 +311,7 @@ def _keys_kernel(
   bh, j = pl.program_id(0), pl.program_id(1)
   stream = _Stream(source.at[bh], ring, ring_sem, have)
   gather = Gather((qd_source, known_source), (qd_buffer, known_buffer), sems)
+  form = Scores.of(call.spec, cubic)
   dk[...] = jnp.zeros_like(dk)
   dv[...] = jnp.zeros_like(dv)
 
@@ -314,8 +352,8 @@ def _keys_kernel(
     start_next,
     lambda c, half: gather.wait(half),
     lambda c, half: _add_keys(
-      call, j, cut(c), count - c * chunk, kv, kv_seg, qd_buffer.at[half],
-      known_buffer.at[half], dk, dv,
+      call, form, j, cut(c), count - c * chunk, kv, kv_seg,
+      qd_buffer.at[half], known_buffer.at[half], dk, dv,
     ),
   )  # fmt: skip
 
@@ -326,7 +364,7 @@ def _keys_kernel(
   _write_keys(call, dk, dv, d_kv)
 
 
-def _add_keys(call, j, cut, left, kv, kv_seg, qd, known, dk, dv):
+def _add_keys(call, form, j, cut, left, kv, kv_seg, qd, known, dk, dv):
   """Adds what a chunk of query tiles, `left` of them real, gives."""
   shape = call.shape
 
@@ -343,16 +381,19 @@ def _add_keys(call, j, cut, left, kv, kv_seg, qd, known, dk, dv):
         same = segment == row[SEGMENT : SEGMENT + 1]
       return call.mask(position, row[POSITION : POSITION + 1], same)
 
-    _add_pieces(call, left, kv, qd, known, dk, dv, mask)
+    _add_pieces(call, form, left, kv, qd, known, dk, dv, mask)
 
   if call.always_cut:
     masked()
     return
   pl.when(cut)(masked)
-  pl.when(~cut)(lambda: _add_pieces(call, left, kv, qd, known, dk, dv, None))
+
+  @pl.when(~cut)
+  def _():
+    _add_pieces(call, form, left, kv, qd, known, dk, dv, None)
 
 
-def _add_pieces(call, left, kv, qd, known, dk, dv, mask):
+def _add_pieces(call, form, left, kv, qd, known, dk, dv, mask):
   """Adds a chunk; `mask` gives that of a piece, and is None for none."""
   shape = call.shape
   every = mosaic.side_by_side(known[...], shape.rows)
@@ -368,18 +409,18 @@ def _add_pieces(call, left, kv, qd, known, dk, dv, mask):
     row = every[:, at : at + piece]
     q = mosaic.wide(plane, 0, width)
     d_out = mosaic.wide(plane, width, qd.shape[1])
-    s = mosaic.dot(k, q, (1, 1)) * (call.spec.scale * LOG2_E)
-    lse = _float(row[LSE : LSE + 1])
-    if mask is None:
-      p = jnp.exp2(s - lse)
-    else:
+    s = form.raw(mosaic.dot(k, q, (1, 1)))
+    lse, delta, *top = (_float(row[n : n + 1]) for n in _used(call))
+    if mask is not None:
       # Tiles that are not real have a probability of 0 whatever their scores.
       lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
       lse = jnp.where(lane < left * shape.rows, lse, jnp.inf)
-      p = jnp.where(mask(row), jnp.exp2(s - lse), 0)
+    p, slope = form.probabilities(
+      s, lse, top[0] if top else None, None if mask is None else mask(row)
+    )
     dv[...] += mosaic.dot(p.astype(v.dtype), d_out, (1, 0))
     dp = mosaic.dot(v, d_out, (1, 1))
-    ds = p * (dp - _float(row[DELTA : DELTA + 1]))
+    ds, _ = form.through(slope * (dp - delta), s)
     dk[...] += mosaic.dot(ds.astype(q.dtype), q, (1, 0))
 
 

@@ -22,7 +22,7 @@ PIECE_ROWS = 256  # query rows that meet them at a time
 
 # Rows of the statistics of a tile, int32 so that one copy brings them all;
 # the floats among them are bit patterns.
-SEGMENT, POSITION, LSE, DELTA = range(4)
+SEGMENT, POSITION, LSE, DELTA, TOP = range(5)
 
 
 class Call(NamedTuple):
@@ -110,9 +110,10 @@ class Call(NamedTuple):
     """About how many bytes the kernel of dq needs, the larger of the two."""
     shape, item = self.shape, jnp.dtype(dtype).itemsize
     keys = self.chunk * shape.keys
-    # Inputs and outputs twice; the sum and five registers a row of statistics.
+    # Inputs and outputs twice; the sum and registers of a row's statistics.
     row = 2 * item * (2 * shape.q_width + shape.v_width)
-    row += 4 * (shape.q_width + 5 * mosaic.LANES)
+    known = 6 if self.spec.softmax.needs_top else 5
+    row += 4 * (shape.q_width + known * mosaic.LANES)
     buffers = 2 * keys * shape.kv_width * item
     return shape.rows * row + buffers + 24 * self.piece * keys
 
@@ -178,7 +179,7 @@ class Call(NamedTuple):
     return mask if same_segment is None else mask & same_segment
 
 
-def stats(call: Call, segments, lse=None, delta=None) -> jax.Array:
+def stats(call: Call, segments, lse=None, delta=None, top=None) -> jax.Array:
   """[B * K * nq, 8, lanes] what the kernels know of every query.
 
   Args:
@@ -186,6 +187,7 @@ def stats(call: Call, segments, lse=None, delta=None) -> jax.Array:
     segments: see `api.block_sparse_attention`, or None.
     lse: [B, T, N] f32 to the base of 2, or None.
     delta: likewise.
+    top: [B, T, N] f32 row maxima, or None.
   """
   shape, tiles = call.shape, call.shape.tiles
   t = jnp.arange(tiles.T, dtype=jnp.int32) + call.spec.q_offset
@@ -194,14 +196,21 @@ def stats(call: Call, segments, lse=None, delta=None) -> jax.Array:
   known = [_of_tokens(tiles, segment.astype(jnp.int32)), _of_tokens(tiles, t)]
   if lse is not None:
     known += [lse, delta]
+  if top is not None:
+    known += [top]
   # Padding reads nothing: its exp(score - inf) is 0.
-  fill = [0, -1, jnp.inf, 0.0]
+  fill = [0, -1, jnp.inf, 0.0, 0.0]
   rows = [
     lax.bitcast_convert_type(shape.pack_stat(x, y), jnp.int32)
     for x, y in zip(known, fill, strict=False)
   ]
   blank = jnp.zeros_like(rows[0])
   return jnp.concatenate(rows + [blank] * (8 - len(rows)), 1)
+
+
+def coefficients(cubic) -> pl.BlockSpec | None:
+  """How a kernel gets the coefficients of a polynomial, where there are any."""
+  return None if cubic is None else pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _of_tokens(tiles, x):
@@ -284,18 +293,18 @@ class Walk(NamedTuple):
     return (
       pltpu.VMEM((*half, planes, shape.keys, mosaic.LANES), dtype),
       seg if call.segmented else None,
-      tuple(column if n in known else None for n in range(DELTA + 1)),
+      tuple(column if n in known else None for n in range(TOP + 1)),
       pltpu.SemaphoreType.DMA((2,)),
       pltpu.SMEM((1,), jnp.int32),
     )
 
-  def run(self, call: Call, body) -> None:
+  def run(self, call: Call, *bodies) -> None:
     """Calls `body(rows, k, v, mask)` for every chunk and piece of rows.
 
     Args:
       call: the static part.
-      body: `rows` is a slice; `mask` is [piece, keys], or None where all is
-        read.
+      *bodies: one for each pass over the list; `rows` is a slice; `mask` is
+        [piece, keys], or None where all is read.
     """
     tiles = call.shape.tiles
     bh, i = pl.program_id(0), pl.program_id(1)
@@ -318,6 +327,22 @@ class Walk(NamedTuple):
       gather.start(half, index)
 
     listed, following = Listed(self.listed), Listed(self.following)
+    trips = listed.trips(call.chunk)
+
+    def start_again(c, half):
+      for _ in bodies[1:]:
+        c = jnp.where(c >= trips, c - trips, c)
+      start(listed, c, half)
+
+    def visit(c, half):
+      if len(bodies) == 1:
+        self._chunk(call, i, listed, c, half, bodies[0])
+        return
+      for n, body in enumerate(bodies):
+
+        @pl.when((c >= n * trips) & (c < (n + 1) * trips))
+        def _(n=n, body=body):
+          self._chunk(call, i, listed, c - n * trips, half, body)
 
     def start_next(half):
       @pl.when((i + 1 < tiles.nq) & (following.count > 0))
@@ -327,11 +352,11 @@ class Walk(NamedTuple):
     mosaic.pipeline(
       self.parity,
       i == 0,
-      listed.trips(call.chunk),
-      lambda c, half: start(listed, c, half),
+      trips * len(bodies),
+      start_again,
       start_next,
       lambda c, half: gather.wait(half),
-      lambda c, half: self._chunk(call, i, listed, c, half, body),
+      visit,
     )
 
   def _chunk(self, call, i, listed, c, half, body):
