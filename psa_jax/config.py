@@ -84,7 +84,8 @@ class NormConfig:
   """Which normalisation, and how PRepBN moves (MECHANISMS section 2).
 
   Attributes:
-    kind: which normalisation every layer uses.
+    kind: which normalisation every layer uses; `none` is for models whose
+      norms are folded into their weights, and no model learns with it.
     eps: added to the variance.
     momentum: weight of the old running statistics, as in Flax.
     warmup_steps: optimiser steps of pure base norm (gamma = 1) first.
@@ -98,7 +99,7 @@ class NormConfig:
   """
 
   kind: str = choice(
-    'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn'
+    'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn', 'none'
   )
   eps: float = 1e-5
   momentum: float = 0.9
@@ -146,6 +147,9 @@ class ModelConfig:
   Attributes:
     kind: architecture: a causal language model, or a bidirectional encoder.
     vocab_size: 0 means the tokenizer's.
+    biases: linear layers add a bias.
+    tie_embeddings: a language model's output matrix is its embedding.
+    mlp: `swiglu` (gated), or `gelu`, the two layers of a vision Transformer.
     head_dim: width of one head; 0 means d_model // num_heads.
     remat: `none`; `full` recomputes everything in the backward pass;
       `attention` keeps attention's outputs and recomputes the rest.
@@ -161,6 +165,9 @@ class ModelConfig:
   head_dim: int = 0
   mlp_dim: int = 384
   vocab_size: int = 0
+  biases: bool = False
+  tie_embeddings: bool = True
+  mlp: str = choice('swiglu', 'swiglu', 'gelu')
   rope_theta: float = 500_000.0
   norm: NormConfig = NormConfig()
   attention: AttentionConfig = AttentionConfig()

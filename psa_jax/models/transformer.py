@@ -22,6 +22,8 @@ from psa_jax.models import stack
 from psa_jax.norm import Norm, gamma
 from psa_jax.types import Scalar
 
+TABLE = fan_in(1, 0, scale=0.25)  # initial values of the table
+
 
 class ModelOut(NamedTuple):
   """What a model returns.
@@ -69,10 +71,8 @@ class Transformer(nnx.Module):
     self.config = config
     self.head_dim = head_dim(config)
     dtype = jnp.dtype(config.param_dtype)
-    table = fan_in(1, 0, scale=0.25)
-    self.embedding = nnx.Param(
-      table(rngs.params(), (vocab_size, config.d_model), dtype)
-    )
+    shape = (vocab_size, config.d_model)
+    self.embedding = nnx.Param(TABLE(rngs.params(), shape, dtype))
     self.layers = stack.make_layers(config, rngs=rngs)
     self.final_norm = Norm(
       config.d_model, config.norm, param_dtype=dtype, rngs=rngs
