@@ -60,6 +60,11 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'b_down': ('embed',),
   'unembedding': ('vocab', 'embed'),
   'unembedding_bias': ('vocab',),
+  'patches': ('pixels', 'embed'),
+  'patches_bias': ('embed',),
+  'places': ('positions', 'embed'),
+  'head': ('embed', 'vocab'),
+  'head_bias': ('vocab',),
   'index_q': ('embed', 'index_heads', 'head_dim'),
   'index_k': ('embed', 'head_dim'),
   'index_w': ('embed', 'index_heads'),
@@ -89,7 +94,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'head_importance': ('heads_seen',),
 }
 # Not decayed although they have two axes.
-VECTORS = frozenset({'bq', 'bk', 'bv'})
+VECTORS = frozenset({'bq', 'bk', 'bv', 'places'})
 
 
 def initialize_distributed() -> None:

@@ -14,6 +14,7 @@ from psa_jax.config import (
   CascadeConfig,
   ConfigError,
   HybridConfig,
+  ImageConfig,
   ModelConfig,
   NormConfig,
   PsaConfig,
@@ -61,7 +62,7 @@ def config(**changes):
   return dataclasses.replace(small, **changes)
 
 
-def trained(cfg):
+def trained(cfg, size=0.3):
   """A model none of whose arrays is what it began as."""
   model = models.build(cfg, V, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(1)
@@ -69,7 +70,7 @@ def trained(cfg):
   def moved(path, x):
     noise = rng.normal(size=x.shape)
     var = path[-1].key == 'var'
-    return x + jnp.asarray(0.3 * (np.abs(noise) if var else noise), x.dtype)
+    return x + jnp.asarray(size * (np.abs(noise) if var else noise), x.dtype)
 
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   trees = (nnx.to_pure_dict(x) for x in (params, rest))
@@ -141,6 +142,40 @@ def test_other_norms_fold(kind):
 @pytest.mark.parametrize('mlp', ['swiglu', 'gelu'])
 def test_biases_that_are_there_already(mlp, tied):
   check(config(biases=True, mlp=mlp, tie_embeddings=tied))
+
+
+@pytest.mark.parametrize('attention', ['dense', 'sla', 'topk', 'cascade'])
+def test_a_vision_transformer(attention):
+  attention = ATTENTION[attention]
+  if attention.name == 'cascade':
+    cascade = CascadeConfig(token_keep=0.5)
+    attention = AttentionConfig('cascade', cascade=cascade)
+  cfg = config(
+    kind='vit',
+    biases=True,
+    mlp='gelu',
+    num_kv_heads=4,
+    image=ImageConfig(size=8, channels=1, patch=2),
+    attention=attention,
+  )
+  before = trained(cfg, size=0.1)
+  folded = fold(cfg, *before[1:], step=STEP)
+  rng = np.random.default_rng(3)
+  x = jnp.asarray(rng.normal(size=(3, 8, 8, 1)), jnp.float32)
+
+  def logits(parts):
+    graphdef, *arrays = parts
+
+    def run(arrays, x):
+      model = nnx.merge(graphdef, *arrays)
+      return model.classify(model(x, step=STEP, train=False).hidden)
+
+    compiled = jax.jit(run).lower(arrays, x).compile()
+    return compiled(arrays, x), 'rsqrt' in compiled.as_text()
+
+  (want, roots), (got, none) = logits(before), logits(rebuilt(folded))
+  assert np.abs(want).max() > 0.1 and roots and not none
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_the_arrays_that_were_given_stay():
