@@ -283,7 +283,8 @@ class EvalConfig:
 
   `dense` adds a final evaluation with dense attention. The context length is
   the last stage's unless `seq_len` is set. `split` is what is judged; text has
-  no `test`.
+  no `test`. `reestimate` is over how many training batches `--mode=eval` and
+  `--mode=export` estimate the statistics of batch norms anew; 0 keeps them.
   """
 
   every: int = runtime(0)
@@ -291,6 +292,7 @@ class EvalConfig:
   seq_len: int = runtime(0)
   dense: bool = runtime(True)
   split: str = runtime('validation', 'validation', 'test')
+  reestimate: int = runtime(0)
 
 
 @dataclass(frozen=True)

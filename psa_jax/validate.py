@@ -79,6 +79,7 @@ RANGES = {
   'eval.every': _OPTIONAL,
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
+  'eval.reestimate': _OPTIONAL,
   'checkpoint.every': _OPTIONAL,
   'checkpoint.keep': _COUNT,
   'mesh.data': _DEVICES,

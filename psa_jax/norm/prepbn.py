@@ -34,9 +34,8 @@ What is decided here:
   `statistics='running'` normalises by the running statistics as they were
   before this batch, which leaks nothing and is what evaluation does too.
 
-At gamma = 0 a layer folds into the weights beside it: `fold.py`.
-
-Not done: re-estimating statistics after training.
+At gamma = 0 a layer folds into the weights beside it: `fold.py`. Statistics can
+be estimated anew after training: `train/reestimate.py`.
 """
 
 import jax

@@ -57,7 +57,9 @@ def save(
   step = int(state.step)
   arrays = jax.device_get((state.params, state.model_state))
   folded = fold(config.model, *arrays, step=step)
-  config = dataclasses.replace(config, model=folded.config)
+  # What was estimated anew is folded in by now.
+  evaluation = dataclasses.replace(config.eval, reestimate=0)
+  config = dataclasses.replace(config, model=folded.config, eval=evaluation)
   flat = {
     f'{part}/{name}': jnp.asarray(value)
     for part, tree in zip(_PARTS, folded[1:], strict=True)

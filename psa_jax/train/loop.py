@@ -16,9 +16,10 @@ from psa_jax import sharding
 from psa_jax import workdir as workdir_lib
 from psa_jax.config import Config, RunError
 from psa_jax.train import console as console_lib
-from psa_jax.train import export
+from psa_jax.train import export, reestimate
 from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
+from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.evaluator import Evaluator
@@ -106,7 +107,7 @@ def evaluate_checkpoint(
     if (folder / export.WEIGHTS).exists():
       state = export.load(folder, program)
     else:
-      state = _restored(folder, program, console)
+      state = _restored(config, folder, task, program, console)
     evaluate = Evaluator(config, task, program)
     validation = {name: evaluate(state, name) for name in evaluate.mechanisms}
   step = int(state.step)
@@ -141,7 +142,7 @@ def export_checkpoint(
   task = make_task(config, corpus or load_data(config), mesh)
   program = state_lib.make_program(config, task.vocab_size, mesh)
   with jax.set_mesh(mesh):
-    state = _restored(folder, program, console)
+    state = _restored(config, folder, task, program, console)
     _, target = export.save(folder, config, state)
   console.say(
     f'the model of step {int(state.step)} is in {target}, its norms folded '
@@ -151,14 +152,21 @@ def export_checkpoint(
   return target
 
 
-def _restored(folder, program, console) -> state_lib.TrainState:
+def _restored(config, folder, task, program, console) -> state_lib.TrainState:
+  """The newest checkpoint, its statistics anew if that is asked for."""
   checkpoints = Checkpoints(
     folder / run_lib.CHECKPOINTS, read_only=True, say=console.say
   )
   found = checkpoints.restore_latest(program.abstract)
   if found is None:
     raise RunError(f'there is no checkpoint in {folder}; train first')
-  return found.state
+  count = config.eval.reestimate
+  if not count:
+    return found.state
+  batches = task.train_iterator(stages_lib.plan(config)[-1])
+  return reestimate.reestimate(
+    config, task, program, found.state, batches, count=count
+  )
 
 
 def _open_console(total: int) -> console_lib.Console:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from psa_jax import config_dict
+from psa_jax import config_dict, sharding
 from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
@@ -27,9 +27,13 @@ from psa_jax.config import (
 )
 from psa_jax.data import images
 from psa_jax.recipe import default_workdir, load_recipe
-from psa_jax.train import export, loop
+from psa_jax.train import export, loop, reestimate
+from psa_jax.train import stages as stages_lib
+from psa_jax.train import state as state_lib
+from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.losses import label_loss
 from psa_jax.train.state import TrainState
+from psa_jax.train.tasks import make_task
 from psa_jax.train.tasks.vision import shift
 
 STEPS = 6
@@ -125,6 +129,70 @@ def test_the_exported_model_is_the_folded_one(tmp_path):
   assert got['loss'] == pytest.approx(want['loss'], abs=1e-5)
   names = load_file(target / 'model.safetensors')
   assert not any('norm' in name or 'var' in name for name in names)
+
+
+def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
+  """Four batches of 8 are one of 32: those of one forward pass in training."""
+  still = config(data=DataConfig(source='digits'))
+  run(tmp_path, still)
+  mesh = sharding.make_mesh(still.mesh)
+  task = make_task(still, pictures(), mesh)
+  program = state_lib.make_program(still, task.vocab_size, mesh)
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', read_only=True)
+  # Of one norm with nothing in front of it: the others see their own batch.
+  name = 'attention_norm'
+  with jax.set_mesh(mesh):
+    found = checkpoints.restore_latest(program.abstract)
+    assert found is not None
+    stage = stages_lib.plan(still)[-1]
+    batches = task.train_iterator(stage)
+    got = reestimate.reestimate(
+      still, task, program, found.state, batches, count=4
+    )
+    again = task.train_iterator(stage)
+    rows = [next(again) for _ in range(4)]
+    x = jnp.asarray(np.concatenate([row['images'] for row in rows]))
+    model = program.merge(found.state.params, found.state.model_state)
+    x = np.asarray(model.embed(pictures().normalize(x)), np.float64)
+  stats = got.model_state['layers'][name]
+  x = x.reshape(-1, x.shape[-1])
+  np.testing.assert_allclose(stats['mean'][0], x.mean(0), atol=1e-5)
+  np.testing.assert_allclose(stats['var'][0], x.var(0), rtol=1e-4)
+  old = found.state.model_state['layers'][name]
+  assert np.abs(stats['mean'] - old['mean']).max() > 1e-3
+  for part in ('params', 'step'):
+    same = jax.tree.map(
+      lambda a, b: bool((a == b).all()),
+      getattr(got, part),
+      getattr(found.state, part),
+    )
+    assert jax.tree.all(same)
+
+
+def test_statistics_anew_in_evaluation_and_export(tmp_path):
+  run(tmp_path)
+  new = config(eval=EvalConfig(windows=12, reestimate=3))
+  found = loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
+  target = loop.export_checkpoint(new, tmp_path, corpus=pictures())
+  cfg = load_recipe(str(target / 'config.json'))
+  folded = loop.evaluate_checkpoint(cfg, target, corpus=pictures())
+  old = loop.evaluate_checkpoint(
+    config(eval=EvalConfig(windows=12)), tmp_path, corpus=pictures()
+  )
+  new, folded, old = (
+    x['validation']['dense']['loss'] for x in (found, folded, old)
+  )
+  assert new == pytest.approx(folded, abs=1e-5)
+  assert abs(new - old) > 1e-4
+
+
+def test_without_statistics_there_is_nothing_to_estimate(tmp_path):
+  model = dataclasses.replace(config().model, norm=NormConfig('layernorm'))
+  cfg = config(model=model)
+  run(tmp_path, cfg)
+  new = dataclasses.replace(cfg, eval=EvalConfig(windows=12, reestimate=3))
+  with pytest.raises(ConfigError, match='nothing to estimate.*set it to 0'):
+    loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
 
 
 def test_exports_of_another_model_are_refused(tmp_path):
