@@ -24,8 +24,8 @@ def prepbn() -> dict:
   """LayerNorm that becomes a batch norm over 80 % of the steps.
 
   Command: python launch.py --config=configs/vit_digits.py
-  Cost: COST
-  Expected: EXPECTED
+  Cost: 15 seconds on two cores.
+  Expected: 92 % accuracy (one seed); 10 % is guessing.
   """
   return {'kind': 'prepbn', 'decay_steps': STEPS * 4 // 5}
 
@@ -34,8 +34,8 @@ def layernorm() -> dict:
   """LayerNorm to the end; what PRepBN is judged against.
 
   Command: python launch.py --config=configs/vit_digits.py:layernorm
-  Cost: COST
-  Expected: EXPECTED
+  Cost: 15 seconds on two cores.
+  Expected: 94 % accuracy (one seed).
   """
   return {'kind': 'layernorm'}
 

@@ -31,8 +31,9 @@ def prepbn(steps: int) -> dict:
   """LayerNorm that becomes a batch norm over 80 % of the steps.
 
   Command: python launch.py --config=configs/vit_mnist.py
-  Cost: COST
-  Expected: EXPECTED
+  Cost: two to three minutes on one core.
+  Expected: about 94 % of the test split; experiments/slab/README.md has the
+    seeds.
   """
   return {'norm': {'kind': 'prepbn', 'decay_steps': steps * 4 // 5}}
 
@@ -51,8 +52,8 @@ def layernorm(steps: int) -> dict:
   """LayerNorm to the end; what PRepBN is judged against.
 
   Command: python launch.py --config=configs/vit_mnist.py:layernorm
-  Cost: COST
-  Expected: EXPECTED
+  Cost: that of the default.
+  Expected: about 95 % of the test split; see experiments/slab/README.md.
   """
   del steps
   return {'norm': {'kind': 'layernorm'}}
@@ -63,7 +64,7 @@ def batchnorm(steps: int) -> dict:
 
   Command: python launch.py --config=configs/vit_mnist.py:batchnorm
   Cost: that of the default.
-  Expected: not measured yet.
+  Expected: about 95 % of the test split; see experiments/slab/README.md.
   """
   del steps
   return {'norm': {'kind': 'batchnorm'}}
@@ -74,7 +75,7 @@ def repbn(steps: int) -> dict:
 
   Command: python launch.py --config=configs/vit_mnist.py:repbn
   Cost: that of the default.
-  Expected: not measured yet.
+  Expected: about 94 % of the test split; see experiments/slab/README.md.
   """
   del steps
   return {'norm': {'kind': 'repbn'}}

@@ -125,7 +125,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
   return [
     *_quality(result),
     *(
-      (f'seconds per window, {name}', f'{found["seconds_per_window"]:.3g}')
+      (f'seconds per window, {name}', _seconds(found['seconds_per_window']))
       for name, found in result['validation'].items()
     ),
     _memory(result),
@@ -183,6 +183,10 @@ def _change(suffix: str, start, end) -> list[tuple[str, str]]:
 def _memory(result) -> tuple[str, str]:
   used = result['peak_memory_bytes'] / 2**20
   return f'peak memory ({result["peak_memory_of"]})', f'{used:,.0f} MiB'
+
+
+def _seconds(value: float) -> str:
+  return f'{value:.3f}' if value >= 0.01 else f'{value:.2g}'
 
 
 def _number(value: float | None, form: str) -> str:
