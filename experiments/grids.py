@@ -22,6 +22,11 @@ from psa_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
+# A fork of this process to set it there might hang: JAX has threads.
+_ON_CORE = (
+  'import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); '
+  'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
+)
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -100,11 +105,10 @@ def process(file: str, arguments: Sequence[str], core: int) -> Row:
     'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu'),
   }
   done = subprocess.run(
-    [sys.executable, file, *arguments],
+    [sys.executable, '-c', _ON_CORE, str(core), file, *arguments],
     capture_output=True,
     text=True,
     env=environment,
-    preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     check=False,
   )
   try:
