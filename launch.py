@@ -5,6 +5,8 @@
   python launch.py --config=configs/lm_64k.py --config.train.steps=300,80,100
   python launch.py --config=configs/lm_64k.py:quick --print_config
   python launch.py --config=configs/lm_64k.py --mode=eval
+  python launch.py --config=configs/vit_mnist.py --mode=export
+  python launch.py --config=runs/vit_mnist/export/config.json --mode=eval
 
 The same command again goes on where the run in its work directory stopped.
 Exit codes: 0 done, or stopped by a signal and saved; 1 the run failed; 2 the
@@ -24,13 +26,19 @@ from psa_jax.config import ConfigError, RunError
 
 _FLAGS = (
   flags.DEFINE_string(
-    'config', None, 'Recipe, file.py[:arg]; --config.a.b=v overrides a key.'
+    'config',
+    None,
+    'Recipe, file.py[:arg] or a config.json; --config.a.b=v overrides a key.',
   ),
   flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default runs/<recipe>[_<arg>].'
   ),
   flags.DEFINE_enum(
-    'mode', 'train', ['train', 'eval'], 'train, or eval of the last checkpoint.'
+    'mode',
+    'train',
+    ['train', 'eval', 'export'],
+    'train; eval of the last checkpoint or of an exported model; export of the '
+    'last checkpoint, its norms folded into its weights.',
   ),
   flags.DEFINE_bool(
     'print_config', False, 'Print the resolved configuration and stop.'
@@ -92,15 +100,17 @@ def _run(argv: Sequence[str]) -> int:
     return 0
   directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
   allow = _ALLOW_CONFIG_CHANGE.value
-  evaluating = _MODE.value == 'eval'
+  reading = _MODE.value != 'train'
   workdir.check(
-    directory, config, allow_config_change=allow, must_exist=evaluating
+    directory, config, allow_config_change=allow, must_exist=reading
   )
   # JAX is imported only here: everything refused above is refused at once.
   from psa_jax.train import loop
 
-  if evaluating:
+  if _MODE.value == 'eval':
     loop.evaluate_checkpoint(config, directory)
+  elif _MODE.value == 'export':
+    loop.export_checkpoint(config, directory)
   else:
     loop.train_and_evaluate(config, directory, allow_config_change=allow)
   return 0

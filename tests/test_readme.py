@@ -16,6 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import launch
+from psa_jax import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -93,6 +94,17 @@ def test_launch_command_resolves(file, command, capsys):
     assert launch.main(['launch.py', '--help']) == 0
     return
   assert any(word.startswith('--config=') for word in words)
+  made = [w for w in words if w.startswith('--config=runs/')]
+  if made:  # by another command of the README
+    run = pathlib.Path(made[0].partition('=')[2]).parent
+    exports = [
+      recipe.default_workdir(spec) / 'export'
+      for _, other in LAUNCHES
+      if '--mode=export' in other
+      for spec in re.findall(r'--config=(\S+)', other)
+    ]
+    assert run in exports
+    return
   assert resolve(words, capsys)['name']
 
 

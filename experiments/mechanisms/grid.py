@@ -5,15 +5,12 @@ with fewer seeds and not fewer cells.
 """
 
 import contextlib
-import hashlib
-import json
 import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from psa_jax import config_dict
 from psa_jax.config import Config
 from psa_jax.recipe import load_recipe
 
@@ -86,11 +83,3 @@ def train(
     'train_seconds': result['train_seconds'],
     'peak_bytes': result['peak_memory_bytes'],
   } | ({} if text else {'by': last['by']})
-
-
-def settings(config: Config) -> str:
-  """A hash of everything that is configured but the seed."""
-  values = config_dict.to_dict(config)
-  del values['seed']
-  text = json.dumps(values, sort_keys=True, default=list)
-  return hashlib.sha256(text.encode()).hexdigest()[:10]

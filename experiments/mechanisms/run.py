@@ -9,14 +9,9 @@ The same command goes on where it stopped: a run whose settings have not changed
 is not made again. Every run is a process on one core, `--workers` at a time.
 """
 
-import concurrent.futures
 import json
-import os
 import pathlib
-import queue
-import subprocess
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -24,10 +19,16 @@ sys.path.insert(0, str(ROOT))
 
 from absl import app, flags  # noqa: E402
 
+from experiments import grids  # noqa: E402
 from experiments.mechanisms import grid, rows  # noqa: E402
 
 WHAT = ('quality', 'cost')
-SOURCES = ['psa_jax', 'configs', ':(glob)experiments/mechanisms/*.py']
+SOURCES = [
+  'psa_jax',
+  'configs',
+  'experiments/grids.py',
+  ':(glob)experiments/mechanisms/*.py',
+]
 
 _WHAT = flags.DEFINE_list('what', list(WHAT), 'What to find out.')
 _TASKS = flags.DEFINE_list('tasks', list(grid.TASKS), 'Tasks of the grid.')
@@ -64,7 +65,7 @@ def main(argv):
     from experiments.mechanisms import cost
 
     for row in cost.measure(_ARMS.value, changes()):
-      rows.append(results, row | stamp)
+      grids.append(results, row | stamp)
   write_page(results)
 
 
@@ -75,63 +76,30 @@ def changes():
 
 def run_grid(results, stamp):
   """Makes the runs that are missing."""
-  have = rows.done(rows.read(results))
+  have = rows.done(grids.read(results))
   found = {
-    cell: grid.settings(cell.config(changes()))
+    cell: grids.settings(cell.config(changes()))
     for cell in grid.cells(_TASKS.value, _ARMS.value, range(_SEEDS.value))
   }
-  todo = [x for x in found.items() if x not in have]
+  todo = [
+    cell for cell, settings in found.items() if (cell, settings) not in have
+  ]
   print(f'{len(found) - len(todo)} runs of {len(found)} are there', flush=True)
-  cores = queue.SimpleQueue()
-  available = sorted(os.sched_getaffinity(0))
-  for number in range(_WORKERS.value):
-    cores.put(available[number % len(available)])
 
-  def one(cell, settings):
-    core = cores.get()
-    began = time.perf_counter()
-    row = start(cell, core)
-    cores.put(core)
-    seconds = time.perf_counter() - began
-    return (
-      {'what': 'quality', **cell._asdict(), 'settings': settings}
-      | row
-      | {'seconds': seconds}
+  def start(cell, core):
+    words = [f'--cell={",".join(map(str, cell))}']
+    words += [f'--set={x}' for x in _SET.value]
+    return grids.process(__file__, words, core)
+
+  made = grids.each(todo, start, workers=_WORKERS.value)
+  for number, (cell, row) in enumerate(made, 1):
+    whole = {'what': 'quality', **cell._asdict(), 'settings': found[cell]}
+    grids.append(results, whole | row | stamp)
+    print(
+      f'{number}/{len(todo)} {cell.task} {cell.arm} seed {cell.seed}: '
+      f'{row.get("error", row.get("quality"))}, {row["seconds"]:.0f} s',
+      flush=True,
     )
-
-  with concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool:
-    waiting = [pool.submit(one, *x) for x in todo]
-    for number, made in enumerate(concurrent.futures.as_completed(waiting), 1):
-      row = made.result()
-      rows.append(results, row | stamp)
-      quality = row.get('error', row.get('quality'))
-      print(
-        f'{number}/{len(todo)} {row["task"]} {row["arm"]} seed {row["seed"]}: '
-        f'{quality}, {row["seconds"]:.0f} s',
-        flush=True,
-      )
-
-
-def start(cell, core):
-  """What a process on one core found; an `error` if it failed."""
-  environment = os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'),
-    'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu'),
-  }
-  done = subprocess.run(
-    [sys.executable, __file__, f'--cell={",".join(map(str, cell))}']
-    + [f'--set={x}' for x in _SET.value],
-    capture_output=True,
-    text=True,
-    env=environment,
-    preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    check=False,
-  )
-  try:
-    return json.loads(done.stdout.splitlines()[-1])
-  except (IndexError, json.JSONDecodeError):
-    said = done.stderr.strip().splitlines()
-    return {'error': said[-1][:300] if said else f'exit code {done.returncode}'}
 
 
 def write_page(results):
@@ -139,7 +107,7 @@ def write_page(results):
   from experiments.mechanisms import plot, tables
   from psa_jax import report
 
-  found = rows.newest(rows.read(results))
+  found = rows.newest(grids.read(results))
   for name, text in tables.sections(found).items():
     print(f'{text}\n')
     if results.parent == HERE:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from psa_jax.attention import base
 from psa_jax.attention.cascade import Importance, Pruning, head_importance
 from psa_jax.attention.projections import (
+  bias_of,
   fan_in,
   head_dim,
   project,
@@ -34,8 +35,9 @@ class SelfAttention(nnx.Module):
   """Self-attention over one sequence; `config.attention` picks how.
 
   Attributes:
-    wq: [D, N, H]; wk, wv: [D, K, H]; wo: [N, H, D]. No biases. `wo` writes
-      to the residual stream, so it starts smaller by 1 / sqrt(2 L).
+    wq: [D, N, H]; wk, wv: [D, K, H]; wo: [N, H, D]. `wo` writes to the
+      residual stream, so it starts smaller by 1 / sqrt(2 L).
+    bq: [N, H]; bk, bv: [K, H]; bo: [D]; None unless `config.biases`.
     mechanism: the parameters of the configured mechanism, if it has any.
     head_importance: [K] f32 running mean of what every kv head adds, where a
       causal model prunes heads (`models/cascade.py`).
@@ -57,6 +59,10 @@ class SelfAttention(nnx.Module):
     self.wk = nnx.Param(project(rngs.params(), key, dtype))
     self.wv = nnx.Param(project(rngs.params(), key, dtype))
     self.wo = nnx.Param(merge(rngs.params(), (*query[1:], query[0]), dtype))
+    self.bq = bias_of(config, *query[1:])
+    self.bk = bias_of(config, *key[1:])
+    self.bv = bias_of(config, *key[1:])
+    self.bo = bias_of(config, config.d_model)
     make = base.PARAMETERS.get(config.attention.name)
     self.mechanism = None if make is None else make(config, rngs=rngs)
     prunes = config.attention.name == 'cascade' and (
@@ -72,7 +78,7 @@ class SelfAttention(nnx.Module):
     x: Float[Array, 'B T D'],
     *,
     step: Scalar,
-    rope: Rotary,
+    rope: Rotary | None,
     segment_ids: Int[Array, 'B T'] | None = None,
     train: bool,
     mechanism: str | None = None,
@@ -97,9 +103,9 @@ class SelfAttention(nnx.Module):
     """
     quantizer = Quantizer.at(self.config.quant, step, train=train)
     linear = functools.partial(project, quantizer=quantizer)
-    q = rotate(linear(x, self.wq), rope)
-    k = rotate(linear(x, self.wk), rope)
-    v = linear(x, self.wv)
+    q = rotate(linear(x, self.wq, self.bq), rope)
+    k = rotate(linear(x, self.wk, self.bk), rope)
+    v = linear(x, self.wv, self.bv)
     own = mechanism in (None, self.config.attention.name)
     learned = None
     if self.mechanism is not None and own:
@@ -117,7 +123,8 @@ class SelfAttention(nnx.Module):
       mechanism=mechanism,
       budget=budget,
     )
-    return linear(out, self.wo, inputs=2), aux | quantizer.aux(x.dtype)
+    out = linear(out, self.wo, self.bo, inputs=2)
+    return out, aux | quantizer.aux(x.dtype)
 
   def pruned(
     self,
@@ -125,7 +132,7 @@ class SelfAttention(nnx.Module):
     pruning: Pruning,
     *,
     step: Scalar,
-    rope: Rotary,
+    rope: Rotary | None,
     segment_ids: Int[Array, 'B T'] | None = None,
     causal: bool = True,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
@@ -144,6 +151,7 @@ class SelfAttention(nnx.Module):
       and of the kv heads that are left.
     """
     kernels = self.wq, self.wk, self.wv, self.wo
+    biases = self.bq, self.bk, self.bv
     apply, heads = project, pruning.heads
     if heads is not None:
       groups = self.config.num_kv_heads
@@ -151,17 +159,23 @@ class SelfAttention(nnx.Module):
         take_heads(kernel, heads, groups, axis)
         for kernel, axis in zip(kernels, (1, 1, 1, 0), strict=True)
       )
+      biases = tuple(
+        None if bias is None else take_heads(bias, heads, groups, 0)
+        for bias in biases
+      )
       apply = project if heads.ndim == 1 else project_rows
     wq, wk, wv, wo = kernels
-    q, k = rotate(apply(x, wq), rope), rotate(apply(x, wk), rope)
+    bq, bk, bv = biases
+    q, k = rotate(apply(x, wq, bq), rope), rotate(apply(x, wk, bk), rope)
     (out, aux), tokens = base.attend_and_measure(
       q,
       k,
-      apply(x, wv),
+      apply(x, wv, bv),
       config=self.config.attention,
       step=step,
       segment_ids=segment_ids,
       causal=causal,
     )
     size = head_importance(out, k.shape[2], pruning.alive)
-    return apply(out, wo, inputs=2), aux, Importance(tokens, size)
+    out = apply(out, wo, self.bo, inputs=2)
+    return out, aux, Importance(tokens, size)

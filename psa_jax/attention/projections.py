@@ -46,11 +46,14 @@ def fan_in(in_axis, out_axis, *, scale: float = 1.0):
 def project(
   x: jax.Array,
   kernel: nnx.Param | jax.Array,
+  bias: nnx.Param | jax.Array | None = None,
   *,
   inputs: int = 1,
   quantizer: Quantizer = OFF,
 ) -> jax.Array:
   """Contracts the last `inputs` axes of `x` with the kernel's first ones.
+
+  And adds the bias, if there is one.
 
   In the dtype of the activations: every backend accumulates a bf16 product in
   f32 and rounds once at the end. Asking for an f32 result as well would make
@@ -66,7 +69,16 @@ def project(
   batch, width = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
   size = math.prod(kernel.shape[:inputs])
   y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+  if bias is not None:
+    y = y + bias[...].astype(x.dtype).reshape(1, -1)
   return y.reshape(*batch, *width)
+
+
+def bias_of(config: ModelConfig, *shape: int) -> nnx.Param | None:
+  """A bias, 0 at first; None where the model has none."""
+  if not config.biases:
+    return None
+  return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)))
 
 
 def take_heads(
@@ -96,12 +108,23 @@ def take_heads(
 
 
 def project_rows(
-  x: jax.Array, kernel: nnx.Param | jax.Array, *, inputs: int = 1
+  x: jax.Array,
+  kernel: nnx.Param | jax.Array,
+  bias: nnx.Param | jax.Array | None = None,
+  *,
+  inputs: int = 1,
 ) -> jax.Array:
-  """`project` with a kernel of its own [B, ...] for every row of the batch."""
+  """`project` with a kernel of its own [B, ...] for every row of the batch.
+
+  A bias has a row [B, ...] too, or one axis less, for all rows.
+  """
   kernel = kernel[...].astype(x.dtype)
   width = kernel.shape[1 + inputs :]
   size = math.prod(kernel.shape[1 : 1 + inputs])
   rows = x.reshape(*x.shape[:2], size)
   y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
+  if bias is not None:
+    own = bias[...].astype(x.dtype)
+    count = x.shape[0] if own.ndim > len(width) else 1
+    y = y + own.reshape(count, 1, -1)
   return y.reshape(*x.shape[:2], *width)

@@ -36,9 +36,14 @@ def rotary(
 
 
 def rotate(
-  x: Float[Array, 'B T N H'], table: Rotary
+  x: Float[Array, 'B T N H'], table: Rotary | None
 ) -> Float[Array, 'B T N H']:
-  """Turns every head of `x` by its position, in f32; keeps the dtype."""
+  """Turns every head of `x` by its position, in f32; keeps the dtype.
+
+  Without a table nothing turns: the model has positions of another kind.
+  """
+  if table is None:
+    return x
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = table.cos[:, :, None, :], table.sin[:, :, None, :]
   turned = (first * cos - second * sin, second * cos + first * sin)

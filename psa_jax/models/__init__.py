@@ -6,8 +6,9 @@ from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models.decoder_lm import DecoderLM as DecoderLM
 from psa_jax.models.encoder import Encoder as Encoder
 from psa_jax.models.transformer import ModelOut as ModelOut
+from psa_jax.models.vit import ViT as ViT
 
-MODELS = {'decoder_lm': DecoderLM, 'encoder': Encoder}
+MODELS = {'decoder_lm': DecoderLM, 'encoder': Encoder, 'vit': ViT}
 
 
 def build(
@@ -20,7 +21,8 @@ def build(
 
   Args:
     config: the model.
-    vocab_size: V of the tokenizer; `config.vocab_size` overrides it.
+    vocab_size: V of the tokenizer, which `config.vocab_size` overrides, or the
+      number of classes.
     rngs: the stream `params` draws the initial values.
 
   Raises:

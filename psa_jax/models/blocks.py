@@ -1,15 +1,16 @@
-"""The pre-norm Transformer block: attention, SwiGLU, and their residuals.
+"""The pre-norm Transformer block: attention, feed-forward, their residuals.
 
   x = x + Attention(Norm(x))
   x = x + W_down (silu(W_gate n) * W_up n),  n = Norm(x)
 
-SwiGLU is arXiv 2002.05202, equation 6, without biases. Products run in the
+The second is SwiGLU (arXiv 2002.05202, equation 6); `model.mlp=gelu` is
+W_down gelu(W_up n), the layer of vision Transformers. Products run in the
 compute dtype with f32 accumulation inside, the norms in f32; the residual
 stream has the compute dtype. Kernels are truncated normals scaled by fan-in;
 the two that write to the residual stream start smaller by 1 / sqrt(2 L), so
 that the stream's variance does not grow with depth (GPT-2).
 
-Not done: dropout, biases, mixtures of experts.
+Not done: dropout, mixtures of experts.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from psa_jax.attention.cascade import Importance, Pruning
 from psa_jax.attention.layer import SelfAttention
-from psa_jax.attention.projections import fan_in, project
+from psa_jax.attention.projections import bias_of, fan_in, project
 from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.norm import Norm
@@ -58,27 +59,36 @@ def remat(function, kind: str, *, in_scan: bool):
   return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
 
-class SwiGLU(nnx.Module):
-  """Gated feed-forward: w_gate, w_up [D, F] and w_down [F, D]."""
+class FeedForward(nnx.Module):
+  """w_up [D, F], w_down [F, D], in SwiGLU w_gate [D, F], and their biases."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    """Creates the kernels."""
+    """Creates the parameters."""
     dtype = jnp.dtype(config.param_dtype)
     shape = (config.d_model, config.mlp_dim)
     widen = fan_in(0, 1)
     narrow = fan_in(0, 1, scale=1 / (2 * config.num_layers))
-    self.w_gate = nnx.Param(widen(rngs.params(), shape, dtype))
+    gate = bias = None
+    if config.mlp == 'swiglu':
+      gate = nnx.Param(widen(rngs.params(), shape, dtype))
+      bias = bias_of(config, config.mlp_dim)
+    self.w_gate, self.b_gate = gate, bias
     self.w_up = nnx.Param(widen(rngs.params(), shape, dtype))
     self.w_down = nnx.Param(narrow(rngs.params(), shape[::-1], dtype))
+    self.b_up = bias_of(config, config.mlp_dim)
+    self.b_down = bias_of(config, config.d_model)
 
   def __call__(
     self, x: Float[Array, 'B T D'], quantizer: Quantizer = OFF
   ) -> Float[Array, 'B T D']:
     """Applies the layer in the dtype of `x`, quantised if that is asked for."""
     linear = functools.partial(project, quantizer=quantizer)
-    gate = jax.nn.silu(linear(x, self.w_gate))
-    up = linear(x, self.w_up)
-    return linear(gate * up, self.w_down)
+    up = linear(x, self.w_up, self.b_up)
+    if self.w_gate is None:
+      hidden = jax.nn.gelu(up, approximate=False)
+    else:
+      hidden = jax.nn.silu(linear(x, self.w_gate, self.b_gate)) * up
+    return linear(hidden, self.w_down, self.b_down)
 
 
 class Block(nnx.Module):
@@ -95,14 +105,14 @@ class Block(nnx.Module):
     self.attention_norm = norm()
     self.attention = SelfAttention(config, rngs=rngs)
     self.mlp_norm = norm()
-    self.mlp = SwiGLU(config, rngs=rngs)
+    self.mlp = FeedForward(config, rngs=rngs)
 
   def __call__(
     self,
     x: Float[Array, 'B T D'],
     *,
     step: Scalar,
-    rope: Rotary,
+    rope: Rotary | None,
     segment_ids: Int[Array, 'B T'] | None = None,
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
@@ -145,7 +155,7 @@ class Block(nnx.Module):
     pruning: Pruning,
     *,
     step: Scalar,
-    rope: Rotary,
+    rope: Rotary | None,
     segment_ids: Int[Array, 'B T'] | None = None,
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,

@@ -122,7 +122,7 @@ class Cascade:
         'model.attention.name=cascade, or cascade.head_keep=1'
       )
 
-  def __call__(self, x, arrays, rope: Rotary, segment_ids, mask):
+  def __call__(self, x, arrays, rope: Rotary | None, segment_ids, mask):
     """The residual stream [B, T, D], moved statistics, and means of scalars.
 
     Args:
@@ -298,8 +298,10 @@ def _take(x, at):
   )
 
 
-def _rope_at(rope: Rotary, place) -> Rotary:
+def _rope_at(rope: Rotary | None, place) -> Rotary | None:
   """Angles of the positions that are left."""
+  if rope is None:
+    return None
   B, T = place.shape[0], rope.cos.shape[1]
   every = (jnp.broadcast_to(x, (B, T, x.shape[-1])) for x in rope)
   return Rotary(*(_take(x, place) for x in every))

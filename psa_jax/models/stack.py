@@ -35,7 +35,7 @@ def apply_layers(
   x: Float[Array, 'B T D'],
   *,
   step: Scalar,
-  rope: Rotary,
+  rope: Rotary | None,
   segment_ids: Int[Array, 'B T'] | None,
   mask: Shaped[Array, 'B T'] | None,
   train: bool,

@@ -1,4 +1,6 @@
-"""What every Transformer over tokens is: embedding, L blocks, a final norm.
+"""What every Transformer is: an embedding, L blocks, a final norm.
+
+`Trunk` is the last two; `Transformer` reads tokens of a vocabulary.
 
 The running statistics that the layers moved are written to the module; a
 caller under `jax.jit` has to return them in turn (see `stack.py`).
@@ -16,11 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from psa_jax.attention.projections import fan_in, head_dim
-from psa_jax.attention.rotary import rotary
+from psa_jax.attention.rotary import Rotary, rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models import stack
 from psa_jax.norm import Norm, gamma
 from psa_jax.types import Scalar
+
+TABLE = fan_in(1, 0, scale=0.25)  # initial values of the table
 
 
 class ModelOut(NamedTuple):
@@ -36,17 +40,82 @@ class ModelOut(NamedTuple):
   aux: dict[str, jax.Array]
 
 
-class Transformer(nnx.Module):
-  """Embedding, blocks and final norm; a subclass says who sees whom.
+class Trunk(nnx.Module):
+  """Blocks and final norm; a subclass says who sees whom.
 
   Attributes:
     causal: whether a token sees only what is before it.
-    embedding: [V, D], read by `embed`.
     layers: one `Block` whose arrays have a leading axis of length L.
     final_norm: norm after the last block.
   """
 
   causal: bool
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Creates the parameters.
+
+    Raises:
+      ConfigError: heads that do not fit.
+    """
+    self.config = config
+    self.head_dim = head_dim(config)
+    self.layers = stack.make_layers(config, rngs=rngs)
+    self.final_norm = Norm(
+      config.d_model,
+      config.norm,
+      param_dtype=jnp.dtype(config.param_dtype),
+      rngs=rngs,
+    )
+
+  def through(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    step: Scalar,
+    rope: Rotary | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    mechanism: str | None = None,
+    budget: Scalar | None = None,
+  ) -> ModelOut:
+    """Runs embedded tokens through the blocks and the final norm.
+
+    Args:
+      x: embedded tokens.
+      step: optimiser step, which drives every schedule.
+      rope: rotary table of the positions; None turns nothing.
+      segment_ids: documents of packed rows; None is one document a row.
+      mask: tokens that count in norm statistics; None counts all.
+      train: move running statistics and follow the training schedules.
+      mechanism: overrides the configured attention mechanism.
+      budget: replaces attention's schedule.
+    """
+    x, aux = stack.apply_layers(
+      self.layers,
+      self.config,
+      x,
+      step=step,
+      rope=rope,
+      segment_ids=segment_ids,
+      mask=mask,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+      causal=self.causal,
+    )
+    if self.config.norm.kind == 'prepbn':
+      aux['gamma'] = gamma(self.config.norm, step)
+    hidden = self.final_norm(x, step=step, train=train, mask=mask)
+    return ModelOut(hidden, aux)
+
+
+class Transformer(Trunk):
+  """A Transformer over tokens of a vocabulary.
+
+  Attributes:
+    embedding: [V, D], read by `embed`.
+  """
 
   def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
     """Creates the parameters.
@@ -65,18 +134,10 @@ class Transformer(nnx.Module):
         f'model.vocab_size={config.vocab_size} cannot hold the {vocab_size} '
         'ids of the tokenizer; set it to 0'
       )
-    vocab_size = config.vocab_size or vocab_size
-    self.config = config
-    self.head_dim = head_dim(config)
+    shape = (config.vocab_size or vocab_size, config.d_model)
     dtype = jnp.dtype(config.param_dtype)
-    table = fan_in(1, 0, scale=0.25)
-    self.embedding = nnx.Param(
-      table(rngs.params(), (vocab_size, config.d_model), dtype)
-    )
-    self.layers = stack.make_layers(config, rngs=rngs)
-    self.final_norm = Norm(
-      config.d_model, config.norm, param_dtype=dtype, rngs=rngs
-    )
+    self.embedding = nnx.Param(TABLE(rngs.params(), shape, dtype))
+    super().__init__(config, rngs=rngs)
 
   def __call__(
     self,
@@ -118,9 +179,7 @@ class Transformer(nnx.Module):
         )
     if positions is None:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    x, aux = stack.apply_layers(
-      self.layers,
-      self.config,
+    return self.through(
       self.embed(tokens),
       step=step,
       rope=rotary(
@@ -131,12 +190,7 @@ class Transformer(nnx.Module):
       train=train,
       mechanism=mechanism,
       budget=budget,
-      causal=self.causal,
     )
-    if self.config.norm.kind == 'prepbn':
-      aux['gamma'] = gamma(self.config.norm, step)
-    hidden = self.final_norm(x, step=step, train=train, mask=mask)
-    return ModelOut(hidden, aux)
 
   def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     """Looks tokens up; NaN for an id outside the vocabulary."""

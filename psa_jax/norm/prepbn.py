@@ -34,7 +34,8 @@ What is decided here:
   `statistics='running'` normalises by the running statistics as they were
   before this batch, which leaks nothing and is what evaluation does too.
 
-Not done: folding at gamma = 0 and re-estimating statistics after training.
+At gamma = 0 a layer folds into the weights beside it: `fold.py`. Statistics can
+be estimated anew after training: `train/reestimate.py`.
 """
 
 import jax
@@ -48,6 +49,7 @@ from psa_jax.types import Scalar
 
 BASES = ('rmsnorm', 'layernorm')
 BATCH_KINDS = ('batchnorm', 'repbn', 'prepbn')
+NONE = 'none'  # folded into the weights beside it; see `fold.py`
 
 
 def gamma(config: NormConfig, step: Scalar) -> Float[Array, '']:
@@ -139,6 +141,8 @@ class Norm(nnx.Module):
 
   def _rows(self, x, *, step, train, mask):
     kind = self.config.kind
+    if kind == NONE:
+      return x
     if kind in BASES:
       return self._base(x)
     batch = self._batch_norm(x, train=train, mask=mask)
@@ -200,10 +204,10 @@ def _row(values):
 
 
 def _validate(config: NormConfig) -> None:
-  if config.kind not in (*BASES, *BATCH_KINDS):
+  known = *BASES, *BATCH_KINDS, NONE
+  if config.kind not in known:
     raise ConfigError(
-      f'unknown norm kind {config.kind!r}; one of '
-      f'{", ".join((*BASES, *BATCH_KINDS))}'
+      f'unknown norm kind {config.kind!r}; one of {", ".join(known)}'
     )
   if not 0 <= config.momentum < 1:
     raise ConfigError(

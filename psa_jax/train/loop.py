@@ -1,8 +1,8 @@
 """The one training loop: from a configuration and a folder to a result.
 
 `train_and_evaluate` is the table of contents: open, resume, train, finish;
-`run.py` holds the chapters. `evaluate_checkpoint` is the other way to use what
-a run saved.
+`run.py` holds the chapters. `evaluate_checkpoint` and `export_checkpoint` are
+the other ways to use what a run saved.
 """
 
 import contextlib
@@ -15,22 +15,23 @@ import jax
 from psa_jax import sharding
 from psa_jax import workdir as workdir_lib
 from psa_jax.config import Config, RunError
-from psa_jax.data import lm, synthetic
 from psa_jax.train import console as console_lib
+from psa_jax.train import export, reestimate
 from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
+from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Stopped
-from psa_jax.train.tasks import load_data, make_task
+from psa_jax.train.tasks import Data, load_data, make_task
 
 
 def train_and_evaluate(
   config: Config,
   workdir: str | pathlib.Path,
   *,
-  corpus: lm.Corpus | synthetic.Recall | None = None,
+  corpus: Data | None = None,
   allow_config_change: bool = False,
 ) -> dict[str, Any]:
   """Trains to the end of `config.train`, or goes on where a run stopped.
@@ -80,13 +81,15 @@ def evaluate_checkpoint(
   config: Config,
   workdir: str | pathlib.Path,
   *,
-  corpus: lm.Corpus | synthetic.Recall | None = None,
+  corpus: Data | None = None,
 ) -> dict[str, Any]:
-  """Evaluates the newest checkpoint of a run; changes nothing in its folder.
+  """Evaluates the newest checkpoint of a run, or a model that was exported.
+
+  Changes nothing in the folder.
 
   Args:
     config: the run's, perhaps with other `eval` keys.
-    workdir: its folder.
+    workdir: its folder, or that of the exported model.
     corpus: from `tasks.load_data`, if it is at hand already.
 
   Returns:
@@ -96,26 +99,74 @@ def evaluate_checkpoint(
     RunError: there is no checkpoint, or none that can be read.
   """
   sharding.initialize_distributed()
-  console = _open_console(0)
-  checkpoints = Checkpoints(
-    pathlib.Path(workdir) / run_lib.CHECKPOINTS, read_only=True, say=console.say
-  )
+  console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, corpus or load_data(config), mesh)
   program = state_lib.make_program(config, task.vocab_size, mesh)
   with jax.set_mesh(mesh):
-    found = checkpoints.restore_latest(program.abstract)
-    if found is None:
-      raise RunError(f'there is no checkpoint in {workdir}; train first')
+    if (folder / export.WEIGHTS).exists():
+      state = export.load(folder, program)
+    else:
+      state = _restored(config, folder, task, program, console)
     evaluate = Evaluator(config, task, program)
-    validation = {
-      name: evaluate(found.state, name) for name in evaluate.mechanisms
-    }
-  result = result_lib.evaluation(
-    config, found.step, validation, task.baselines()
-  )
-  result_lib.show(console, f'{config.name} at step {found.step}', result)
+    validation = {name: evaluate(state, name) for name in evaluate.mechanisms}
+  step = int(state.step)
+  result = result_lib.evaluation(config, step, validation, task.baselines())
+  result_lib.show(console, f'{config.name} at step {step}', result)
   return result
+
+
+def export_checkpoint(
+  config: Config,
+  workdir: str | pathlib.Path,
+  *,
+  corpus: Data | None = None,
+) -> pathlib.Path:
+  """Writes the newest checkpoint without its norms; see `export`.
+
+  Args:
+    config: the run's.
+    workdir: its folder.
+    corpus: from `tasks.load_data`, if it is at hand already.
+
+  Returns:
+    The folder of the exported model.
+
+  Raises:
+    ConfigError: the model does not fold.
+    RunError: there is no checkpoint, or a file cannot be read or written.
+  """
+  sharding.initialize_distributed()
+  console, folder = _open_console(0), pathlib.Path(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  task = make_task(config, corpus or load_data(config), mesh)
+  program = state_lib.make_program(config, task.vocab_size, mesh)
+  with jax.set_mesh(mesh):
+    state = _restored(config, folder, task, program, console)
+    _, target = export.save(folder, config, state)
+  console.say(
+    f'the model of step {int(state.step)} is in {target}, its norms folded '
+    'into its weights; judge it with --mode=eval '
+    f'--config={target / workdir_lib.CONFIG}'
+  )
+  return target
+
+
+def _restored(config, folder, task, program, console) -> state_lib.TrainState:
+  """The newest checkpoint, its statistics anew if that is asked for."""
+  checkpoints = Checkpoints(
+    folder / run_lib.CHECKPOINTS, read_only=True, say=console.say
+  )
+  found = checkpoints.restore_latest(program.abstract)
+  if found is None:
+    raise RunError(f'there is no checkpoint in {folder}; train first')
+  count = config.eval.reestimate
+  if not count:
+    return found.state
+  batches = task.train_iterator(stages_lib.plan(config)[-1])
+  return reestimate.reestimate(
+    config, task, program, found.state, batches, count=count
+  )
 
 
 def _open_console(total: int) -> console_lib.Console:

@@ -6,9 +6,9 @@ vocabulary's logits are the largest array of a language model at long context
 chunk of the sequence at a time and again in the backward pass.
 
 `answer_loss` is for tasks that judge a few positions only: no other logits
-exist at all.
+exist at all. `label_loss` is for one label a row.
 
-Not done: a fused kernel, label smoothing and z-loss.
+Not done: a fused kernel, z-loss, and label smoothing of tokens.
 """
 
 from typing import Any
@@ -86,6 +86,35 @@ def answer_loss(
   nats = _weighted_nats(logits, targets.reshape(B, Q * L), each)
   right = jnp.argmax(logits, axis=-1).reshape(B, Q, L) == targets
   return nats, jnp.sum(each), jnp.all(right, axis=-1)
+
+
+def label_loss(
+  logits: Float[Array, 'B V'],
+  labels: Int[Array, 'B'],
+  weights: Float[Array, 'B'],
+  *,
+  smoothing: float = 0.0,
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """Sums -log p(label) in nats over a batch.
+
+  Args:
+    logits: of the classes, f32.
+    labels: the right class of each row.
+    weights: what each row counts.
+    smoothing: share of a label that is spread evenly over all classes
+      (arXiv 1512.00567, section 7).
+
+  Returns:
+    The weighted sums of the losses, and of the rows whose label is most
+    likely.
+  """
+  log_p = jax.nn.log_softmax(logits)
+  hit = jnp.arange(logits.shape[-1])[None] == labels[:, None]
+  nats = -jnp.sum(jnp.where(hit, log_p, 0), -1)
+  if smoothing:
+    nats = (1 - smoothing) * nats - smoothing * log_p.mean(-1)
+  right = jnp.argmax(logits, -1) == labels
+  return jnp.sum(nats * weights), jnp.sum(right * weights)
 
 
 def _weighted_nats(logits, targets, weights):

@@ -105,8 +105,4 @@ def is_matrix(params: Any) -> Any:
   Names decide, not the rank: a norm's scale that is stacked over
   layers has two axes and is still a vector.
   """
-
-  def one(path, leaf):
-    return len(sharding.axis_names(path, leaf)) > 1
-
-  return jax.tree.map_with_path(one, params)
+  return jax.tree.map_with_path(sharding.is_matrix, params)

@@ -125,7 +125,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
   return [
     *_quality(result),
     *(
-      (f'seconds per window, {name}', f'{found["seconds_per_window"]:.3f}')
+      (f'seconds per window, {name}', _seconds(found['seconds_per_window']))
       for name, found in result['validation'].items()
     ),
     _memory(result),
@@ -149,7 +149,8 @@ def peak_memory() -> tuple[int, str]:
 def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """How good the model is, its dense reading and the baselines are."""
   found = result['validation'][result['mechanism']]
-  context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
+  unit = 'pictures' if 'items' in found else 'windows'
+  context = f'{found["windows"]} {unit} of {found["seq_len"]:,} tokens'
   rows = [('validation', context)]
   for name, found in result['validation'].items():
     for metric, (label, form) in _QUALITY.items():
@@ -182,6 +183,10 @@ def _change(suffix: str, start, end) -> list[tuple[str, str]]:
 def _memory(result) -> tuple[str, str]:
   used = result['peak_memory_bytes'] / 2**20
   return f'peak memory ({result["peak_memory_of"]})', f'{used:,.0f} MiB'
+
+
+def _seconds(value: float) -> str:
+  return f'{value:.3f}' if value >= 0.01 else f'{value:.2g}'
 
 
 def _number(value: float | None, form: str) -> str:

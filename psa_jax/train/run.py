@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError, RunError
-from psa_jax.data import lm, synthetic
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
@@ -32,7 +31,7 @@ from psa_jax.train.console import Console
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Interrupt
 from psa_jax.train.metrics import Log
-from psa_jax.train.tasks import make_task
+from psa_jax.train.tasks import Data, make_task
 
 CHECKPOINTS = 'checkpoints'
 
@@ -60,7 +59,7 @@ class Run:
     self,
     config: Config,
     folder: pathlib.Path,
-    corpus: lm.Corpus | synthetic.Recall,
+    corpus: Data,
     console: Console,
     record: Callable[[], None],
   ):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from experiments import grids
 from experiments.mechanisms import grid, plot, rows, tables
 from psa_jax.attention import base
 
@@ -64,10 +65,10 @@ def test_seeds_come_last():
 
 def test_settings_know_every_key_but_the_seed():
   cell = grid.Cell('mqar', 'psa', 0)
-  want = grid.settings(cell.config())
-  assert grid.settings(cell._replace(seed=1).config()) == want
+  want = grids.settings(cell.config())
+  assert grids.settings(cell._replace(seed=1).config()) == want
   for key in ('model.d_model', 'model.attention.psa.block_k', 'eval.windows'):
-    assert grid.settings(cell.config([(key, '32')])) != want, key
+    assert grids.settings(cell.config([(key, '32')])) != want, key
 
 
 def test_resuming_skips_what_ended_with_the_same_settings():
@@ -80,16 +81,16 @@ def test_resuming_skips_what_ended_with_the_same_settings():
 
 def test_a_torn_last_line_is_dropped_and_a_torn_other_one_is_not(tmp_path):
   path = tmp_path / 'results.jsonl'
-  assert rows.read(path) == []
-  rows.append(path, row())
+  assert grids.read(path) == []
+  grids.append(path, row())
   with path.open('a') as file:
     file.write(json.dumps(row(seed=1))[:20])
-  assert rows.read(path) == [row()]
-  rows.append(path, row(seed=2))
-  assert rows.read(path) == [row(), row(seed=2)]
+  assert grids.read(path) == [row()]
+  grids.append(path, row(seed=2))
+  assert grids.read(path) == [row(), row(seed=2)]
   path.write_text('{"torn\n' + path.read_text())
   with pytest.raises(json.JSONDecodeError):
-    rows.read(path)
+    grids.read(path)
 
 
 def test_the_last_row_of_a_run_counts():

@@ -14,7 +14,7 @@ from flax import nnx
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.rotary import rotary
 from psa_jax.config import ModelConfig, NormConfig, QuantConfig
-from psa_jax.models.blocks import SwiGLU
+from psa_jax.models.blocks import FeedForward
 from psa_jax.quant.progressive import FULL, Quantizer, bits_at, fake_quantize
 from tests.train import tiny
 
@@ -211,7 +211,7 @@ def test_the_layer_quantises_what_is_asked_for(quant, granularity):
 
 
 def test_the_feed_forward_layer_quantises_weights_and_inputs():
-  mlp, x = SwiGLU(MODEL, rngs=nnx.Rngs(0)), normal(2, 5, 24)
+  mlp, x = FeedForward(MODEL, rngs=nnx.Rngs(0)), normal(2, 5, 24)
   got = mlp(jnp.asarray(x), Quantizer.at(ALL, 3, train=True))
   w = {
     name: rounded(getattr(mlp, name)[...], 8, (0,))

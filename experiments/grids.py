@@ -1,0 +1,118 @@
+"""What grids of runs share: rows in a file, hashes of settings, processes.
+
+A run is a process on one core that prints a JSON object as its last line. A
+row is appended to `results.jsonl` when its run ends, so a grid that is stopped
+goes on where it was.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from psa_jax import config_dict
+from psa_jax.config import Config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+# A fork of this process to set it there might hang: JAX has threads.
+_ON_CORE = (
+  'import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); '
+  'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
+)
+
+
+def read(path: pathlib.Path) -> list[Row]:
+  """All rows, oldest first; a last line that was cut off is left out."""
+  if not path.exists():
+    return []
+  lines = path.read_text('utf-8').splitlines()
+  found = []
+  for number, line in enumerate(lines):
+    try:
+      found.append(json.loads(line))
+    except json.JSONDecodeError:
+      if number < len(lines) - 1:
+        raise
+  return found
+
+
+def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+  """Adds a row, on a line of its own even behind one that was cut off."""
+  text = path.read_text('utf-8') if path.exists() else ''
+  if text and not text.endswith('\n'):
+    path.write_text(text[: text.rfind('\n') + 1], 'utf-8')
+  with path.open('a', encoding='utf-8') as file:
+    file.write(json.dumps(row) + '\n')
+
+
+def settings(config: Config) -> str:
+  """A hash of all that is configured, but the seed and what is default.
+
+  A key that the project gains later leaves it as it is.
+  """
+  values, usual = (
+    config_dict.flatten(config_dict.to_dict(x)) for x in (config, Config())
+  )
+  own = {
+    path: value
+    for path, value in values.items()
+    if path != 'seed' and value != usual[path]
+  }
+  text = json.dumps(own, sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def each(
+  todo: Sequence[Any], start: Callable[[Any, int], Row], *, workers: int
+) -> Iterator[tuple[Any, Row]]:
+  """(run, what it found) as they end; `seconds` among it.
+
+  Args:
+    todo: runs, started in this order.
+    start: takes a run and the core that it is to use.
+    workers: runs at a time.
+  """
+  cores = queue.SimpleQueue()
+  available = sorted(os.sched_getaffinity(0))
+  for number in range(workers):
+    cores.put(available[number % len(available)])
+
+  def one(item):
+    core = cores.get()
+    began = time.perf_counter()
+    row = start(item, core)
+    cores.put(core)
+    return item, row | {'seconds': time.perf_counter() - began}
+
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    waiting = [pool.submit(one, item) for item in todo]
+    for made in concurrent.futures.as_completed(waiting):
+      yield made.result()
+
+
+def process(file: str, arguments: Sequence[str], core: int) -> Row:
+  """What a Python program on one core found; an `error` if it failed."""
+  environment = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'),
+    'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu'),
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', _ON_CORE, str(core), file, *arguments],
+    capture_output=True,
+    text=True,
+    env=environment,
+    check=False,
+  )
+  try:
+    return json.loads(done.stdout.splitlines()[-1])
+  except (IndexError, json.JSONDecodeError):
+    said = done.stderr.strip().splitlines()
+    return {'error': said[-1][:300] if said else f'exit code {done.returncode}'}

@@ -1,0 +1,127 @@
+"""A finished model as two files that any run of this code can load.
+
+`model.safetensors` holds the arrays, named by their paths (`params/layers/mlp/
+w_up`) with the step in its metadata; `config.json` beside it is an ordinary
+configuration whose model has no norms left (`models/folding.py`). So
+
+  python launch.py --config=RECIPE --mode=export
+  python launch.py --config=runs/NAME/export/config.json --mode=eval
+
+judges the folded model, with any key of `eval` or `data` overridden.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from psa_jax import config_dict, workdir
+from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.models.folding import fold
+from psa_jax.train.state import Program, TrainState
+
+FOLDER = 'export'  # in the work directory of the run
+WEIGHTS = 'model.safetensors'
+_PARTS = ('params', 'model_state')
+
+
+def save(
+  folder: pathlib.Path, config: Config, state: TrainState
+) -> tuple[Config, pathlib.Path]:
+  """Folds a model and writes it.
+
+  Args:
+    folder: the run's; the files go to `export` in it.
+    config: the run.
+    state: its last state.
+
+  Returns:
+    The folded model's configuration, and where it lies.
+
+  Raises:
+    ConfigError: the model does not fold (see `models.folding.fold`), or its
+      budget is a controller's.
+    RunError: a file cannot be written.
+  """
+  if config.train.controller.kind != 'none':
+    raise ConfigError(
+      'train.controller sets the budget, and its state is not exported; train '
+      'with a schedule'
+    )
+  step = int(state.step)
+  arrays = jax.device_get((state.params, state.model_state))
+  folded = fold(config.model, *arrays, step=step)
+  # What was estimated anew is folded in by now.
+  evaluation = dataclasses.replace(config.eval, reestimate=0)
+  config = dataclasses.replace(config, model=folded.config, eval=evaluation)
+  flat = {
+    f'{part}/{name}': jnp.asarray(value)
+    for part, tree in zip(_PARTS, folded[1:], strict=True)
+    for name, value in _flat(tree)
+  }
+  target = folder / FOLDER
+  draft = target / f'.{WEIGHTS}.{os.getpid()}.tmp'
+  try:
+    target.mkdir(exist_ok=True)
+    save_file(flat, draft, metadata={'step': str(step)})
+    os.replace(draft, target / WEIGHTS)
+  except (OSError, SafetensorError) as e:
+    draft.unlink(missing_ok=True)
+    raise RunError(f'cannot write {target / WEIGHTS}: {e}') from e
+  workdir.write_json(target / workdir.CONFIG, config_dict.to_dict(config))
+  return config, target
+
+
+def load(folder: pathlib.Path, program: Program) -> TrainState:
+  """The state of an exported model, without an optimiser's part.
+
+  Raises:
+    RunError: the file cannot be read.
+    ConfigError: it is of another model.
+  """
+  try:
+    with safe_open(folder / WEIGHTS, framework='np') as f:
+      step = int((f.metadata() or {})['step'])
+      found = {name: f.get_tensor(name) for name in f.keys()}
+  except (OSError, SafetensorError, KeyError, ValueError) as e:
+    raise RunError(
+      f'cannot read {folder / WEIGHTS}: {e}; export the model again'
+    ) from e
+
+  def take(part):
+    def one(path, like):
+      name = '/'.join([part, *(entry.key for entry in path)])
+      value = found.pop(name, None)
+      if value is None or value.shape != like.shape:
+        had = 'none' if value is None else f'one of shape {value.shape}'
+        raise ConfigError(
+          f'{folder / WEIGHTS} is of another model: {name} has shape '
+          f'{like.shape}, the file has {had}'
+        )
+      return jax.device_put(value.astype(like.dtype), like.sharding)
+
+    return jax.tree.map_with_path(one, getattr(program.abstract, part))
+
+  params, model_state = (take(part) for part in _PARTS)
+  if found:
+    raise ConfigError(
+      f'{folder / WEIGHTS} is of another model: it also holds {min(found)}'
+    )
+  where = program.shardings.step
+  step, fault = (jax.device_put(np.int32(x), where) for x in (step, 0))
+  return TrainState(step, params, model_state, (), fault)
+
+
+def _flat(tree: dict[str, Any], before: str = ''):
+  """(path, array) of nested dicts."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f'{before}{key}/')
+    else:
+      yield before + key, value

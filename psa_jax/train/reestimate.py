@@ -1,0 +1,107 @@
+"""Running statistics of batch norms anew, with the weights as they are.
+
+The running mean follows weights that still move, so at the end of training it
+is late by some steps. Here the statistics of a number of training batches are
+pooled instead, as if they were one batch.
+
+They are read off how far the running ones move: with momentum m a batch whose
+own are b turns r into m r + (1 - m) b.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from psa_jax import sharding
+from psa_jax.config import Config, ConfigError
+from psa_jax.norm.prepbn import BATCH_KINDS
+from psa_jax.train.state import Program, TrainState
+from psa_jax.train.tasks import Task
+
+
+def reestimate(
+  config: Config,
+  task: Task,
+  program: Program,
+  state: TrainState,
+  batches: Iterator[Any],
+  *,
+  count: int,
+) -> TrainState:
+  """The state with the statistics of `count` training batches.
+
+  Args:
+    config: the run.
+    task: gives the forward pass.
+    program: model structure and mesh.
+    state: its weights and step stay.
+    batches: this process's rows of training batches.
+    count: of batches.
+
+  Raises:
+    ConfigError: a model without running statistics, or one that normalises by
+      them in training too, so that its activations depend on the old ones.
+  """
+  norm = config.model.norm
+  if norm.kind not in BATCH_KINDS or norm.statistics != 'batch':
+    raise ConfigError(
+      f'eval.reestimate is {count}, but there is nothing to estimate with '
+      f'norm.kind={norm.kind} and norm.statistics={norm.statistics}; set it to '
+      '0'
+    )
+  old, momentum = state.model_state, norm.momentum
+
+  @jax.jit
+  def of_batch(batch):
+    model = program.merge(state.params, old)
+    task.loss(model, batch, step=state.step, train=True)
+    moved = program.model_state(model)
+    return jax.tree.map(
+      lambda r, x: (x - momentum * r) / (1 - momentum), old, moved
+    )
+
+  @jax.jit
+  def add(total, found):
+    return jax.tree.map(jnp.add, total, _powers(found))
+
+  total = jax.tree.map(jnp.zeros_like, old)
+  for _ in range(count):
+    batch = sharding.put_batch(next(batches), program.mesh)
+    total = add(total, of_batch(batch))
+  found = _moments(jax.tree.map(lambda x: x / count, total))
+  return state._replace(model_state=_only_norms(old, found))
+
+
+def _powers(tree):
+  """Mean and mean square of every norm in place of mean and variance."""
+  return _norms(tree, lambda mean, var: (mean, var + mean**2))
+
+
+def _moments(tree):
+  """The inverse of `_powers`."""
+  return _norms(
+    tree, lambda mean, square: (mean, jnp.maximum(square - mean**2, 0))
+  )
+
+
+def _norms(tree, change):
+  """Nested dicts in which `change` was applied to every norm's pair."""
+  if 'mean' in tree and 'var' in tree:
+    mean, var = change(tree['mean'], tree['var'])
+    return {**tree, 'mean': mean, 'var': var}
+  return {
+    key: _norms(value, change) if isinstance(value, dict) else value
+    for key, value in tree.items()
+  }
+
+
+def _only_norms(old, new):
+  """`new` where it is of a norm; other statistics stay."""
+  if 'mean' in old and 'var' in old:
+    return new
+  return {
+    key: _only_norms(value, new[key]) if isinstance(value, dict) else value
+    for key, value in old.items()
+  }

@@ -1,0 +1,118 @@
+"""What the one training loop needs to know of a task.
+
+A task turns a model and a batch into a `Loss`, supplies batches, and says how
+it is evaluated. Another task joins by another class of this shape, not by
+another loop.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from psa_jax import sharding
+from psa_jax.config import Config
+from psa_jax.data import pipeline
+from psa_jax.train.stages import DataIterator, Stage
+from psa_jax.types import Scalar
+
+
+class Loss(NamedTuple):
+  """The loss of a batch in a form that adds over batches.
+
+  Attributes:
+    total: loss summed over what counts; its gradient is the run's.
+    weight: how much counts (tokens, images).
+    sums: other quantities that add up (bytes, hits).
+    means: scalars that are averaged (attention density).
+    auxiliary: what the model adds to the training loss (see `auxiliary`), in
+      the unit of `total`. It is no part of any metric of the text.
+  """
+
+  total: Float[Array, '']
+  weight: Float[Array, '']
+  sums: dict[str, jax.Array]
+  means: dict[str, jax.Array]
+  auxiliary: Float[Array, ''] | float = 0.0
+
+
+def auxiliary(
+  aux: Mapping[str, jax.Array], weight: Float[Array, '']
+) -> Float[Array, '']:
+  """Sum of a model's scalars named `loss/...`, each a mean, times `weight`.
+
+  Divided by the weight of the whole batch it is their mean again, weighted as
+  the loss is, however the batch was cut into micro-batches.
+  """
+  losses = [value for name, value in aux.items() if name.startswith('loss/')]
+  return weight * sum(losses, jnp.float32(0))
+
+
+@runtime_checkable
+class Task(Protocol):
+  """A training task. Batches are dicts of numpy arrays, rows first.
+
+  Attributes:
+    vocab_size: size of the model's output.
+    quality: name of the metric that a run is judged by.
+  """
+
+  vocab_size: int
+  quality: str
+
+  def loss(
+    self,
+    model: nnx.Module,
+    batch: Mapping[str, jax.Array],
+    *,
+    step: Scalar,
+    train: bool,
+    mechanism: str | None = None,
+    budget: Scalar | None = None,
+  ) -> Loss:
+    """The loss of one batch; pure apart from the module's statistics."""
+    ...
+
+  def metrics(self, loss: Loss) -> dict[str, Any]:
+    """What is logged of a loss, `loss` among it; traced or float64."""
+    ...
+
+  def train_iterator(self, stage: Stage) -> DataIterator:
+    """This process's rows of every batch of a stage."""
+    ...
+
+  def evaluate(
+    self,
+    eval_step: Callable[[Any, Any], Loss],
+    state: Any,
+    *,
+    before_batch: Callable[[], None],
+  ) -> dict[str, Any]:
+    """Metrics over the validation data, `loss` and `windows` among them.
+
+    `before_batch` may raise, to stop.
+    """
+    ...
+
+  def baselines(self) -> dict[str, float]:
+    """What a trivial model scores on the same data, for the final table."""
+    ...
+
+
+def eval_batches(
+  config: Config, source: pipeline.Source, mesh: Mesh
+) -> pipeline.EvalBatches:
+  """This process's share of `eval.windows` windows of `source`."""
+  shards = sharding.batch_shards(mesh)
+  rows = max(1, config.train.batch_size[-1] // config.optim.accumulate)
+  return pipeline.eval_batches(
+    source,
+    batch_size=-(-min(rows, config.eval.windows) // shards) * shards,
+    limit=config.eval.windows,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )

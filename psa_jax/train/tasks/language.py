@@ -1,0 +1,118 @@
+"""Language modelling on packed windows of text."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from psa_jax.config import Config, ConfigError
+from psa_jax.data import lm, pipeline
+from psa_jax.data.tokenizer import byte_lengths
+from psa_jax.eval import perplexity
+from psa_jax.train.losses import next_token_loss
+from psa_jax.train.stages import DataIterator, Stage
+from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+
+
+class LanguageModel:
+  """Next-token prediction on packed windows of text."""
+
+  quality = 'bits_per_byte'
+
+  def __init__(self, config: Config, corpus: lm.Corpus, mesh: Mesh):
+    """Looks at the corpus.
+
+    Args:
+      config: the run.
+      corpus: from `lm.build_corpus`.
+      mesh: devices that share the rows of a batch.
+
+    Raises:
+      ConfigError: a model that sees what it is to predict, a vocabulary
+        smaller than the tokenizer's, or a window longer than the text.
+    """
+    if config.model.kind != 'decoder_lm':
+      raise ConfigError(
+        f'model.kind={config.model.kind} sees the next token, so it cannot '
+        'learn to predict it; set model.kind=decoder_lm'
+      )
+    tokenizer = corpus.tokenizer
+    self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if self.vocab_size < tokenizer.vocab_size:
+      raise ConfigError(
+        f'model.vocab_size={self.vocab_size} is below the '
+        f'{tokenizer.vocab_size} of the tokenizer; set it to 0 to take those'
+      )
+    self._config, self._corpus, self._mesh = config, corpus, mesh
+    for seq_len in config.train.seq_len:
+      self._windows(corpus.train, seq_len)
+    lengths = byte_lengths(corpus.tokenizer)
+    spare = self.vocab_size - len(lengths)
+    self._byte_lengths = np.pad(lengths, (0, spare)).astype(np.float32)
+
+  def loss(
+    self, model, batch, *, step, train, mechanism=None, budget=None
+  ) -> Loss:
+    """Nats of the next tokens; `bytes` are those the targets stand for."""
+    cut = self._config.data.cut_documents
+    weights = batch['weights']
+    out = model(
+      batch['inputs'],
+      step=step,
+      positions=batch['positions'],
+      segment_ids=batch['segment_ids'] if cut else None,
+      mask=weights,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+    )
+    total, weight = next_token_loss(
+      model,
+      out.hidden,
+      batch['targets'],
+      weights,
+      chunk=self._config.train.loss_chunk,
+    )
+    size = jnp.asarray(self._byte_lengths)[batch['targets']]
+    sums = {'bytes': jnp.sum(weights * size)}
+    return Loss(total, weight, sums, out.aux, auxiliary(out.aux, weight))
+
+  def metrics(self, loss: Loss) -> dict[str, Any]:
+    """`loss` in nats per token and `bits_per_byte`."""
+    return perplexity.language_metrics(
+      loss.total, loss.weight, loss.sums['bytes']
+    )
+
+  def train_iterator(self, stage: Stage) -> DataIterator:
+    """Shuffled windows of the stage's length, this process's rows."""
+    return pipeline.train_iterator(
+      self._windows(self._corpus.train, stage.seq_len),
+      batch_size=stage.batch_size,
+      seed=stage.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def evaluate(self, eval_step, state, *, before_batch):
+    """Bits per byte and loss (see `perplexity`) of `eval.windows` windows."""
+    config = self._config
+    seq_len = config.eval.seq_len or config.train.seq_len[-1]
+    source = self._windows(self._corpus.validation, seq_len)
+    batches = eval_batches(config, source, self._mesh)
+    found = perplexity.evaluate_lm(
+      eval_step, state, batches, mesh=self._mesh, before_batch=before_batch
+    )
+    return {**found, 'windows': min(config.eval.windows, len(source))}
+
+  def baselines(self) -> dict[str, float]:
+    """Bits per byte of the unigram and the bigram of the training text."""
+    return {
+      'unigram': self._corpus.unigram_bpb,
+      'bigram': self._corpus.bigram_bpb,
+    }
+
+  def _windows(self, packed: lm.Packed, seq_len: int) -> lm.Windows:
+    cut = self._config.data.cut_documents
+    return lm.windows(packed, seq_len=seq_len, cut_documents=cut)

@@ -1,0 +1,116 @@
+"""Questions made on the fly; `data/synthetic` has the tasks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from psa_jax.config import Config, ConfigError
+from psa_jax.data import pipeline, synthetic
+from psa_jax.eval import recall
+from psa_jax.train.losses import answer_loss
+from psa_jax.train.stages import DataIterator, Stage
+from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+
+
+class Recall:
+  """Questions about facts that lie far back; only the answers count."""
+
+  quality = 'accuracy'
+
+  def __init__(self, config: Config, data: synthetic.Recall, mesh: Mesh):
+    """Looks at the task.
+
+    Args:
+      config: the run.
+      data: from `synthetic.build`.
+      mesh: devices that share the rows of a batch.
+
+    Raises:
+      ConfigError: a model that sees the answers ahead, or a vocabulary smaller
+        than the task's.
+    """
+    if config.model.kind != 'decoder_lm':
+      raise ConfigError(
+        f'model.kind={config.model.kind} sees the answers that it is to give; '
+        'set model.kind=decoder_lm'
+      )
+    size = data.config.vocab_size
+    self.vocab_size = config.model.vocab_size or size
+    if self.vocab_size < size:
+      raise ConfigError(
+        f'model.vocab_size={self.vocab_size} is below '
+        f'data.synthetic.vocab_size={size}; set it to 0 to take those'
+      )
+    self._config, self._data, self._mesh = config, data, mesh
+    self._buckets = recall.buckets(
+      seq_len=max(*config.train.seq_len, config.eval.seq_len),
+      needles=data.config.needles,
+    )
+
+  def loss(
+    self, model, batch, *, step, train, mechanism=None, budget=None
+  ) -> Loss:
+    """Nats of the answers; `hits` are questions that are wholly right."""
+    out = model(
+      batch['inputs'],
+      step=step,
+      train=train,
+      mechanism=mechanism,
+      budget=budget,
+    )
+    answers, asked = batch['answers'], batch['weights']
+    total, weight, hits = answer_loss(
+      model, out.hidden, answers, batch['targets'], asked
+    )
+    sums = recall.tally(
+      hits,
+      asked,
+      distances=batch['distances'],
+      positions=answers[..., 0],
+      needles=batch['needles'],
+      by=self._buckets,
+    )
+    sums |= {'hits': jnp.sum(hits * asked), 'questions': jnp.sum(asked)}
+    return Loss(total, weight, sums, out.aux, auxiliary(out.aux, weight))
+
+  def metrics(self, loss: Loss) -> dict[str, Any]:
+    """`loss` in nats per answer token and `accuracy` over questions."""
+    questions = loss.sums['questions']
+    return {
+      'loss': loss.total / (loss.weight + (loss.weight == 0)),
+      'accuracy': loss.sums['hits'] / (questions + (questions == 0)),
+    }
+
+  def train_iterator(self, stage: Stage) -> DataIterator:
+    """Rows of the stage's length, each seen once."""
+    return pipeline.train_iterator(
+      self._data.train(seq_len=stage.seq_len, seed=stage.seed),
+      batch_size=stage.batch_size,
+      seed=stage.seed,
+      shuffle=False,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def evaluate(self, eval_step, state, *, before_batch):
+    """Accuracy (see `eval.recall`) on `eval.windows` rows."""
+    config = self._config
+    rows = self._data.validation(
+      seq_len=config.eval.seq_len or config.train.seq_len[-1],
+      rows=config.eval.windows,
+    )
+    found = recall.evaluate_recall(
+      eval_step,
+      state,
+      eval_batches(config, rows, self._mesh),
+      mesh=self._mesh,
+      by=self._buckets,
+      before_batch=before_batch,
+    )
+    return {**found, 'windows': config.eval.windows}
+
+  def baselines(self) -> dict[str, float]:
+    """Accuracy of guessing."""
+    return {'chance': self._data.chance()}

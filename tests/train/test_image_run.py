@@ -1,0 +1,334 @@
+"""Pictures through the one training loop; folding, export, evaluation."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from psa_jax import config_dict, sharding
+from psa_jax.config import (
+  AttentionConfig,
+  CheckpointConfig,
+  Config,
+  ConfigError,
+  ControllerConfig,
+  DataConfig,
+  EvalConfig,
+  ImageConfig,
+  ModelConfig,
+  NormConfig,
+  OptimConfig,
+  RunError,
+  TrainConfig,
+)
+from psa_jax.data import images
+from psa_jax.recipe import default_workdir, load_recipe
+from psa_jax.train import export, loop, reestimate
+from psa_jax.train import stages as stages_lib
+from psa_jax.train import state as state_lib
+from psa_jax.train.checkpoint import Checkpoints
+from psa_jax.train.losses import label_loss
+from psa_jax.train.state import TrainState
+from psa_jax.train.tasks import make_task
+from psa_jax.train.tasks.vision import shift
+
+STEPS = 6
+
+
+def config(**changes):
+  norm = NormConfig(
+    'prepbn', base='layernorm', decay_steps=4, scale_init=1.0, eta_init=1.0
+  )
+  found = Config(
+    name='pictures',
+    data=DataConfig(source='digits', shift=1),
+    model=ModelConfig(
+      kind='vit',
+      num_layers=2,
+      d_model=16,
+      num_heads=4,
+      num_kv_heads=4,
+      mlp_dim=24,
+      mlp='gelu',
+      biases=True,
+      image=ImageConfig(size=8, channels=1, patch=4),
+      norm=norm,
+    ),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+    train=TrainConfig(
+      steps=(STEPS,), seq_len=(4,), batch_size=(8,), label_smoothing=0.1
+    ),
+    eval=EvalConfig(windows=20, every=3),
+    checkpoint=CheckpointConfig(every=3),
+  )
+  return dataclasses.replace(found, **changes)
+
+
+def pictures():
+  """Two classes that differ in brightness."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(120) % 2
+  pixels = (
+    rng.integers(0, 100, (120, 8, 8, 1)) + 120 * labels[:, None, None, None]
+  )
+  return images.from_arrays(
+    pixels.astype(np.uint8), labels, manifest={'source': 'made up'}
+  )
+
+
+def run(folder, cfg=None, **settings):
+  return loop.train_and_evaluate(
+    cfg or config(), folder, corpus=pictures(), **settings
+  )
+
+
+def metrics(folder):
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_run_learns_reports_and_goes_on(tmp_path):
+  result = run(tmp_path / 'whole')
+  found = result['validation']['dense']
+  assert found['accuracy'] > 0.9 > 0.6 > result['baselines']['majority']
+  assert found['items'] == found['windows'] == 12
+  rows = metrics(tmp_path / 'whole')
+  assert rows[0]['gamma'] == 1 and rows[0]['accuracy'] <= 1
+  # Stopped half-way and started again: the same numbers, bit for bit.
+  half = dataclasses.replace(
+    config(), train=dataclasses.replace(config().train, steps=(3,))
+  )
+  half = dataclasses.replace(
+    half, optim=dataclasses.replace(half.optim, decay_steps=STEPS)
+  )
+  whole = dataclasses.replace(
+    config(), optim=dataclasses.replace(config().optim, decay_steps=STEPS)
+  )
+  run(tmp_path / 'parts', half)
+  again = run(tmp_path / 'parts', whole)
+  assert again['validation']['dense']['loss'] == found['loss']
+
+
+def test_the_exported_model_is_the_folded_one(tmp_path):
+  run(tmp_path)
+  target = loop.export_checkpoint(config(), tmp_path, corpus=pictures())
+  spec = str(target / 'config.json')
+  cfg = load_recipe(spec, [('eval.windows', '24')])
+  assert default_workdir(spec) == target
+  assert cfg.model.norm.kind == 'none' and cfg.eval.windows == 24
+  kept = dataclasses.replace(config(), eval=cfg.eval)
+  want = loop.evaluate_checkpoint(kept, tmp_path, corpus=pictures())
+  got = loop.evaluate_checkpoint(cfg, target, corpus=pictures())
+  assert got['step'] == want['step'] == STEPS
+  want, got = (x['validation']['dense'] for x in (want, got))
+  assert got['accuracy'] == want['accuracy']
+  assert got['loss'] == pytest.approx(want['loss'], abs=1e-5)
+  names = load_file(target / 'model.safetensors')
+  assert not any('norm' in name or 'var' in name for name in names)
+
+
+def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
+  """Four batches of 8 are one of 32: those of one forward pass in training."""
+  still = config(data=DataConfig(source='digits'))
+  run(tmp_path, still)
+  mesh = sharding.make_mesh(still.mesh)
+  task = make_task(still, pictures(), mesh)
+  program = state_lib.make_program(still, task.vocab_size, mesh)
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', read_only=True)
+  # Of one norm with nothing in front of it: the others see their own batch.
+  name = 'attention_norm'
+  with jax.set_mesh(mesh):
+    found = checkpoints.restore_latest(program.abstract)
+    assert found is not None
+    stage = stages_lib.plan(still)[-1]
+    batches = task.train_iterator(stage)
+    got = reestimate.reestimate(
+      still, task, program, found.state, batches, count=4
+    )
+    again = task.train_iterator(stage)
+    rows = [next(again) for _ in range(4)]
+    x = jnp.asarray(np.concatenate([row['images'] for row in rows]))
+    model = program.merge(found.state.params, found.state.model_state)
+    x = np.asarray(model.embed(pictures().normalize(x)), np.float64)
+  stats = got.model_state['layers'][name]
+  x = x.reshape(-1, x.shape[-1])
+  np.testing.assert_allclose(stats['mean'][0], x.mean(0), atol=1e-5)
+  np.testing.assert_allclose(stats['var'][0], x.var(0), rtol=1e-4)
+  old = found.state.model_state['layers'][name]
+  assert np.abs(stats['mean'] - old['mean']).max() > 1e-3
+  for part in ('params', 'step'):
+    same = jax.tree.map(
+      lambda a, b: bool((a == b).all()),
+      getattr(got, part),
+      getattr(found.state, part),
+    )
+    assert jax.tree.all(same)
+
+
+def test_statistics_anew_in_evaluation_and_export(tmp_path):
+  run(tmp_path)
+  new = config(eval=EvalConfig(windows=12, reestimate=3))
+  found = loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
+  target = loop.export_checkpoint(new, tmp_path, corpus=pictures())
+  cfg = load_recipe(str(target / 'config.json'))
+  folded = loop.evaluate_checkpoint(cfg, target, corpus=pictures())
+  old = loop.evaluate_checkpoint(
+    config(eval=EvalConfig(windows=12)), tmp_path, corpus=pictures()
+  )
+  new, folded, old = (
+    x['validation']['dense']['loss'] for x in (found, folded, old)
+  )
+  assert new == pytest.approx(folded, abs=1e-5)
+  assert abs(new - old) > 1e-4
+
+
+def test_without_statistics_there_is_nothing_to_estimate(tmp_path):
+  model = dataclasses.replace(config().model, norm=NormConfig('layernorm'))
+  cfg = config(model=model)
+  run(tmp_path, cfg)
+  new = dataclasses.replace(cfg, eval=EvalConfig(windows=12, reestimate=3))
+  with pytest.raises(ConfigError, match='nothing to estimate.*set it to 0'):
+    loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
+
+
+def test_exports_of_another_model_are_refused(tmp_path):
+  run(tmp_path)
+  target = loop.export_checkpoint(config(), tmp_path, corpus=pictures())
+  cfg = load_recipe(str(target / 'config.json'))
+  path = target / 'model.safetensors'
+  arrays = load_file(path)
+  meta = {'step': '6'}
+
+  def check(error, words):
+    with pytest.raises(error, match=words):
+      loop.evaluate_checkpoint(cfg, target, corpus=pictures())
+
+  first = min(arrays)
+  save_file({**arrays, 'params/more': arrays[first]}, path, metadata=meta)
+  check(ConfigError, 'also holds params/more')
+  less = {k: v for k, v in arrays.items() if k != first}
+  save_file(less, path, metadata=meta)
+  check(ConfigError, f'{first} has shape .*, the file has none')
+  save_file({**arrays, first: arrays[first][:1]}, path, metadata=meta)
+  check(ConfigError, 'the file has one of shape')
+  save_file(arrays, path)
+  check(RunError, 'cannot read .*export the model again')
+  path.write_bytes(b'no tensors')
+  check(RunError, 'cannot read .*export the model again')
+
+
+def test_what_does_not_export_says_why(tmp_path):
+  with pytest.raises(RunError, match='no checkpoint'):
+    loop.export_checkpoint(config(), tmp_path, corpus=pictures())
+  early = dataclasses.replace(
+    config(), train=dataclasses.replace(config().train, steps=(3,))
+  )
+  run(tmp_path, early)
+  with pytest.raises(ConfigError, match='at step 3 PRepBN is still 25%'):
+    loop.export_checkpoint(early, tmp_path, corpus=pictures())
+  rules = dataclasses.replace(early.train, controller=ControllerConfig('loss'))
+  controlled = dataclasses.replace(early, train=rules)
+  with pytest.raises(ConfigError, match='controller sets the budget'):
+    export.save(tmp_path, controlled, TrainState(3, {}, {}, (), 0))
+  assert not (tmp_path / 'export').exists()
+
+
+def test_pictures_that_do_not_fit_the_model(tmp_path):
+  model = config().model
+  wide = dataclasses.replace(model, image=ImageConfig(16, 1, 4))
+  with pytest.raises(ConfigError, match='are 8 x 8 with 1 channels; set'):
+    run(tmp_path, config(model=wide))
+  fine = dataclasses.replace(model, image=ImageConfig(8, 1, 2))
+  with pytest.raises(ConfigError, match='are 16 tokens; set train.seq_len'):
+    run(tmp_path, config(model=fine))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'data.source': 'sotu'}, "source is 'sotu' and .*vit reads pictures"),
+    ({'model.kind': 'encoder'}, 'nothing else does'),
+    ({'model.image.patch': 3}, 'patch is 3, but it must divide'),
+    ({'data.shift': 8}, 'shift is 8, but it must be below'),
+    ({'train.label_smoothing': 1.0}, 'label_smoothing is 1.0'),
+  ],
+)
+def test_settings_that_cannot_be(changes, words):
+  with pytest.raises(ConfigError, match=words):
+    config_dict.from_config_dict(
+      config_dict.to_dict(config()), [(k, str(v)) for k, v in changes.items()]
+    )
+
+
+def test_text_has_no_keys_of_pictures():
+  for key, value in (('data.shift', '1'), ('eval.split', 'test')):
+    with pytest.raises(ConfigError, match=f'{key} is .*only pictures have it'):
+      config_dict.from_config_dict({}, [(key, value)])
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.3])
+def test_label_loss_against_float64(smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 4)).astype(np.float32)
+  labels, weights = rng.integers(0, 4, 6), rng.choice([0.0, 1.0, 2.0], 6)
+  p = np.exp(np.float64(logits))
+  log_p = np.log(p / p.sum(-1, keepdims=True))
+  aim = np.full((6, 4), smoothing / 4)
+  aim[np.arange(6), labels] += 1 - smoothing
+  got = label_loss(
+    jnp.asarray(logits),
+    jnp.asarray(labels, jnp.int32),
+    jnp.asarray(weights, jnp.float32),
+    smoothing=smoothing,
+  )
+  np.testing.assert_allclose(
+    got[0], -((aim * log_p).sum(-1) * weights).sum(), rtol=1e-5
+  )
+  assert got[1] == ((logits.argmax(-1) == labels) * weights).sum()
+
+
+def test_shift_moves_whole_pictures():
+  """Every picture is found again at one of the places, over black."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(1, 256, (40, 5, 5, 1)).astype(np.uint8)
+  got = np.asarray(shift(jnp.asarray(pixels), jax.random.key(0), most=1))
+  wide = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  seen = set()
+  for one, around in zip(got, wide, strict=True):
+    at = [
+      (r, c)
+      for r in range(3)
+      for c in range(3)
+      if (one == around[r : r + 5, c : c + 5]).all()
+    ]
+    assert len(at) == 1
+    seen.add(at[0])
+  assert len(seen) == 9
+
+
+def test_a_resolved_configuration_is_a_recipe(tmp_path):
+  path = tmp_path / 'config.json'
+  with pytest.raises(ConfigError, match='there is no configuration'):
+    load_recipe(str(path))
+  path.write_text(json.dumps(config_dict.to_dict(config())))
+  assert load_recipe(str(path)) == config()
+  with pytest.raises(ConfigError, match='takes no argument :quick'):
+    load_recipe(f'{path}:quick')
+  path.write_text('[1]')
+  with pytest.raises(ConfigError, match='is no JSON object'):
+    load_recipe(str(path))
+  path.write_text('{')
+  with pytest.raises(ConfigError, match='cannot read the configuration'):
+    load_recipe(str(path))
+
+
+def test_attention_arms_train(tmp_path):
+  model = dataclasses.replace(config().model, attention=AttentionConfig('sla'))
+  short = dataclasses.replace(config().train, steps=(2,))
+  cfg = config(model=model, train=short, optim=OptimConfig(warmup_steps=1))
+  result = run(tmp_path, dataclasses.replace(cfg, eval=EvalConfig(windows=8)))
+  assert np.isfinite(result['validation']['sla']['loss'])
