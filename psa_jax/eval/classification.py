@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from psa_jax import sharding
-from psa_jax.config import RunError
+from psa_jax.eval import totals
 
 
 def metrics(nats: Any, hits: Any, count: Any) -> dict[str, Any]:
@@ -46,17 +45,16 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  nats = hits = items = 0.0
-  means: dict[str, float] = {}
-  for batch in batches:
-    before_batch()
-    loss = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
-    weight = float(loss.weight)
-    nats, items = nats + float(loss.total), items + weight
-    hits += float(loss.sums['hits'])
-    for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + weight * float(value)
-  if not items:
-    raise RunError('there is nothing to judge in the split eval.split')
-  means = {name: value / items for name, value in means.items()}
-  return {**metrics(nats, hits, items), **means, 'items': int(items)}
+  found = totals.add_up(
+    eval_step,
+    state,
+    batches,
+    mesh=mesh,
+    before_batch=before_batch,
+    mend='there is nothing to judge in the split eval.split',
+  )
+  return {
+    **metrics(found.total, float(found.sums['hits']), found.weight),
+    **found.means,
+    'items': int(found.weight),
+  }

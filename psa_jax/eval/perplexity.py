@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from psa_jax import sharding
-from psa_jax.config import RunError
+from psa_jax.eval import totals
 
 _LN2 = float(np.log(2.0))
 
@@ -56,24 +55,18 @@ def evaluate_lm(
   Raises:
     RunError: no validation token counts.
   """
-  sums = {'nats': 0.0, 'tokens': 0.0, 'bytes': 0.0}
-  means = {}
-  for batch in batches:
-    before_batch()
-    loss = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
-    weight = float(loss.weight)
-    sums['nats'] += float(loss.total)
-    sums['tokens'] += weight
-    sums['bytes'] += float(loss.sums['bytes'])
-    for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + weight * float(value)
-  if not sums['tokens']:
-    raise RunError(
-      'there is no validation token: the validation split has no window of '
-      'this length; shorten eval.seq_len or use more text'
-    )
+  found = totals.add_up(
+    eval_step,
+    state,
+    batches,
+    mesh=mesh,
+    before_batch=before_batch,
+    mend='there is no validation token: the validation split has no window of '
+    'this length; shorten eval.seq_len or use more text',
+  )
+  size = float(found.sums['bytes'])
   return {
-    **language_metrics(sums['nats'], sums['tokens'], sums['bytes']),
-    **{name: value / sums['tokens'] for name, value in means.items()},
-    'tokens': int(sums['tokens']),
+    **language_metrics(found.total, found.weight, size),
+    **found.means,
+    'tokens': int(found.weight),
   }

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax import sharding
-from psa_jax.config import RunError
+from psa_jax.eval import totals
 
 _FIRST_DISTANCE = 16
 _DEPTHS = 5
@@ -130,24 +129,19 @@ def evaluate_recall(
   Raises:
     RunError: no question counts.
   """
-  sums: dict[str, Any] = {'nats': 0.0, 'tokens': 0.0}
-  means = {}
-  for batch in batches:
-    before_batch()
-    loss = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
-    weight = float(loss.weight)
-    sums['nats'] += float(loss.total)
-    sums['tokens'] += weight
-    for name, value in loss.sums.items():
-      sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
-    for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + weight * float(value)
-  if not sums['tokens']:
-    raise RunError('there is no question to evaluate; raise eval.windows')
+  found = totals.add_up(
+    eval_step,
+    state,
+    batches,
+    mesh=mesh,
+    before_batch=before_batch,
+    mend='there is no question to evaluate; raise eval.windows',
+  )
+  sums = found.sums
   return {
-    'loss': sums['nats'] / sums['tokens'],
+    'loss': found.total / found.weight,
     'accuracy': float(sums['hits'] / sums['questions']),
-    **{name: value / sums['tokens'] for name, value in means.items()},
+    **found.means,
     'questions': int(sums['questions']),
     'by': {
       kind: [

@@ -5,14 +5,20 @@ from flax import nnx
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models.decoder_lm import DecoderLM as DecoderLM
 from psa_jax.models.encoder import Encoder as Encoder
+from psa_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from psa_jax.models.transformer import ModelOut as ModelOut
 from psa_jax.models.vit import ViT as ViT
 
-MODELS = {'decoder_lm': DecoderLM, 'encoder': Encoder, 'vit': ViT}
+MODELS = {
+  'decoder_lm': DecoderLM,
+  'encoder': Encoder,
+  'vit': ViT,
+  'encoder_decoder': EncoderDecoder,
+}
 
 
 def build(
-  config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs
+  config: ModelConfig, vocab_size: int, *, classes: int = 0, rngs: nnx.Rngs
 ) -> nnx.Module:
   """Creates the model that `config.kind` names.
 
@@ -22,7 +28,8 @@ def build(
   Args:
     config: the model.
     vocab_size: V of the tokenizer, which `config.vocab_size` overrides, or the
-      number of classes.
+      number of classes that a vision Transformer tells apart.
+    classes: outputs of an encoder's head; 0 leaves the head out.
     rngs: the stream `params` draws the initial values.
 
   Raises:
@@ -32,4 +39,5 @@ def build(
     raise ConfigError(
       f'unknown model.kind {config.kind!r}; one of {", ".join(MODELS)}'
     )
-  return MODELS[config.kind](config, vocab_size, rngs=rngs)
+  given = {'classes': classes} if classes else {}
+  return MODELS[config.kind](config, vocab_size, **given, rngs=rngs)

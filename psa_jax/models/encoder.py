@@ -4,24 +4,51 @@ Every token sees every other one of its document. Positions are rotary, so
 nothing is added to the embedding and there is no special first token; `pool`
 takes the mean of the tokens.
 
+A head of `classes` outputs reads the mean of a text (`classify`) or every token
+(`label`).
+
 Padding is what has segment id 0: no token reads it, it counts in no norm
 statistics and in no mean, and cascade pruning drops it first. Without segment
 ids every token is text.
 
-Not done: segment (sentence A, sentence B) embeddings, and losses.
+Not done: segment (sentence A, sentence B) embeddings.
 """
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from psa_jax.config import ModelConfig
 from psa_jax.models.cascade import PADDING
 from psa_jax.models.transformer import ModelOut, Transformer
 
 
 class Encoder(Transformer):
-  """A bidirectional Transformer."""
+  """A bidirectional Transformer.
+
+  Attributes:
+    head: [D, classes], 0 at first, and head_bias [classes]; None without
+      classes.
+  """
 
   causal = False
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    classes: int = 0,
+    rngs: nnx.Rngs,
+  ):
+    """See `Transformer`; `classes` is the size of the head, 0 for none."""
+    super().__init__(config, vocab_size, rngs=rngs)
+    head = bias = None
+    if classes:
+      dtype = jnp.dtype(config.param_dtype)
+      head = nnx.Param(jnp.zeros((config.d_model, classes), dtype))
+      bias = nnx.Param(jnp.zeros((classes,), dtype))
+    self.head, self.head_bias = head, bias
 
   def __call__(
     self,
@@ -46,6 +73,20 @@ class Encoder(Transformer):
     return super().__call__(
       tokens, segment_ids=segment_ids, mask=mask, **settings
     )
+
+  def classify(
+    self,
+    hidden: Float[Array, 'B T D'],
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B V']:
+    """Logits of every text in f32, from what `__call__` gives."""
+    return self.label(pool(hidden, segment_ids)[:, None])[:, 0]
+
+  def label(self, hidden: Float[Array, 'B W D']) -> Float[Array, 'B W V']:
+    """Logits of every token in f32."""
+    head = self.head[...].astype(jnp.float32)
+    bias = self.head_bias[...].astype(jnp.float32)
+    return hidden.astype(jnp.float32) @ head + bias[None, None]
 
 
 def pool(

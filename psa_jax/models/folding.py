@@ -9,8 +9,8 @@ ordinary parameters, which build, run and save like any other.
 
 Refused, because something else reads the norm or the result would not be the
 same: `nsa` and `dsa` (their compression, gates and indexer read it too),
-quantised training (the folded weights round differently), and an encoder
-without a head.
+quantised training (the folded weights round differently), an encoder without a
+head, and an encoder_decoder.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def fold(
   Raises:
     ConfigError: the norms do not fold, saying why.
   """
-  _check(config, step)
+  _check(config, step, 'head' in params)
   params, model_state = _copy(params), _copy(model_state)
 
   def norm(tree, state, name):
@@ -102,7 +102,7 @@ def _following(norm: ScaleShift, tree: Tree, names: Mapping[str, str]) -> None:
       )
 
 
-def _check(config: ModelConfig, step: int) -> None:
+def _check(config: ModelConfig, step: int, has_head: bool) -> None:
   kind = config.norm.kind
   if kind not in BATCH_KINDS:
     raise ConfigError(
@@ -126,8 +126,13 @@ def _check(config: ModelConfig, step: int) -> None:
       'model.quant.enabled is on: folded weights would be rounded differently; '
       'turn it off to fold'
     )
-  if config.kind == 'encoder':
-    raise ConfigError('an encoder has no head that its last norm folds into')
+  if config.kind == 'encoder_decoder':
+    raise ConfigError(
+      'an encoder_decoder does not fold: three norms of a layer and the '
+      "encoder's would each need a rule"
+    )
+  if config.kind == 'encoder' and not has_head:
+    raise ConfigError('an encoder without a head keeps its last norm')
 
 
 def _without_empty(tree: Tree) -> Tree:

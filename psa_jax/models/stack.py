@@ -89,7 +89,7 @@ def apply_layers(
 
     scan = config.scan_layers
     layer = remat(layer, config.remat, in_scan=scan)
-    loop = jax.lax.scan if scan else _unrolled
+    loop = jax.lax.scan if scan else unrolled
     x, (moved, aux) = loop(layer, x, arrays)
     aux = {name: jnp.mean(values) for name, values in aux.items()}
   if train:
@@ -97,7 +97,7 @@ def apply_layers(
   return x, aux
 
 
-def _unrolled(body, carry, stacked):
+def unrolled(body, carry, stacked):
   """`lax.scan` as a Python loop."""
   outputs = []
   for index in range(jax.tree.leaves(stacked)[0].shape[0]):

@@ -4,10 +4,6 @@
 
 The running statistics that the layers moved are written to the module; a
 caller under `jax.jit` has to return them in turn (see `stack.py`).
-
-The table's entries start with a standard deviation of 0.5 / sqrt(D), so that
-the blocks outweigh the embedding in the residual stream and, where it is the
-output matrix too, logits start at 0.5 around 0.
 """
 
 from typing import NamedTuple
@@ -17,14 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from psa_jax.attention.projections import fan_in, head_dim
+from psa_jax.attention.projections import head_dim
 from psa_jax.attention.rotary import Rotary, rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models import stack
+from psa_jax.models.output import TABLE
 from psa_jax.norm import Norm, gamma
 from psa_jax.types import Scalar
-
-TABLE = fan_in(1, 0, scale=0.25)  # initial values of the table
 
 
 class ModelOut(NamedTuple):

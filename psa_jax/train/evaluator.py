@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from psa_jax.config import Config, RunError
+from psa_jax.eval import flops
 from psa_jax.train import step as step_lib
 from psa_jax.train.state import Program, TrainState
-from psa_jax.train.tasks import Loss, Task
+from psa_jax.train.tasks import Generator, Loss, Task
 
 
 class Evaluator:
@@ -25,6 +26,7 @@ class Evaluator:
       program: model structure and mesh.
     """
     self._task, self._program = task, program
+    self._model = config.model
     self._steps: dict[str, _TimedStep] = {}
     self.seq_len = config.eval.seq_len or config.train.seq_len[-1]
     name = config.model.attention.name
@@ -55,6 +57,10 @@ class Evaluator:
     step = self._steps[mechanism]
     step.seconds = 0.0
     found = self._task.evaluate(step, state, before_batch=before_batch)
+    if isinstance(self._task, Generator):
+      found |= self._task.generate(
+        self._program, state, mechanism=mechanism, before_batch=before_batch
+      )
     if not math.isfinite(found['loss']):
       raise RunError(
         f'step {int(state.step)}: the validation loss with {mechanism} '
@@ -65,6 +71,9 @@ class Evaluator:
       'seq_len': self.seq_len,
       **found,
       'seconds_per_window': step.seconds / found['windows'],
+      'flops_per_window': flops.forward(
+        self._model, self._program.abstract.params, self.seq_len, found
+      ),
     }
 
 

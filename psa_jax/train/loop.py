@@ -102,7 +102,9 @@ def evaluate_checkpoint(
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, corpus or load_data(config), mesh)
-  program = state_lib.make_program(config, task.vocab_size, mesh)
+  program = state_lib.make_program(
+    config, task.vocab_size, mesh, classes=task.classes
+  )
   with jax.set_mesh(mesh):
     if (folder / export.WEIGHTS).exists():
       state = export.load(folder, program)
@@ -111,7 +113,9 @@ def evaluate_checkpoint(
     evaluate = Evaluator(config, task, program)
     validation = {name: evaluate(state, name) for name in evaluate.mechanisms}
   step = int(state.step)
-  result = result_lib.evaluation(config, step, validation, task.baselines())
+  result = result_lib.evaluation(
+    config, step, validation, task.baselines(), task.quality
+  )
   result_lib.show(console, f'{config.name} at step {step}', result)
   return result
 
@@ -140,7 +144,9 @@ def export_checkpoint(
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   task = make_task(config, corpus or load_data(config), mesh)
-  program = state_lib.make_program(config, task.vocab_size, mesh)
+  program = state_lib.make_program(
+    config, task.vocab_size, mesh, classes=task.classes
+  )
   with jax.set_mesh(mesh):
     state = _restored(config, folder, task, program, console)
     _, target = export.save(folder, config, state)

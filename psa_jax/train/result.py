@@ -22,9 +22,18 @@ from psa_jax.train.console import Console, Table, clock
 
 RESULT = 'result.json'
 _ROWS = 5
+_SHARES = {
+  'density': 'density',
+  'cross_density': 'density of reading the source',
+  'kept_tokens': 'tokens kept',
+  'kept_heads': 'heads kept',
+}
 _QUALITY = {
   'bits_per_byte': ('bits per byte', '.4f'),
   'accuracy': ('accuracy', '.1%'),
+  'macro_f1': ('macro-F1', '.3f'),
+  'span_f1': ('span F1', '.3f'),
+  'bleu': ('BLEU', '.1f'),
 }
 
 
@@ -34,6 +43,7 @@ def build(
   rows: Sequence[Mapping[str, Any]],
   validation: Mapping[str, Mapping[str, Any]],
   baselines: Mapping[str, float],
+  quality: str,
   seconds: float,
 ) -> dict[str, Any]:
   """Collects what a finished run reached and what it cost.
@@ -43,12 +53,13 @@ def build(
     rows: of `metrics.jsonl`.
     validation: metrics by attention mechanism, at the last step.
     baselines: what trivial models score.
+    quality: the metric that the run is judged by.
     seconds: time of training, over all starts.
   """
   plan = stages_lib.plan(config)
   total = plan[-1].end
   return {
-    **evaluation(config, total, validation, baselines),
+    **evaluation(config, total, validation, baselines, quality),
     'tokens': stages_lib.tokens_seen(plan, total),
     'train_seconds': seconds,
     'config': config_dict.to_dict(config),
@@ -61,6 +72,7 @@ def evaluation(
   step: int,
   validation: Mapping[str, Mapping[str, Any]],
   baselines: Mapping[str, float],
+  quality: str,
 ) -> dict[str, Any]:
   """What an evaluation found, and the memory it took; see `build`."""
   memory, what = peak_memory()
@@ -70,6 +82,8 @@ def evaluation(
     'mechanism': config.model.attention.name,
     'validation': {name: dict(found) for name, found in validation.items()},
     'baselines': dict(baselines),
+    'quality': quality,
+    'split': config.eval.split,
     'peak_memory_bytes': memory,
     'peak_memory_of': what,
   }
@@ -125,8 +139,10 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
   return [
     *_quality(result),
     *(
-      (f'seconds per window, {name}', _seconds(found['seconds_per_window']))
+      (f'{label}, {name}', form(found[metric]))
       for name, found in result['validation'].items()
+      for metric, label, form in _COSTS
+      if metric in found
     ),
     _memory(result),
   ]
@@ -149,20 +165,21 @@ def peak_memory() -> tuple[int, str]:
 def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """How good the model is, its dense reading and the baselines are."""
   found = result['validation'][result['mechanism']]
-  unit = 'pictures' if 'items' in found else 'windows'
-  context = f'{found["windows"]} {unit} of {found["seq_len"]:,} tokens'
-  rows = [('validation', context)]
+  context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
+  rows = [(result['split'], context)]
   for name, found in result['validation'].items():
     for metric, (label, form) in _QUALITY.items():
       if metric in found:
         rows.append((f'{label}, {name} attention', f'{found[metric]:{form}}'))
-    rows.append((f'density, {name} attention', f'{found["density"]:.1%}'))
+    if 'bleu_signature' in found:
+      rows.append(('sacrebleu', found['bleu_signature']))
+    for metric, label in _SHARES.items():
+      if metric in found:
+        rows.append((f'{label}, {name} attention', f'{found[metric]:.1%}'))
+  label, form = _QUALITY[result['quality']]
+  suffix = ', all validation text' if label == 'bits per byte' else ''
   for name, value in result['baselines'].items():
-    if 'accuracy' in found:
-      rows.append((f'accuracy, {name}', f'{value:.1%}'))
-    else:
-      label = f'bits per byte, {name}, all validation text'
-      rows.append((label, f'{value:.4f}'))
+    rows.append((f'{label}, {name}{suffix}', f'{value:{form}}'))
   return rows
 
 
@@ -185,8 +202,19 @@ def _memory(result) -> tuple[str, str]:
   return f'peak memory ({result["peak_memory_of"]})', f'{used:,.0f} MiB'
 
 
+def _flops(value: float) -> str:
+  return f'{value:.3g}'
+
+
 def _seconds(value: float) -> str:
   return f'{value:.3f}' if value >= 0.01 else f'{value:.2g}'
+
+
+_COSTS = (
+  ('seconds_per_window', 'seconds per window', _seconds),
+  ('seconds_per_translation', 'seconds per translation', _seconds),
+  ('flops_per_window', 'FLOPs per window', _flops),
+)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -85,7 +85,7 @@ class Run:
     )
     self.task = make_task(config, corpus, self.mesh)
     self.program = state_lib.make_program(
-      config, self.task.vocab_size, self.mesh
+      config, self.task.vocab_size, self.mesh, classes=self.task.classes
     )
     self.train_step = step_lib.make_train_step(config, self.task, self.program)
     self.evaluate = Evaluator(config, self.task, self.program)
@@ -165,6 +165,7 @@ class Run:
       rows=self.log.rows,
       validation=validation,
       baselines=self.task.baselines(),
+      quality=self.task.quality,
       seconds=self._timer.total(),
     )
     if jax.process_index() == 0:

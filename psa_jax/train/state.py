@@ -56,12 +56,14 @@ class Program(NamedTuple):
     optimizer: gradients to directions (see `optim.make_optimizer`).
     mesh: devices.
     abstract: shape, dtype and sharding of every array of the state.
+    classes: outputs of the model's head; 0 for none.
   """
 
   graphdef: Any
   optimizer: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState
+  classes: int = 0
 
   def merge(self, params: Any, model_state: Any) -> nnx.Module:
     """The module with these arrays in it."""
@@ -77,13 +79,16 @@ class Program(NamedTuple):
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
-def make_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
+def make_program(
+  config: Config, vocab_size: int, mesh: Mesh, *, classes: int = 0
+) -> Program:
   """Builds the model and its state abstractly; allocates nothing.
 
   Args:
     config: the run.
     vocab_size: the tokenizer's.
     mesh: from `sharding.make_mesh`.
+    classes: outputs of an encoder's head.
 
   Raises:
     ConfigError: a model that cannot be built.
@@ -92,7 +97,7 @@ def make_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
   structure = {}
 
   def init():
-    graphdef, state = _create(config, vocab_size, optimizer, 0)
+    graphdef, state = _create(config, vocab_size, classes, optimizer, 0)
     structure['graphdef'] = graphdef
     return state
 
@@ -104,7 +109,7 @@ def make_program(config: Config, vocab_size: int, mesh: Mesh) -> Program:
     shapes,
     shardings,
   )
-  return Program(structure['graphdef'], optimizer, mesh, abstract)
+  return Program(structure['graphdef'], optimizer, mesh, abstract, classes)
 
 
 def abstract_state(config: Config, vocab_size: int, mesh: Mesh) -> TrainState:
@@ -116,7 +121,9 @@ def init_state(config: Config, vocab_size: int, program: Program) -> TrainState:
   """The state before the first step, each shard built where it lives."""
 
   def init(seed):
-    return _create(config, vocab_size, program.optimizer, seed)[1]
+    return _create(
+      config, vocab_size, program.classes, program.optimizer, seed
+    )[1]
 
   # It runs once: on a CPU, optimising it takes several times longer than it
   # saves.
@@ -172,9 +179,11 @@ def adopt(
   return state._replace(params=params, model_state=model_state), new
 
 
-def _create(config, vocab_size, optimizer, seed):
+def _create(config, vocab_size, classes, optimizer, seed):
   rngs = nnx.Rngs(jax.random.key(seed))
-  model = models.build(config.model, vocab_size, rngs=rngs)
+  model = models.build(
+    config.model, vocab_size, classes=classes, rngs=rngs
+  )
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   params = nnx.to_pure_dict(params)
   state = TrainState(

@@ -2,19 +2,30 @@
 
 from jax.sharding import Mesh
 
-from psa_jax.config import Config
-from psa_jax.data import images, lm, synthetic
+from psa_jax.config import TAGGED, Config
+from psa_jax.data import images, labelled, lm, parallel, synthetic, tagged
+from psa_jax.train.tasks.base import Generator as Generator
 from psa_jax.train.tasks.base import Loss as Loss
 from psa_jax.train.tasks.base import Task as Task
 from psa_jax.train.tasks.base import auxiliary as auxiliary
+from psa_jax.train.tasks.labels import TextClassification as TextClassification
+from psa_jax.train.tasks.labels import TokenLabelling as TokenLabelling
 from psa_jax.train.tasks.language import LanguageModel as LanguageModel
 from psa_jax.train.tasks.recall import Recall as Recall
+from psa_jax.train.tasks.translation import Translation as Translation
 from psa_jax.train.tasks.vision import (
   ImageClassification as ImageClassification,
 )
 
 # What a run's data may be; each has a `manifest`.
-Data = lm.Corpus | synthetic.Recall | images.ImageSet
+Data = (
+  lm.Corpus
+  | synthetic.Recall
+  | images.ImageSet
+  | labelled.LabelledSet
+  | tagged.TaggedSet
+  | parallel.ParallelSet
+)
 
 
 def load_data(config: Config) -> Data:
@@ -26,6 +37,11 @@ def load_data(config: Config) -> Data:
   """
   if config.model.kind == 'vit':
     return images.load(config.data)
+  if config.model.kind == 'encoder':
+    tags = config.data.source in TAGGED or config.data.words_key
+    return tagged.load(config.data) if tags else labelled.load(config.data)
+  if config.model.kind == 'encoder_decoder':
+    return parallel.load(config.data)
   if config.data.source.startswith('synthetic:'):
     return synthetic.build(config)
   return lm.build_corpus(config.data)
@@ -35,6 +51,12 @@ def make_task(config: Config, data: Data, mesh: Mesh) -> Task:
   """The task on data from `load_data`; raises as its class does."""
   if isinstance(data, images.ImageSet):
     return ImageClassification(config, data, mesh)
+  if isinstance(data, labelled.LabelledSet):
+    return TextClassification(config, data, mesh)
+  if isinstance(data, tagged.TaggedSet):
+    return TokenLabelling(config, data, mesh)
+  if isinstance(data, parallel.ParallelSet):
+    return Translation(config, data, mesh)
   if isinstance(data, synthetic.Recall):
     return Recall(config, data, mesh)
   return LanguageModel(config, data, mesh)

@@ -57,11 +57,13 @@ class Task(Protocol):
   """A training task. Batches are dicts of numpy arrays, rows first.
 
   Attributes:
-    vocab_size: size of the model's output.
+    vocab_size: size of the model's vocabulary, or of a vision model's output.
+    classes: outputs of an encoder's head; 0 for none.
     quality: name of the metric that a run is judged by.
   """
 
   vocab_size: int
+  classes: int
   quality: str
 
   def loss(
@@ -100,6 +102,22 @@ class Task(Protocol):
 
   def baselines(self) -> dict[str, float]:
     """What a trivial model scores on the same data, for the final table."""
+    ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+  """What a task has in addition if it is judged by what its model writes."""
+
+  def generate(
+    self,
+    program: Any,
+    state: Any,
+    *,
+    mechanism: str | None,
+    before_batch: Callable[[], None],
+  ) -> dict[str, Any]:
+    """Metrics of what the model writes for the judged data."""
     ...
 
 

@@ -20,6 +20,7 @@ class LanguageModel:
   """Next-token prediction on packed windows of text."""
 
   quality = 'bits_per_byte'
+  classes = 0
 
   def __init__(self, config: Config, corpus: lm.Corpus, mesh: Mesh):
     """Looks at the corpus.

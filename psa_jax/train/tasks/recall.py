@@ -18,6 +18,7 @@ class Recall:
   """Questions about facts that lie far back; only the answers count."""
 
   quality = 'accuracy'
+  classes = 0
 
   def __init__(self, config: Config, data: synthetic.Recall, mesh: Mesh):
     """Looks at the task.

@@ -19,6 +19,7 @@ class ImageClassification:
   """Labels of pictures of one size."""
 
   quality = 'accuracy'
+  classes = 0
 
   def __init__(self, config: Config, data: images.ImageSet, mesh: Mesh):
     """Looks at the pictures.

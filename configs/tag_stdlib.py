@@ -1,0 +1,102 @@
+"""What is each word of a program? A bidirectional encoder, span F1.
+
+The data is Python's own standard library, its one-file modules: names of
+functions, classes and parameters where they are defined, modules that are
+imported, and attributes, as IOB2 tags from the syntax tree. Of ten modules eight
+train, one judges the run and one is the test split
+(`--config.eval.split=test`). The tag that a word has most often in training is
+the baseline that every run prints.
+
+The argument is a key of `ARGS`.
+
+  python launch.py --config=configs/tag_stdlib.py
+  python launch.py --config=configs/tag_stdlib.py:topk
+
+Another set with tags, prepared once by `python -m psa_jax.data.prepare`:
+
+  --config.data.source=tfds:conll2003 --config.data.words_key=tokens
+  --config.data.label_key=ner
+"""
+
+from ml_collections import ConfigDict
+
+STEPS = 600
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The recipe named `arg`, a key of `ARGS`."""
+  steps = STEPS // 15 if arg == 'quick' else STEPS
+  recipe = _base(steps)
+  recipe['model'] |= ARGS[arg](steps)
+  recipe['name'] = f'tag_stdlib_{arg}' if arg else 'tag_stdlib'
+  return ConfigDict(recipe)
+
+
+def dense(steps: int) -> dict:
+  """Dense attention.
+
+  Command: python launch.py --config=configs/tag_stdlib.py
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  del steps
+  return {}
+
+
+def quick(steps: int) -> dict:
+  """A fifteenth of the steps: does it run?
+
+  Command: python launch.py --config=configs/tag_stdlib.py:quick
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  return dense(steps)
+
+
+def topk(steps: int) -> dict:
+  """The best eighth of the tokens, from half of the steps on.
+
+  Command: python launch.py --config=configs/tag_stdlib.py:topk
+  Cost: not measured yet.
+  Expected: not measured yet.
+  """
+  keep = {
+    'kind': 'linear',
+    'init': 1.0,
+    'final': 0.125,
+    'begin': steps // 4,
+    'length': steps // 4,
+  }
+  return {'attention': {'name': 'topk', 'topk': {'keep': keep}}}
+
+
+ARGS = {'': dense, 'quick': quick, 'topk': topk}
+
+
+def _base(steps):
+  return {
+    'data': {
+      'source': 'stdlib_tags',
+      'tokenizer': 'bpe:4096',
+      'word_dropout': 0.1,
+    },
+    'model': {
+      'kind': 'encoder',
+      'num_layers': 2,
+      'd_model': 128,
+      'num_heads': 4,
+      'num_kv_heads': 4,
+      'mlp_dim': 256,
+      'norm': {'kind': 'rmsnorm'},
+    },
+    'optim': {
+      'learning_rate': 1e-3,
+      'warmup_steps': steps // 20,
+      'weight_decay': 0.1,
+      'b2': 0.98,
+    },
+    'train': {'steps': (steps,), 'seq_len': (96,), 'batch_size': (64,)},
+    'eval': {'every': steps // 5, 'windows': 4000, 'dense': False},
+    'checkpoint': {'every': steps // 5},
+    'log': {'every': max(1, steps // 30)},
+  }

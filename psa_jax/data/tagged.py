@@ -1,0 +1,280 @@
+"""Words with a tag each: `stdlib_tags`, and TFDS sets such as conll2003.
+
+Tags are IOB2: `B-func` opens a span, `I-func` goes on with it, `O` is outside
+every span.
+
+`stdlib_tags`: the modules of Python's standard library that are one file. The
+words are Python's own tokens, a sentence is a few logical lines, and what a
+word is comes from the syntax tree, so the tags are exact:
+`func`, `class` and `param` are names where they are defined, `import` is the
+dotted name of a module, `attr` the dots and names behind an object
+(`.path.join` in `os.path.join`). A module is in one split as a whole. Comments
+are left out.
+
+`tfds:<name>`: `data.words_key` holds the words, `data.label_key` their tags.
+"""
+
+import ast
+import hashlib
+import io
+import platform
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from psa_jax.config import ConfigError, DataConfig
+from psa_jax.data import examples, labelled, packaged
+
+OUTSIDE = 'O'
+KINDS = ('func', 'class', 'param', 'import', 'attr')
+TAGS = (OUTSIDE, *(f'{p}-{kind}' for kind in KINDS for p in 'BI'))
+NEW_LINE = '\n'
+_PASSAGE = 48  # words, about
+# What has no text of its own, or none that matters.
+_SILENT = {
+  tokenize.COMMENT,
+  tokenize.NL,
+  tokenize.NEWLINE,
+  tokenize.INDENT,
+  tokenize.DEDENT,
+  tokenize.ENCODING,
+  tokenize.ENDMARKER,
+}
+
+
+class Tagged(NamedTuple):
+  """A sentence: words, and for each the number of its tag."""
+
+  words: tuple[str, ...]
+  tags: tuple[int, ...]
+
+
+class TaggedSet(NamedTuple):
+  """Everything a run needs to know of its sentences.
+
+  Attributes:
+    examples: splits of `Tagged`.
+    tags: names of the tags, IOB2.
+  """
+
+  examples: examples.Examples
+  tags: tuple[str, ...]
+
+  @property
+  def manifest(self) -> dict:
+    """What it is; plain JSON values."""
+    return self.examples.manifest
+
+
+def load(config: DataConfig) -> TaggedSet:
+  """The sentences of `data.source`.
+
+  Raises:
+    ConfigError: an unknown source, one that is missing, or one without tags.
+  """
+  kind, _, rest = config.source.partition(':')
+  if config.source == 'stdlib_tags':
+    return _stdlib()
+  if kind == 'tfds' and rest:
+    return _tfds(rest, config)
+  raise ConfigError(
+    f'data.source {config.source!r} has no tagged words; choose stdlib_tags or '
+    'tfds:<name>'
+  )
+
+
+def from_sentences(
+  sentences, tags: Sequence[str], manifest: dict
+) -> TaggedSet:
+  """Splits (group, `Tagged`) by group.
+
+  Raises:
+    ConfigError: a tag that is none, or an empty sentence or split.
+  """
+  tags = check_names(tags, manifest['source'])
+
+  def checked():
+    for i, (group, example) in enumerate(sentences):
+      yield group, check(example, len(tags), manifest['source'], i)
+
+  train, validation, test, manifest = examples.by_group(checked(), manifest)
+  return TaggedSet(examples.Examples(train, validation, test, manifest), tags)
+
+
+def check_names(tags: Sequence[str], where: str) -> tuple[str, ...]:
+  """The names of tags.
+
+  Raises:
+    ConfigError: one is neither `O` nor `B-` or `I-` and a kind.
+  """
+  for name in tags:
+    if name != OUTSIDE and name[:2] not in ('B-', 'I-'):
+      raise ConfigError(
+        f'{where}: {name!r} is no IOB2 tag; tags are O, B-<kind> and I-<kind>'
+      )
+  return tuple(tags)
+
+
+def check(example: Tagged, count: int, where: str, i: int) -> Tagged:
+  """The sentence.
+
+  Raises:
+    ConfigError: it is empty, its words and tags do not pair, or a tag is none.
+  """
+  words, tags = example
+  if not words or not all(words):
+    raise ConfigError(f'{where}: record {i} has an empty word or no word')
+  if len(words) != len(tags):
+    raise ConfigError(
+      f'{where}: record {i} has {len(words)} words and {len(tags)} tags'
+    )
+  for tag in tags:
+    if not 0 <= tag < count:
+      raise ConfigError(
+        f'{where}: record {i} has tag {tag}, but there are {count} tags, 0 to '
+        f'{count - 1}'
+      )
+  return example
+
+
+def _tfds(name: str, config: DataConfig) -> TaggedSet:
+  keys = (config.words_key, config.label_key)
+
+  def example(where: str, i: int, record: Any) -> Tagged:
+    words = tuple(_text(word) for word in record[config.words_key])
+    tags = tuple(int(tag) for tag in record[config.label_key])
+    return check(Tagged(words, tags), len(tags_of), where, i)
+
+  splits, features = examples.from_tfds(name, config, keys, example)
+  feature = getattr(features[config.label_key], 'feature', None)
+  names = labelled.class_names(name, feature, config)
+  tags_of = check_names(names, f'tfds:{name}')
+  return TaggedSet(splits, tags_of)
+
+
+def _text(word: Any) -> str:
+  return word.decode('utf8', 'replace') if isinstance(word, bytes) else str(word)
+
+
+def _stdlib() -> TaggedSet:
+  """Every one-file module of the standard library."""
+  digest, found = hashlib.sha256(), []
+  modules = packaged.PACKAGES['stdlib'].find()
+  paths = [path for name, path in modules if '/' not in name]
+  for number, path in enumerate(paths):
+    source = _read(path)
+    digest.update(source.encode())
+    joined = passages(python_sentences(source), most=_PASSAGE)
+    found += [(number, passage) for passage in joined]
+  manifest = {
+    'source': 'stdlib_tags',
+    'package': 'python',
+    'version': platform.python_version(),
+    'license': 'PSF-2.0',
+    'sha256': digest.hexdigest(),
+  }
+  return from_sentences(found, TAGS, manifest)
+
+
+def _read(path: Path) -> str:
+  with tokenize.open(path) as f:
+    return f.read()
+
+
+def python_sentences(source: str) -> Iterator[Tagged]:
+  """The logical lines of a program as words with tags.
+
+  Args:
+    source: a program that parses.
+  """
+  tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+  marks = _marks(ast.parse(source), source, tokens)
+  words: list[str] = []
+  tags: list[int] = []
+  before = None
+  for token in tokens:
+    if token.type == tokenize.NEWLINE and words:
+      yield Tagged(tuple(words), tuple(tags))
+      words, tags, before = [], [], None
+    if token.type in _SILENT or not token.string.strip():
+      continue
+    span = marks.get(token.start)
+    prefix = 'I' if span == before else 'B'
+    tags.append(TAGS.index(f'{prefix}-{span[0]}') if span else 0)
+    before = span
+    # Of a string only that it is one: the rest is prose.
+    words.append("'...'" if token.type == tokenize.STRING else token.string)
+  if words:
+    yield Tagged(tuple(words), tuple(tags))
+
+
+def passages(lines: Iterable[Tagged], *, most: int) -> Iterator[Tagged]:
+  """Joins lines, with a line's end as a word between them, up to `most` words.
+
+  A line that is longer is cut, between spans.
+  """
+  words: list[str] = []
+  tags: list[int] = []
+  for line in lines:
+    if words and len(words) + len(line.words) >= most:
+      yield Tagged(tuple(words), tuple(tags))
+      words, tags = [], []
+    if words:
+      words.append(NEW_LINE)
+      tags.append(0)
+    for word, tag in zip(*line, strict=True):
+      if len(words) >= most and not TAGS[tag].startswith('I'):
+        yield Tagged(tuple(words), tuple(tags))
+        words, tags = [], []
+      words.append(word)
+      tags.append(tag)
+  if words:
+    yield Tagged(tuple(words), tuple(tags))
+
+
+def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
+  """(line, column) of a token -> (kind, number of its span)."""
+  at = {token.start: i for i, token in enumerate(tokens)}
+  lines = source.splitlines(keepends=True)
+  found: dict[tuple[int, int], tuple] = {}
+
+  def place(line, column) -> int | None:
+    """The token there; `ast` counts columns in UTF-8 bytes."""
+    text = lines[line - 1].encode()[:column].decode()
+    return at.get((line, len(text)))
+
+  def mark(kind: str, first: int | None, count: int, number: int) -> None:
+    if first is not None:
+      for token in tokens[first : first + count]:
+        found.setdefault(token.start, (kind, number))
+
+  def after(first: int | None, *skipped: str) -> int | None:
+    """The first token from there on that is none of `skipped`."""
+    while first is not None and tokens[first].string in skipped:
+      first += 1
+    return first
+
+  for number, node in enumerate(ast.walk(tree)):
+    match node:
+      case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+        kind = 'class' if isinstance(node, ast.ClassDef) else 'func'
+        first = place(node.lineno, node.col_offset)
+        mark(kind, after(first, 'async', 'def', 'class'), 1, number)
+      case ast.arg():
+        mark('param', place(node.lineno, node.col_offset), 1, number)
+      case ast.alias():
+        first = place(node.lineno, node.col_offset)
+        mark('import', first, 2 * node.name.count('.') + 1, number)
+      case ast.ImportFrom(module=str()):
+        first = place(node.lineno, node.col_offset)
+        first = after(first, 'from', '.', '...')
+        mark('import', first, 2 * node.module.count('.') + 1, number)
+      case ast.Attribute():
+        # Walked from the outside in, so the longest chain marks its tokens.
+        base, depth = node.value, 1
+        while isinstance(base, ast.Attribute):
+          base, depth = base.value, depth + 1
+        first = place(base.end_lineno, base.end_col_offset)
+        mark('attr', first, 2 * depth, number)
+  return found

