@@ -2,8 +2,8 @@
 
 The data is Python's own standard library, its one-file modules: names of
 functions, classes and parameters where they are defined, modules that are
-imported, and attributes, as IOB2 tags from the syntax tree. Of ten modules eight
-train, one judges the run and one is the test split
+imported, and attributes, as IOB2 tags from the syntax tree. Of ten modules
+eight train, one judges the run and one is the test split
 (`--config.eval.split=test`). The tag that a word has most often in training is
 the baseline that every run prints.
 

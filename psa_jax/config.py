@@ -188,6 +188,7 @@ class ModelConfig:
     tie_embeddings: a language model's output matrix is its embedding.
     mlp: `swiglu` (gated), or `gelu`, the two layers of a vision Transformer.
     head_dim: width of one head; 0 means d_model // num_heads.
+    dropout, drop_path: rates of what training leaves out (`models/drop.py`).
     remat: `none`; `full` recomputes everything in the backward pass;
       `attention` keeps attention's outputs and recomputes the rest.
     compute_dtype: dtype of matrix products; softmax, norms and
@@ -204,6 +205,8 @@ class ModelConfig:
   head_dim: int = 0
   mlp_dim: int = 384
   vocab_size: int = 0
+  dropout: float = 0.0
+  drop_path: float = 0.0
   biases: bool = False
   tie_embeddings: bool = True
   mlp: str = choice('swiglu', 'swiglu', 'gelu')
@@ -300,9 +303,10 @@ class EvalConfig:
   """Validation: every `every` steps (0: only at the end), `windows` windows.
 
   `dense` adds a final evaluation with dense attention. The context length is
-  the last stage's unless `seq_len` is set. `split` is what is judged; a language
-  model's text has no `test`. Translations are made with `beam` hypotheses (1 is
-  greedy), whose log-probability is divided by length ** `length_penalty`.
+  the last stage's unless `seq_len` is set. `split` is what is judged; a
+  language model's text has no `test`. Translations are made with `beam`
+  hypotheses (1 is greedy), whose log-probability is divided by length **
+  `length_penalty`.
   `reestimate` is over how many training batches `--mode=eval` and
   `--mode=export` estimate the statistics of batch norms anew; 0 keeps them.
   """

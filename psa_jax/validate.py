@@ -47,6 +47,8 @@ RANGES = {
   'model.head_dim': _OPTIONAL,
   'model.mlp_dim': _COUNT,
   'model.vocab_size': _OPTIONAL,
+  'model.dropout': '[0, 1)',
+  'model.drop_path': '[0, 1)',
   'model.image.size': _COUNT,
   'model.image.channels': _COUNT,
   'model.image.patch': _COUNT,
@@ -105,7 +107,9 @@ _TEXTS = (*LABELLED, *TAGGED)
 _SOURCES_OF = {
   'vit': f'{", ".join(PICTURES)} or tfds:<name>',
   'encoder': f'{", ".join(_TEXTS)} or tfds:<name>',
-  'encoder_decoder': f'{", ".join(PARALLEL)}, ddtp_en_<language> or tfds:<name>',
+  'encoder_decoder': (
+    f'{", ".join(PARALLEL)}, ddtp_en_<language> or tfds:<name>'
+  ),
 }
 # Quotas are int32 products with 1024.
 _LONGEST_CASCADE = 2**21 - 1
@@ -176,7 +180,9 @@ def _check_data(config: Config) -> Iterator[str]:
       f'config.data.source is {source!r}, which needs config.model.kind='
       f'{needed}, not {model}'
     )
-  elif needed is None and model != 'decoder_lm' and not (named and kind == 'tfds'):
+  elif (
+    needed is None and model != 'decoder_lm' and not (named and kind == 'tfds')
+  ):
     yield (
       f'config.data.source is {source!r}, but config.model.kind={model} takes '
       f'{_SOURCES_OF[model]}'

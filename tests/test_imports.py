@@ -98,7 +98,7 @@ def violations(module, source, *, is_package=False):
   # Mechanisms are functions of arrays; their parameters are modules beside
   # them, which the registry and the layer know of.
   last = module.split('.')[-1]
-  modules = last in ('layer', 'base', 'projections')
+  modules = last in ('layer', 'cross', 'base', 'projections')
   modules = modules or last.endswith('_parameters')
   functional = own == 'attention' and not modules
   if 'flax' in tops and (own == 'kernels' or functional):

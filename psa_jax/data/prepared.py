@@ -204,9 +204,7 @@ def is_text(feature: Any) -> bool:
   return not feature.shape and kind in (np.str_, np.object_, str, object)
 
 
-def open_split(
-  name: str, builder: Any, split: str, config: DataConfig
-) -> Any:
+def open_split(name: str, builder: Any, split: str, config: DataConfig) -> Any:
   """Random access to the records of a split.
 
   Raises:

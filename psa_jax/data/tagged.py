@@ -84,9 +84,7 @@ def load(config: DataConfig) -> TaggedSet:
   )
 
 
-def from_sentences(
-  sentences, tags: Sequence[str], manifest: dict
-) -> TaggedSet:
+def from_sentences(sentences, tags: Sequence[str], manifest: dict) -> TaggedSet:
   """Splits (group, `Tagged`) by group.
 
   Raises:
@@ -154,7 +152,9 @@ def _tfds(name: str, config: DataConfig) -> TaggedSet:
 
 
 def _text(word: Any) -> str:
-  return word.decode('utf8', 'replace') if isinstance(word, bytes) else str(word)
+  return (
+    word.decode('utf8', 'replace') if isinstance(word, bytes) else str(word)
+  )
 
 
 def _stdlib() -> TaggedSet:
@@ -266,10 +266,10 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
       case ast.alias():
         first = place(node.lineno, node.col_offset)
         mark('import', first, 2 * node.name.count('.') + 1, number)
-      case ast.ImportFrom(module=str()):
+      case ast.ImportFrom(module=str(module)):
         first = place(node.lineno, node.col_offset)
         first = after(first, 'from', '.', '...')
-        mark('import', first, 2 * node.module.count('.') + 1, number)
+        mark('import', first, 2 * module.count('.') + 1, number)
       case ast.Attribute():
         # Walked from the outside in, so the longest chain marks its tokens.
         base, depth = node.value, 1

@@ -71,7 +71,9 @@ def manifest(*editions: str) -> dict:
 
 def chapters(numbers: Iterable[int]) -> dict[int, int]:
   """Verse -> the chapter that it is in, counted through all books from 0."""
-  order = {place: i for i, place in enumerate(sorted({n // 1000 for n in numbers}))}
+  order = {
+    place: i for i, place in enumerate(sorted({n // 1000 for n in numbers}))
+  }
   return {n: order[n // 1000] for n in numbers}
 
 

@@ -10,7 +10,9 @@ stream has the compute dtype. Kernels are truncated normals scaled by fan-in;
 the two that write to the residual stream start smaller by 1 / sqrt(2 L), so
 that the stream's variance does not grow with depth (GPT-2).
 
-Not done: dropout, mixtures of experts.
+`drop.py` leaves some of it out in training.
+
+Not done: mixtures of experts.
 """
 
 import functools
@@ -25,6 +27,7 @@ from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.projections import bias_of, fan_in, project
 from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.models.drop import Drop, leave_out
 from psa_jax.norm import Norm
 from psa_jax.quant.progressive import OFF, Quantizer
 from psa_jax.types import Scalar
@@ -101,7 +104,7 @@ class Block(nnx.Module):
     def norm():
       return Norm(config.d_model, config.norm, param_dtype=dtype, rngs=rngs)
 
-    self.quant = config.quant
+    self.config, self.quant = config, config.quant
     self.attention_norm = norm()
     self.attention = SelfAttention(config, rngs=rngs)
     self.mlp_norm = norm()
@@ -119,6 +122,7 @@ class Block(nnx.Module):
     mechanism: str | None = None,
     budget: Scalar | None = None,
     causal: bool = True,
+    drop: Drop | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Returns the new residual stream and attention's f32 scalars.
 
@@ -132,6 +136,7 @@ class Block(nnx.Module):
       mechanism: overrides the configured attention mechanism.
       budget: replaces attention's schedule.
       causal: False attends to what comes after as well.
+      drop: what is left out in training.
     """
     normed = self.attention_norm(x, step=step, train=train, mask=mask)
     attended, aux = self.attention(
@@ -144,10 +149,11 @@ class Block(nnx.Module):
       budget=budget,
       causal=causal,
     )
-    x = x + attended
+    x = x + leave_out(drop, attended, 0, self.config)
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)
     quantizer = Quantizer.at(self.quant, step, train=train)
-    return x + self.mlp(normed, quantizer), aux
+    fed = self.mlp(normed, quantizer)
+    return x + leave_out(drop, fed, 1, self.config), aux
 
   def pruned(
     self,
@@ -160,6 +166,7 @@ class Block(nnx.Module):
     mask: Shaped[Array, 'B T'] | None = None,
     train: bool,
     causal: bool = True,
+    drop: Drop | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
     """`__call__` on what cascade pruning left; see `SelfAttention.pruned`."""
     normed = self.attention_norm(x, step=step, train=train, mask=mask)
@@ -171,6 +178,7 @@ class Block(nnx.Module):
       segment_ids=segment_ids,
       causal=causal,
     )
-    x = x + attended
+    x = x + leave_out(drop, attended, 0, self.config)
     normed = self.mlp_norm(x, step=step, train=train, mask=mask)
-    return x + self.mlp(normed), aux, importance
+    fed = leave_out(drop, self.mlp(normed), 1, self.config)
+    return x + fed, aux, importance

@@ -48,6 +48,7 @@ from psa_jax.attention.cascade import Pruning
 from psa_jax.attention.rotary import Rotary
 from psa_jax.config import CascadeConfig, ConfigError, ModelConfig
 from psa_jax.models.blocks import remat
+from psa_jax.models.drop import drops
 from psa_jax.types import Scalar
 
 PADDING = 0  # segment id of what is no token, in a bidirectional model
@@ -115,6 +116,7 @@ class Cascade:
     self.graphdef, self.config = graphdef, config
     self.cascade = config.attention.cascade
     self.step, self.train, self.causal = step, train, causal
+    self.drops = drops(config, step, train=train)
     self.learns_heads = causal and self.cascade.head_keep < 1
     if self.learns_heads and config.attention.name != 'cascade':
       raise ConfigError(
@@ -176,7 +178,7 @@ class Cascade:
         layer, self.config.remat, in_scan=False
       )(
         left,
-        jax.tree.map(lambda array, i=index: array[i], arrays),
+        jax.tree.map(lambda array, i=index: array[i], (arrays, self.drops)),
         *there,
         # A causal query does not see the spare rows anyway: they come last.
         rows.segment if packed else None,
@@ -193,8 +195,9 @@ class Cascade:
     aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *said)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved), aux
 
-  def _layer(self, measured, x, arrays, rope, mask, segment_ids, alive, heads):
+  def _layer(self, measured, x, given, rope, mask, segment_ids, alive, heads):
     """One block: the residual stream, and everything that it says."""
+    arrays, drop = given
     block = nnx.merge(self.graphdef, *arrays)
     run = functools.partial(
       block.pruned if measured else block,
@@ -204,6 +207,7 @@ class Cascade:
       mask=mask,
       train=self.train,
       causal=self.causal,
+      drop=drop,
     )
     if not measured:
       # The program of dense attention, to the bit where nothing was pruned.

@@ -83,7 +83,13 @@ class Encoder(Transformer):
     return self.label(pool(hidden, segment_ids)[:, None])[:, 0]
 
   def label(self, hidden: Float[Array, 'B W D']) -> Float[Array, 'B W V']:
-    """Logits of every token in f32."""
+    """Logits of every token in f32.
+
+    Raises:
+      ValueError: a model without a head.
+    """
+    if self.head is None or self.head_bias is None:
+      raise ValueError('this encoder has no head; build it with classes')
     head = self.head[...].astype(jnp.float32)
     bias = self.head_bias[...].astype(jnp.float32)
     return hidden.astype(jnp.float32) @ head + bias[None, None]

@@ -16,7 +16,7 @@ made once a text, whatever the number of hypotheses that read them.
 Not done: folding its norms, quantised training, other mechanisms.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from psa_jax.config import ModelConfig
 from psa_jax.models import stack
 from psa_jax.models.blocks import Block, remat
 from psa_jax.models.cascade import PADDING
+from psa_jax.models.drop import Drop, drops, leave_out
 from psa_jax.models.output import TABLE, Output
 from psa_jax.models.transformer import ModelOut
 from psa_jax.norm import Norm, gamma
@@ -60,19 +61,21 @@ class DecoderBlock(Block):
     mask: Shaped[Array, 'B T'] | None,
     train: bool,
     mechanism: str | None,
+    drop: Drop | None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """The new residual stream of a whole text, and attention's scalars."""
-    given = dict(step=step, train=train)
+    given: dict[str, Any] = dict(step=step, train=train)
     normed = self.attention_norm(x, mask=mask, **given)
     attended, aux = self.attention(
       normed, rope=rope, mechanism=mechanism, causal=True, **given
     )
-    x = x + attended
+    x = x + leave_out(drop, attended, 0, self.config)
     normed = self.cross_norm(x, mask=mask, **given)
     found = self.cross.remember(memory, lengths)
     attended, more = self.cross(normed, found, mechanism=mechanism, **given)
-    x = x + attended
-    return x + self.mlp(self.mlp_norm(x, mask=mask, **given)), aux | more
+    x = x + leave_out(drop, attended, 2, self.config)
+    fed = self.mlp(self.mlp_norm(x, mask=mask, **given))
+    return x + leave_out(drop, fed, 1, self.config), aux | more
 
   def extend(
     self,
@@ -96,7 +99,7 @@ class DecoderBlock(Block):
       rope: rotary table of the place.
       mechanism: overrides the configured one.
     """
-    given = dict(step=step, train=False)
+    given: dict[str, Any] = dict(step=step, train=False)
     rows = x.reshape(-1, 1, x.shape[-1])
     attended, cache = self.attention.decode(
       self.attention_norm(rows, **given),
@@ -175,17 +178,18 @@ class EncoderDecoder(Output):
       train: move running statistics and follow the training schedules.
       mechanism: overrides the configured attention mechanism.
     """
-    given = dict(step=step, train=train, mechanism=mechanism)
+    given: dict[str, Any] = dict(step=step, train=train, mechanism=mechanism)
     memory, aux = self.encode(source, source_ids, **given)
     lengths = (source_ids != PADDING).sum(1)
     graphdef, params, stats = nnx.split(self.layers, nnx.Param, nnx.BatchStat)
     rope = self._rope(jnp.arange(tokens.shape[1]))
 
-    def layer(x, arrays):
+    def layer(x, inputs):
+      arrays, drop = inputs
       block = nnx.merge(graphdef, *arrays)
       x, aux = block.read(
-        x, memory, lengths, rope=rope, mask=mask, **given
-      )  # fmt: skip
+        x, memory, lengths, rope=rope, mask=mask, drop=drop, **given
+      )
       moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
       return x, (moved, aux)
 
@@ -193,7 +197,8 @@ class EncoderDecoder(Output):
     layer = remat(layer, self.config.remat, in_scan=scan)
     loop = jax.lax.scan if scan else stack.unrolled
     arrays = nnx.as_pure((params, stats))
-    x, (moved, own) = loop(layer, self._embed(tokens), arrays)
+    drop = drops(self.config, step, train=train, stack=1)
+    x, (moved, own) = loop(layer, self._embed(tokens), (arrays, drop))
     if train:
       nnx.update(self.layers, moved)
     own = {name: jnp.mean(values) for name, values in own.items()}

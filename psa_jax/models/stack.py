@@ -20,6 +20,7 @@ from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ModelConfig
 from psa_jax.models import cascade
 from psa_jax.models.blocks import Block, remat
+from psa_jax.models.drop import drops
 from psa_jax.types import Scalar
 
 
@@ -71,7 +72,8 @@ def apply_layers(
     x, moved, aux = run(x, arrays, rope, segment_ids, mask)
   else:
 
-    def layer(x, arrays):
+    def layer(x, given):
+      arrays, drop = given
       block = nnx.merge(graphdef, *arrays)
       x, aux = block(
         x,
@@ -83,6 +85,7 @@ def apply_layers(
         mechanism=mechanism,
         causal=causal,
         budget=budget,
+        drop=drop,
       )
       moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
       return x, (moved, aux)
@@ -90,7 +93,7 @@ def apply_layers(
     scan = config.scan_layers
     layer = remat(layer, config.remat, in_scan=scan)
     loop = jax.lax.scan if scan else unrolled
-    x, (moved, aux) = loop(layer, x, arrays)
+    x, (moved, aux) = loop(layer, x, (arrays, drops(config, step, train=train)))
     aux = {name: jnp.mean(values) for name, values in aux.items()}
   if train:
     nnx.update(layers, moved)

@@ -6,7 +6,7 @@ tokens behind the final norm, which folds into it as into any layer that
 follows. DeiT's blocks are those of `blocks.py` with `mlp=gelu` and `biases`.
 Rotary positions are not used, so `model.rope_theta` does nothing.
 
-Not done: drop path, and pictures of another size than `model.image.size`.
+Not done: pictures of another size than `model.image.size`.
 """
 
 import jax.numpy as jnp

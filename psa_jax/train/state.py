@@ -181,9 +181,7 @@ def adopt(
 
 def _create(config, vocab_size, classes, optimizer, seed):
   rngs = nnx.Rngs(jax.random.key(seed))
-  model = models.build(
-    config.model, vocab_size, classes=classes, rngs=rngs
-  )
+  model = models.build(config.model, vocab_size, classes=classes, rngs=rngs)
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   params = nnx.to_pure_dict(params)
   state = TrainState(

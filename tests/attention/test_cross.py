@@ -47,7 +47,9 @@ def attention(name, keep=1.0):
   return AttentionConfig(name=name, topk=TopkConfig(keep=schedule))
 
 
-@pytest.mark.parametrize(('name', 'keep'), [('dense', 1.0), ('topk', 1.0), ('topk', 0.3)])
+@pytest.mark.parametrize(
+  ('name', 'keep'), [('dense', 1.0), ('topk', 1.0), ('topk', 0.3)]
+)
 def test_reads_the_keys_that_count(name, keep):
   q, k, v = arrays()
   memory = Memory(k, v, jnp.asarray(LENGTHS))
@@ -78,7 +80,9 @@ def test_padding_moves_nothing_and_gets_no_gradient(name):
 
 def test_other_mechanisms_are_refused():
   q, k, v = map(jnp.asarray, arrays())
-  with pytest.raises(ConfigError, match='psa reads no other sequence.*dense or'):
+  with pytest.raises(
+    ConfigError, match='psa reads no other sequence.*dense or'
+  ):
     attend_cached(
       q, Memory(k, v, jnp.asarray(LENGTHS)),
       config=attention('psa'), step=0, train=True,
@@ -95,9 +99,7 @@ def test_the_layer_is_projections_around_it():
   for name in ('bq', 'bk', 'bv', 'bo'):
     bias = getattr(layer, name)
     bias[...] = jnp.asarray(rng.normal(size=bias.shape), jnp.float32)
-  x, memory = (
-    rng.normal(size=(B, n, 16)).astype(np.float32) for n in (T, S)
-  )
+  x, memory = (rng.normal(size=(B, n, 16)).astype(np.float32) for n in (T, S))
   kept = layer.remember(jnp.asarray(memory), jnp.asarray(LENGTHS))
   out, _ = layer(jnp.asarray(x), kept, step=0, train=True)
 

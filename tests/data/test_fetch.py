@@ -100,7 +100,9 @@ def test_descriptions_are_fetched_once(tmp_path, commands, capsys):
   assert prepare.main(arguments) == 0 and len(commands) == 3
   config = DataConfig(source='ddtp_en_fr', data_dir=str(tmp_path))
   found = parallel.load(config).examples
-  assert sum(len(found.split(s)) for s in ('train', 'test', 'validation')) == 120
+  assert (
+    sum(len(found.split(s)) for s in ('train', 'test', 'validation')) == 120
+  )
   assert b'en' in found.train[0].source and b'fr' in found.train[0].target
 
 

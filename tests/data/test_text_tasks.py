@@ -176,7 +176,9 @@ def test_verses_pair_up():
 
 
 def test_descriptions_from_the_prepared_file(tmp_path):
-  with pytest.raises(ConfigError, match='prepare --name=ddtp_en_fr --data_dir='):
+  with pytest.raises(
+    ConfigError, match='prepare --name=ddtp_en_fr --data_dir='
+  ):
     parallel.load(source('ddtp_en_fr', tmp_path))
   path = tmp_path / 'ddtp_en_fr' / parallel.PAIRS_FILE
   path.parent.mkdir()
@@ -185,7 +187,9 @@ def test_descriptions_from_the_prepared_file(tmp_path):
   assert found.manifest['train'] + found.manifest['test'] < 99
   assert found.examples.train[0].target.startswith(b'le')
   path.write_text('p\tno translation\n')
-  with pytest.raises(ConfigError, match='line 1 has 2 fields.*prepare it again'):
+  with pytest.raises(
+    ConfigError, match='line 1 has 2 fields.*prepare it again'
+  ):
     parallel.load(source('ddtp_en_fr', tmp_path))
 
 
@@ -212,13 +216,15 @@ class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     tag = tfds.features.ClassLabel(names=['O', 'B-x', 'I-x'])
     return tfds.core.DatasetInfo(
       builder=self,
-      features=tfds.features.FeaturesDict({
-        'text': text,
-        'label': tfds.features.ClassLabel(names=['bad', 'good']),
-        'tokens': tfds.features.Sequence(text),
-        'ner': tfds.features.Sequence(tag),
-        'de': text,
-      }),  # fmt: skip
+      features=tfds.features.FeaturesDict(
+        {
+          'text': text,
+          'label': tfds.features.ClassLabel(names=['bad', 'good']),
+          'tokens': tfds.features.Sequence(text),
+          'ner': tfds.features.Sequence(tag),
+          'de': text,
+        }
+      ),  # fmt: skip
       disable_shuffling=True,
     )
 
@@ -228,13 +234,16 @@ class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _generate_examples(self, count):
     for i in range(count):
-      yield i, {
-        'text': f'text {i}',
-        'label': -1 if i == 30 else i % 2,
-        'tokens': ['a', f'b{i}'],
-        'ner': [0, 1],
-        'de': f'Text {i}',
-      }
+      yield (
+        i,
+        {
+          'text': f'text {i}',
+          'label': -1 if i == 30 else i % 2,
+          'tokens': ['a', f'b{i}'],
+          'ner': [0, 1],
+          'de': f'Text {i}',
+        },
+      )
 
 
 @pytest.fixture(scope='module')

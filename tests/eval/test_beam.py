@@ -13,7 +13,7 @@ V, T, END, BEGIN = 4, 4, 0, 0
 
 
 def table(seed):
-  """log p of a token by the two before it; rows differ."""
+  """Log p of a token by the two before it; rows differ."""
   rng = np.random.default_rng(seed)
   return jax.nn.log_softmax(jnp.asarray(rng.normal(0, 2, (2, V + 1, V + 1, V))))
 

@@ -19,7 +19,9 @@ def test_macro_f1_is_scikit_learns(seed):
   rng = np.random.default_rng(seed)
   classes = 5
   labels = rng.integers(0, classes - 1, 40)  # one class has no label
-  guesses = np.where(rng.random(40) < 0.5, labels, rng.integers(0, 4 + seed % 2, 40))
+  guesses = np.where(
+    rng.random(40) < 0.5, labels, rng.integers(0, 4 + seed % 2, 40)
+  )
   weights = (rng.random(40) < 0.8).astype(np.float32)
   counts = f1.confusion(
     jnp.asarray(guesses), jnp.asarray(labels), jnp.asarray(weights),
@@ -75,7 +77,9 @@ def test_span_f1_is_seqevals(seed):
 
 def test_a_span_needs_its_kind_its_beginning_and_its_end():
   def score(guess, there):
-    rows = [jnp.asarray([[TAGS.index(t) for t in x.split()]]) for x in (guess, there)]
+    rows = [
+      jnp.asarray([[TAGS.index(t) for t in x.split()]]) for x in (guess, there)
+    ]
     counts = f1.count_spans(*rows, rows[0] >= 0, SCHEME)
     return float(f1.span_f1(counts))
 

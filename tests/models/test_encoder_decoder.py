@@ -19,10 +19,11 @@ from psa_jax.models import folding
 
 V, S, T, L, N, K, D, H = 23, 7, 6, 2, 4, 2, 16, 4
 SIZES = np.array([7, 4])
+RMS = NormConfig()
 PREPBN = NormConfig('prepbn', decay_steps=4, scale_init=1.0, eta_init=0.5)
 
 
-def config(name='dense', keep=0.5, norm=NormConfig(), **changes):
+def config(name='dense', keep=0.5, norm=RMS, **changes):
   schedule = ScheduleConfig('constant', init=keep)
   topk = TopkConfig(keep=schedule, learnable=name == 'topk')
   return ModelConfig(
@@ -48,7 +49,10 @@ def texts(seed=0):
   rng = np.random.default_rng(seed)
   ids = (np.arange(S)[None] < SIZES[:, None]).astype(np.int32)
   source = rng.integers(1, V, (2, S)) * ids
-  return (*map(jnp.asarray, (source, ids)), jnp.asarray(rng.integers(0, V, (2, T))))
+  return (
+    *map(jnp.asarray, (source, ids)),
+    jnp.asarray(rng.integers(0, V, (2, T))),
+  )
 
 
 def run(cfg, model, *, train=False, step=0, **changes):
@@ -64,7 +68,9 @@ def oracle(model, source, tokens):
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def rms(x, scale):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + NormConfig().eps) * scale
+    return (
+      x / np.sqrt((x**2).mean(-1, keepdims=True) + NormConfig().eps) * scale
+    )
 
   def turn(x):
     angle = np.arange(len(x))[:, None] * 500_000.0 ** (
@@ -179,12 +185,12 @@ def test_scan_and_loop_agree_and_statistics_move():
     before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
     hidden = run(cfg, model, train=True, step=1).hidden
     after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+    moved = jax.tree.map(
+      lambda a, b: float(jnp.abs(a - b).max()), before, after
+    )
     assert min(jax.tree.leaves(moved)) > 0
     found.append((hidden, after))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
 
 
 def test_every_array_has_a_name_and_a_gradient():

@@ -194,7 +194,7 @@ def test_the_arrays_that_were_given_stay():
     ({'attention': AttentionConfig('nsa')}, STEP, 'attention nsa has'),
     ({'attention': AttentionConfig('dsa')}, STEP, 'attention dsa has'),
     ({'quant': QuantConfig(enabled=True)}, STEP, 'turn it off to fold'),
-    ({'kind': 'encoder'}, STEP, 'an encoder has no head'),
+    ({'kind': 'encoder'}, STEP, 'an encoder without a head'),
   ],
 )
 def test_refusals_say_why(changes, step, words):

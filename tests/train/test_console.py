@@ -35,6 +35,8 @@ RESULT = {
   'mechanism': 'psa',
   'validation': {'psa': FOUND, 'dense': {**FOUND, 'density': 1.0}},
   'baselines': {'bigram': 3.5},
+  'quality': 'bits_per_byte',
+  'split': 'validation',
   'tokens': 123456,
   'train_seconds': 3725.0,
   'stages': [STAGE, {**STAGE, 'seq_len': 65536, 'compile_seconds': None}],

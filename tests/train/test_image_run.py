@@ -250,8 +250,8 @@ def test_pictures_that_do_not_fit_the_model(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ({'data.source': 'sotu'}, "source is 'sotu' and .*vit reads pictures"),
-    ({'model.kind': 'encoder'}, 'nothing else does'),
+    ({'data.source': 'sotu'}, "source is 'sotu', but .*=vit takes mnist5k"),
+    ({'model.kind': 'encoder'}, 'which needs config.model.kind=vit'),
     ({'model.image.patch': 3}, 'patch is 3, but it must divide'),
     ({'data.shift': 8}, 'shift is 8, but it must be below'),
     ({'train.label_smoothing': 1.0}, 'label_smoothing is 1.0'),
@@ -266,7 +266,9 @@ def test_settings_that_cannot_be(changes, words):
 
 def test_text_has_no_keys_of_pictures():
   for key, value in (('data.shift', '1'), ('eval.split', 'test')):
-    with pytest.raises(ConfigError, match=f'{key} is .*only pictures have it'):
+    with pytest.raises(
+      ConfigError, match=f'{key} is .*only config.model.kind=vit'
+    ):
       config_dict.from_config_dict({}, [(key, value)])
 
 

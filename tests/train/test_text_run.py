@@ -119,7 +119,12 @@ def test_a_run_learns_and_reports(tmp_path, capsys, name):
   again = loop.evaluate_checkpoint(test, tmp_path, corpus=data())
   assert again['split'] == 'test' and again['validation']['dense'][metric] > 0.9
   shown = capsys.readouterr().out
-  for word in ('FLOPs per window', 'seconds per window', 'peak memory', 'density'):
+  for word in (
+    'FLOPs per window',
+    'seconds per window',
+    'peak memory',
+    'density',
+  ):
     assert word in shown
 
 

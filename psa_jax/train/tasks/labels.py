@@ -127,8 +127,9 @@ class TextClassification(_Encoding):
     self, model, batch, *, step, train, mechanism=None, budget=None
   ) -> Loss:
     """Nats of the labels; `confusion` counts guesses by label."""
-    given = dict(step=step, train=train, mechanism=mechanism, budget=budget)
-    out = self._hidden(model, batch, **given)
+    out = self._hidden(
+      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
+    )
     labels, weights = batch['labels'], batch['weights'][:, 0]
     logits = model.classify(out.hidden, batch['segment_ids'])
     smoothing = self._config.train.label_smoothing if train else 0.0
@@ -166,13 +167,15 @@ class TextClassification(_Encoding):
     train = [splits.train[i] for i in range(min(tfidf.MOST, len(splits.train)))]
     judged = splits.split(split)
     judged = [judged[i] for i in range(min(tfidf.MOST, len(judged)))]
-    pairs = [tuple(zip(*part, strict=True)) for part in (train, judged)]
-    labels = np.array(pairs[1][1])
-    common = np.bincount(pairs[0][1], minlength=self.classes).argmax()
+    (texts, known), (unseen, labels) = (
+      ([x.text for x in part], [x.label for x in part])
+      for part in (train, judged)
+    )
+    common = np.bincount(known, minlength=self.classes).argmax()
     counts = np.zeros((self.classes, self.classes))
     counts[:, common] = np.bincount(labels, minlength=self.classes)
     return {
-      'TF-IDF': tfidf.macro_f1(*pairs),
+      'TF-IDF': tfidf.macro_f1((texts, known), (unseen, labels)),
       'majority': float(f1.macro_f1(counts)),
     }
 
@@ -196,8 +199,9 @@ class TokenLabelling(_Encoding):
     self, model, batch, *, step, train, mechanism=None, budget=None
   ) -> Loss:
     """Nats of the tags; `spans` counts those right, found and there."""
-    given = dict(step=step, train=train, mechanism=mechanism, budget=budget)
-    out = self._hidden(model, batch, **given)
+    out = self._hidden(
+      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
+    )
     tags, weights = batch['tags'], batch['weights']
     first = batch['first'][..., None]
     logits = model.label(jnp.take_along_axis(out.hidden, first, axis=1))

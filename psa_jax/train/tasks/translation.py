@@ -179,7 +179,7 @@ class Translation:
 
     def translate(state, texts):
       model = program.merge(state.params, state.model_state)
-      given = dict(step=state.step, mechanism=mechanism)
+      given: dict[str, Any] = dict(step=state.step, mechanism=mechanism)
       source, width = texts['source'], config.beam
       rows = source.shape[0]
       decoding = model.start(
