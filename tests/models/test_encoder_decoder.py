@@ -80,12 +80,12 @@ def oracle(model, source, tokens):
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-  def attend(w, x, memory, *, causal=False, rope=True):
+  def attend(w, x, memory, *, causal=False):
     total = np.zeros_like(x)
     for head in range(N):
       q, group = x @ w['wq'][:, head], head // (N // K)
       k, v = (memory @ w[name][:, group] for name in ('wk', 'wv'))
-      q, k = (turn(q), turn(k)) if rope else (q, k)
+      q, k = turn(q), turn(k)
       scores = q @ k.T / H**0.5
       if causal:
         scores = np.where(np.tri(len(x)) > 0, scores, -np.inf)
@@ -113,7 +113,7 @@ def oracle(model, source, tokens):
     n = rms(x, w['attention_norm']['scale'])
     x = x + attend(w['attention'], n, n, causal=True)
     n = rms(x, w['cross_norm']['scale'])
-    x = x + attend(w['cross'], n, memory, rope=False)
+    x = x + attend(w['cross'], n, memory)
     x = x + feed(w['mlp'], rms(x, w['mlp_norm']['scale']))
   return rms(x, params['final_norm']['scale'])
 

@@ -3,7 +3,15 @@
 from jax.sharding import Mesh
 
 from psa_jax.config import TAGGED, Config
-from psa_jax.data import images, labelled, lm, parallel, synthetic, tagged
+from psa_jax.data import (
+  images,
+  labelled,
+  lm,
+  parallel,
+  synthetic,
+  tagged,
+  tfds_images,
+)
 from psa_jax.train.tasks.base import Generator as Generator
 from psa_jax.train.tasks.base import Loss as Loss
 from psa_jax.train.tasks.base import Task as Task
@@ -22,6 +30,7 @@ Data = (
   lm.Corpus
   | synthetic.Recall
   | images.ImageSet
+  | tfds_images.PreparedImages
   | labelled.LabelledSet
   | tagged.TaggedSet
   | parallel.ParallelSet
@@ -49,7 +58,7 @@ def load_data(config: Config) -> Data:
 
 def make_task(config: Config, data: Data, mesh: Mesh) -> Task:
   """The task on data from `load_data`; raises as its class does."""
-  if isinstance(data, images.ImageSet):
+  if isinstance(data, images.ImageSet | tfds_images.PreparedImages):
     return ImageClassification(config, data, mesh)
   if isinstance(data, labelled.LabelledSet):
     return TextClassification(config, data, mesh)

@@ -1,5 +1,6 @@
 """Image classification: one label a picture."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import images, pipeline
+from psa_jax.data import augment, images, pipeline, tfds_images
 from psa_jax.eval import classification
 from psa_jax.train.losses import label_loss
 from psa_jax.train.stages import DataIterator, Stage
+from psa_jax.train.tasks import mixing
 from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
 
 
@@ -21,7 +23,12 @@ class ImageClassification:
   quality = 'accuracy'
   classes = 0
 
-  def __init__(self, config: Config, data: images.ImageSet, mesh: Mesh):
+  def __init__(
+    self,
+    config: Config,
+    data: images.ImageSet | tfds_images.PreparedImages,
+    mesh: Mesh,
+  ):
     """Looks at the pictures.
 
     Args:
@@ -34,13 +41,7 @@ class ImageClassification:
         tokens that is not the model's, or a split that is not there.
     """
     image = config.model.image
-    found, asked = data.train.pixels.shape[1:], (image.size,) * 2
-    if found != (*asked, image.channels):
-      raise ConfigError(
-        f'the pictures of {config.data.source} are {found[0]} x {found[1]} '
-        f'with {found[2]} channels; set model.image.size and channels '
-        f'to that, not {image.size} and {image.channels}'
-      )
+    self._shape = (image.size, image.size, image.channels)
     tokens = (image.size // image.patch) ** 2
     lengths = {*config.train.seq_len, config.eval.seq_len or tokens}
     if lengths != {tokens}:
@@ -51,26 +52,43 @@ class ImageClassification:
       )
     self.vocab_size = len(data.classes)
     self._config, self._data, self._mesh = config, data, mesh
+    for split in ('train', config.eval.split):
+      self._rows(split)[0]  # refuses a wrong shape before anything is built
 
   def loss(
     self, model, batch, *, step, train, mechanism=None, budget=None
   ) -> Loss:
-    """Nats of the labels, smoothed in training; `hits` are right answers."""
+    """Nats of the labels, smoothed and mixed in training.
+
+    `hits` are right answers; of a mixed picture, what most of it is.
+    """
     pixels, labels = batch['images'], batch['labels']
-    weights = batch['weights'][:, 0]
-    if train and self._config.data.shift:
-      key = jax.random.fold_in(jax.random.key(self._config.seed), step)
-      pixels = shift(pixels, key, most=self._config.data.shift)
+    weights, data = batch['weights'][:, 0], self._config.data
+    key = jax.random.fold_in(jax.random.key(self._config.seed), step)
+    if train and data.shift:
+      pixels = shift(pixels, key, most=data.shift)
+    images, own = self._data.normalize(pixels), None
+    if train and (data.augment.mixup or data.augment.cutmix):
+      images, own = mixing.mix(
+        images,
+        jax.random.fold_in(key, 1),
+        mixup=data.augment.mixup,
+        cutmix=data.augment.cutmix,
+      )
     out = model(
-      self._data.normalize(pixels),
-      step=step,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
+      images, step=step, train=train, mechanism=mechanism, budget=budget
     )
     logits = model.classify(out.hidden)
     smoothing = self._config.train.label_smoothing if train else 0.0
-    total, hits = label_loss(logits, labels, weights, smoothing=smoothing)
+    judge = functools.partial(
+      label_loss, logits, weights=weights, smoothing=smoothing
+    )
+    total, hits = judge(labels)
+    if own is not None:
+      # The loss is linear in the label, so that of a mixed one is a mixture.
+      others, other_hits = judge(mixing.partner(labels))
+      total = own * total + (1 - own) * others
+      hits = jnp.where(own >= 0.5, hits, other_hits)
     weight = jnp.sum(weights)
     return Loss(
       total, weight, {'hits': hits}, out.aux, auxiliary(out.aux, weight)
@@ -81,18 +99,21 @@ class ImageClassification:
     return classification.metrics(loss.total, loss.sums['hits'], loss.weight)
 
   def train_iterator(self, stage: Stage) -> DataIterator:
-    """Shuffled pictures, this process's rows."""
+    """Shuffled pictures, augmented, this process's rows."""
+    config = self._config.data.augment
+    change = augment.Augment(config, self._shape[0])
     return pipeline.train_iterator(
-      images.Rows(self._data.train),
+      self._rows('train', train=True),
       batch_size=stage.batch_size,
       seed=stage.seed,
+      augment=change if config.on_host else None,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
 
   def evaluate(self, eval_step, state, *, before_batch):
     """Accuracy and loss on `eval.windows` pictures of `eval.split`."""
-    source = images.Rows(getattr(self._data, self._config.eval.split))
+    source = self._rows(self._config.eval.split)
     found = classification.evaluate(
       eval_step,
       state,
@@ -103,8 +124,12 @@ class ImageClassification:
     return {**found, 'windows': min(self._config.eval.windows, len(source))}
 
   def baselines(self) -> dict[str, float]:
-    """Accuracy of the most frequent training label on the judged split."""
-    return {'majority': self._data.majority(self._config.eval.split)}
+    """Accuracy of a constant answer on the judged split."""
+    return self._data.baselines(self._config.eval.split)
+
+  def _rows(self, split: str, *, train: bool = False):
+    crop = self._config.data.augment.crop
+    return self._data.rows(split, self._shape, crop=crop, train=train)
 
 
 def shift(
