@@ -6,10 +6,10 @@ The data is prepared once, where there is a network:
   python launch.py --config=configs/vit_cifar10.py
 
 64 patches of 4 x 4, 6 layers of 192 channels; RandAugment, crops out of a
-padded picture, flips, mixup and CutMix in turn, label smoothing, drop path. TFDS
-has no validation split: every twentieth training picture judges the run, and
-`--config.eval.split=test` is the test set. The argument is a key of `ARGS`: a
-norm, or another attention than dense under PRepBN.
+padded picture, flips, mixup and CutMix in turn, label smoothing, drop path.
+TFDS has no validation split: every twentieth training picture judges the run,
+and `--config.eval.split=test` is the test set. The argument is a key of `ARGS`:
+a norm, or another attention than dense under PRepBN.
 
 Nobody has run this yet.
 """

@@ -83,17 +83,18 @@ class PairRows(_Rows):
   """source, source_ids, inputs, targets int32 [T], weights f32 [T].
 
   `source_ids` are segment ids. The target begins and ends with `SEPARATOR`:
-  inputs begin with one, targets end with one.
+  inputs begin with one, targets end with one, unless the text is cut.
   """
 
   def _row(self, example: Pair):
     source = self._tokenizer.encode(example.source)[: self._length]
-    target = self._tokenizer.encode(example.target)[: self._length - 1]
-    closed = [*target, SEPARATOR]
+    target = self._tokenizer.encode(example.target)
+    closed = [*target, SEPARATOR][: self._length]
+    opened = [SEPARATOR, *target][: self._length]
     return {
       'source': self._fill(source),
       'source_ids': self._fill(np.ones(len(source))),
-      'inputs': self._fill([SEPARATOR, *target]),
+      'inputs': self._fill(opened),
       'targets': self._fill(closed),
       'weights': self._fill(np.ones(len(closed)), np.float32),
     }

@@ -339,7 +339,7 @@ def test_rows_of_pairs_begin_and_end_with_a_separator():
   assert row['source'].tolist() == [97, 98, 0, 0, 0]
   assert row['source_ids'].tolist() == [1, 1, 0, 0, 0]
   assert row['inputs'].tolist() == [0, *b'cdef']
-  assert row['targets'].tolist() == [*b'cdef', 0]
+  assert row['targets'].tolist() == [*b'cdefg']  # cut: no end
   assert row['weights'].tolist() == [1] * 5
   row = rows.PairRows([parallel.Pair(b'ab', b'c')], ByteTokenizer(), 5)[0]
   assert row['targets'].tolist() == [99, 0, 0, 0, 0]

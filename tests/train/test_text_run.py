@@ -91,10 +91,17 @@ def pairs():
   return parallel.from_pairs(found, {'source': 'made up'})
 
 
+def longer(cfg, steps):
+  train = dataclasses.replace(cfg.train, steps=(steps,))
+  every = dataclasses.replace(cfg.eval, every=0)
+  return dataclasses.replace(cfg, train=train, eval=every)
+
+
 CASES = {
   'labels': (config(), texts, 'macro_f1', 'majority'),
   'tags': (
-    config(source='stdlib_tags'), sentences, 'span_f1', 'most frequent tag'
+    longer(config(source='stdlib_tags'), 70),
+    sentences, 'span_f1', 'most frequent tag'
   ),
 }  # fmt: skip
 
@@ -129,10 +136,7 @@ def test_a_run_learns_and_reports(tmp_path, capsys, name):
 
 
 def test_translation_learns_writes_and_goes_on(tmp_path, capsys):
-  cfg = config('encoder_decoder', 'asv_bbe')
-  cfg = dataclasses.replace(
-    cfg, train=dataclasses.replace(cfg.train, steps=(80,))
-  )
+  cfg = longer(config('encoder_decoder', 'asv_bbe'), 80)
   result = loop.train_and_evaluate(cfg, tmp_path / 'whole', corpus=pairs())
   found = result['validation']['dense']
   assert found['bleu'] > 50 > result['baselines']['copied source']
