@@ -19,7 +19,7 @@ Another set with labels, prepared once by `python -m psa_jax.data.prepare`:
 
 from ml_collections import ConfigDict
 
-STEPS = 1500
+STEPS = 1200
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -95,7 +95,7 @@ def _base(steps):
     'data': {
       'source': 'verse_genre',
       'tokenizer': 'bpe:8192',
-      'word_dropout': 0.2,
+      'word_dropout': 0.3,
     },
     'model': {
       'kind': 'encoder',
@@ -104,6 +104,7 @@ def _base(steps):
       'num_heads': 4,
       'num_kv_heads': 4,
       'mlp_dim': 256,
+      'dropout': 0.3,
       'norm': {'kind': 'rmsnorm'},
     },
     'optim': {

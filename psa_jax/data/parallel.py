@@ -1,6 +1,6 @@
 """Sentences and their translations: `asv_bbe`, `ddtp_en_<xx>`, TFDS sets.
 
-`asv_bbe`: 31,004 verses of the American Standard Version with what the Bible
+`asv_bbe`: 31,023 verses of the American Standard Version with what the Bible
 in Basic English makes of them. Both are English, so it is rewriting into a
 thousand words rather than translation; copying the source scores a BLEU of 4.5.
 A chapter is in one split as a whole.

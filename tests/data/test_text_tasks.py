@@ -1,6 +1,7 @@
 """Labelled texts, tagged words and translations, and their rows."""
 
 import io
+import re
 import tarfile
 
 import numpy as np
@@ -169,10 +170,44 @@ def test_verses_pair_up():
   found = parallel.load(source('asv_bbe'))
   splits = found.examples
   count = sum(len(splits.split(s)) for s in ('train', 'validation', 'test'))
-  assert count == 31_004
+  assert count == 31_023
   pair = splits.validation[0]  # chapter 0 is Genesis 1
   assert pair.source.startswith(b'In the beginning God created')
   assert pair.target.startswith(b'At the first God made')
+
+
+@pytest.mark.parametrize('edition', verses.EDITIONS)
+def test_verses_are_cut_between_words(edition):
+  found = verses.read(edition)
+  inside = [v for v in found.values() if v[:1].islower()]
+  assert len(inside) < 0.2 * len(found)  # a sentence may go on in a verse
+  marks = '.,;:!?()'
+  broken = {v.split()[0].strip(marks) for v in inside} - {
+    w.strip(marks) for v in found.values() for w in v.split()[1:]
+  }
+  assert len(broken) < 20
+  assert not any('\\' in v for v in found.values())
+
+
+def test_both_editions_say_the_same_to_the_end():
+  old, basic = verses.read('asv'), verses.read('bbe')
+  assert basic[66022021].startswith('The grace of the Lord Jesus')
+  assert basic[24039009].startswith('Then Nebuzaradan')
+  names = re.compile(r'(?<=[a-z,] )[A-Z][a-z]{4,}')
+  both = [n for n in old if n in basic]
+
+  def shared(numbers, others):
+    found = [
+      np.mean([name in basic[m] for name in there])
+      for n, m in zip(numbers, others, strict=True)
+      if (there := set(names.findall(old[n])))
+    ]
+    return np.mean(found)
+
+  for i in range(0, len(both), 5000):
+    part = both[i : i + 5000]
+    # A drift of one verse would already be seen in names that come once.
+    assert shared(part, part) > 1.5 * shared(part, part[3:] + part[:3])
 
 
 def test_descriptions_from_the_prepared_file(tmp_path):
