@@ -24,7 +24,7 @@ STEPS = 1200
 
 def get_config(arg: str = '') -> ConfigDict:
   """The recipe named `arg`, a key of `ARGS`."""
-  steps = STEPS // 30 if arg == 'quick' else STEPS
+  steps = STEPS // 24 if arg == 'quick' else STEPS
   recipe = _base(steps)
   recipe['model'] |= ARGS[arg](steps)
   recipe['name'] = f'classify_verses_{arg}' if arg else 'classify_verses'
@@ -35,19 +35,20 @@ def dense(steps: int) -> dict:
   """Dense attention.
 
   Command: python launch.py --config=configs/classify_verses.py
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: 20 minutes on one busy core; about ten on two.
+  Expected: macro-F1 0.790 on validation, where TF-IDF has 0.783, and 0.765 on
+    test, where it has 0.761 (one seed).
   """
   del steps
   return {}
 
 
 def quick(steps: int) -> dict:
-  """A thirtieth of the steps: does it run?
+  """A twenty-fourth of the steps: does it run?
 
   Command: python launch.py --config=configs/classify_verses.py:quick
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: a minute on two cores.
+  Expected: macro-F1 of 0.2 to 0.4, far above the 0.06 of one answer.
   """
   return dense(steps)
 

@@ -36,8 +36,9 @@ def dense(steps: int) -> dict:
   """Dense attention.
 
   Command: python launch.py --config=configs/tag_stdlib.py
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: nine minutes on one busy core; about five on two.
+  Expected: span F1 0.963 on validation and 0.961 on test, where the most
+    frequent tag of each word has 0.273 and 0.254 (one seed, Python 3.11).
   """
   del steps
   return {}
@@ -47,8 +48,8 @@ def quick(steps: int) -> dict:
   """A fifteenth of the steps: does it run?
 
   Command: python launch.py --config=configs/tag_stdlib.py:quick
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: half a minute on two cores.
+  Expected: far from done; it shows that everything runs.
   """
   return dense(steps)
 

@@ -241,7 +241,7 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
 
   def place(line, column) -> int | None:
     """The token there; `ast` counts columns in UTF-8 bytes."""
-    text = lines[line - 1].encode()[:column].decode()
+    text = lines[line - 1].encode()[:column].decode(errors='ignore')
     return at.get((line, len(text)))
 
   def mark(kind: str, first: int | None, count: int, number: int) -> None:
