@@ -54,11 +54,15 @@ def quick(steps: int) -> dict:
 
 
 def cascade(steps: int) -> dict:
-  """Tokens leave on the way: on average half of them are there.
+  """Half of the tokens leave in front of the second layer.
+
+  The first layer has to see all of them, so of two layers' tokens 75 % are kept
+  and of their pairs 63 %.
 
   Command: python launch.py --config=configs/classify_verses.py:cascade
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: a seventh more than the default: every rung is compiled.
+  Expected: macro-F1 0.777 on validation and 0.762 on test, 1.3 and 0.3 points
+    below the default (one seed).
   """
   amount = {
     'kind': 'linear',
