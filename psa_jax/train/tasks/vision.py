@@ -42,6 +42,9 @@ class ImageClassification:
     """
     image = config.model.image
     self._shape = (image.size, image.size, image.channels)
+    self._config, self._data, self._mesh = config, data, mesh
+    for split in ('train', config.eval.split):
+      self._rows(split)[0]  # refuses a wrong shape before anything is built
     tokens = (image.size // image.patch) ** 2
     lengths = {*config.train.seq_len, config.eval.seq_len or tokens}
     if lengths != {tokens}:
@@ -51,9 +54,6 @@ class ImageClassification:
         'eval.seq_len to 0'
       )
     self.vocab_size = len(data.classes)
-    self._config, self._data, self._mesh = config, data, mesh
-    for split in ('train', config.eval.split):
-      self._rows(split)[0]  # refuses a wrong shape before anything is built
 
   def loss(
     self, model, batch, *, step, train, mechanism=None, budget=None
