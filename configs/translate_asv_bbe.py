@@ -62,8 +62,10 @@ def topk(steps: int) -> dict:
   """Every query reads the best quarter, of its own text and of the other.
 
   Command: python launch.py --config=configs/translate_asv_bbe.py:topk
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: not measured; a step takes 1.5 times the default's.
+  Expected: not measured from the beginning. 150 more steps of the default's
+    weights (`train.init_from`), the last 100 at a quarter, end at a BLEU of
+    34.7, where the default has 35.5.
   """
   keep = {
     'kind': 'linear',
