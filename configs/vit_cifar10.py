@@ -133,6 +133,7 @@ def _base(steps):
   return {
     'data': {
       'source': 'tfds:cifar10',
+      'threads': 8,
       'augment': {
         'crop': 'pad',
         'flip': True,

@@ -152,6 +152,7 @@ def _base(steps):
   return {
     'data': {
       'source': 'tfds:imagenet2012',
+      'threads': 16,
       'augment': {
         'crop': 'resized',
         'flip': True,

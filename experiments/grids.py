@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from psa_jax import config_dict
@@ -51,6 +51,16 @@ def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     path.write_text(text[: text.rfind('\n') + 1], 'utf-8')
   with path.open('a', encoding='utf-8') as file:
     file.write(json.dumps(row) + '\n')
+
+
+def caption(rows: Sequence[Row]) -> str:
+  """Where the numbers come from."""
+  commits = ' '.join(dict.fromkeys(row['commit'] for row in rows))
+  last = rows[-1]
+  return (
+    f'{last["date"]}, commit {commits}, jax {last["jax"]}, python '
+    f'{last["python"]}, machine {last["machine"]}.'
+  )
 
 
 def settings(config: Config) -> str:
@@ -96,6 +106,44 @@ def each(
     waiting = [pool.submit(one, item) for item in todo]
     for made in concurrent.futures.as_completed(waiting):
       yield made.result()
+
+
+def fill(
+  results: pathlib.Path,
+  wanted: Mapping[Any, str],
+  start: Callable[[Any, int], Row],
+  *,
+  have: Collection[tuple[Any, str]],
+  workers: int,
+  stamp: dict[str, str],
+  what: str,
+  say: Callable[[Row], str],
+) -> None:
+  """Makes the runs of a grid that are missing; a row each, as they end.
+
+  Args:
+    results: file of the rows.
+    wanted: run (a named tuple) -> hash of its settings.
+    start: as in `each`.
+    have: (run, settings) that are there.
+    workers: runs at a time.
+    stamp: where the numbers come from.
+    what: kind of row.
+    say: what is printed of a row that has no error.
+  """
+  todo = [run for run, hashed in wanted.items() if (run, hashed) not in have]
+  print(
+    f'{len(wanted) - len(todo)} runs of {len(wanted)} are there', flush=True
+  )
+  for number, (run, row) in enumerate(each(todo, start, workers=workers), 1):
+    whole = {'what': what, **run._asdict(), 'settings': wanted[run]}
+    append(results, whole | row | stamp)
+    name = ' '.join(map(str, run))
+    found = row['error'] if 'error' in row else say(row)
+    print(
+      f'{number}/{len(todo)} {name}: {found}, {row["seconds"]:.0f} s',
+      flush=True,
+    )
 
 
 def process(file: str, arguments: Sequence[str], core: int) -> Row:

@@ -108,6 +108,9 @@ class DataConfig:
     shift: pictures are moved by up to so many pixels in training.
     augment: what else is done to them.
     word_dropout: share of the tokens that an encoder does not see in training.
+    threads: how many read (and augment) batches ahead of the training step, and
+      the rows of a batch in evaluation; 0 reads when a batch is asked for. The
+      batches are the same.
     synthetic: settings of `synthetic:<task>`.
   """
 
@@ -123,6 +126,7 @@ class DataConfig:
   shift: int = 0
   augment: AugmentConfig = AugmentConfig()
   word_dropout: float = 0.0
+  threads: int = runtime(0)
   synthetic: SyntheticConfig = SyntheticConfig()
 
 

@@ -196,6 +196,9 @@ class CascadeConfig:
       all tokens and all heads.
     slope: how steeply the kept share falls over the other layers: from 0, not
       at all, to 1.
+    importance: what tokens are judged by: `attention` that they got, or
+      `random` numbers, others every step, which is a control for models that
+      are not causal.
     amount: schedule of how much of the pruning is in force, from 0 to 1.
     rungs: sizes are static: a schedule that moves climbs this many rungs, all
       in one program. A piecewise one has a rung for each of its values.
@@ -210,6 +213,7 @@ class CascadeConfig:
   token_start: float = 0.15
   head_start: float = 0.3
   slope: float = 0.5
+  importance: str = choice('attention', 'attention', 'random')
   amount: ScheduleConfig = ScheduleConfig()
   rungs: int = 4
   documents: int = 1

@@ -39,6 +39,7 @@ RANGES = {
   'data.augment.mixup': '[0, inf)',
   'data.augment.cutmix': '[0, inf)',
   'data.word_dropout': '[0, 1)',
+  'data.threads': '[0, 256]',
   'data.synthetic.vocab_size': _COUNT,
   'data.synthetic.needles': _COUNT,
   'data.synthetic.value_len': _COUNT,

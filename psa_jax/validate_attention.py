@@ -161,6 +161,11 @@ def _check_cascade(config: Config) -> Iterator[str]:
       f'{path}.token_keep, head_keep and value_keep are 1, which prunes '
       'nothing; lower one, or set config.model.attention.name to dense'
     )
+  if cascade.importance == 'random' and model.kind == 'decoder_lm':
+    yield (
+      f'{path}.importance is random, but a decoder, whose caches are pruned by '
+      'attention, cannot have this control; set it to attention'
+    )
   if max(config.train.seq_len, default=0) > _LONGEST_CASCADE:
     yield (
       f'config.train.seq_len is {config.train.seq_len}, but cascade pruning '

@@ -234,6 +234,12 @@ def test_an_exponential_mix_cannot_start_at_nothing():
   fine(changes | {TOPK + 'mix.init': 1e-3})
 
 
+def test_random_importance_is_no_control_of_a_decoder():
+  name = {'model.attention.name': 'cascade', CASCADE + 'importance': 'random'}
+  assert 'a decoder, whose caches' in problem(name)
+  fine(name | {'model.kind': 'encoder', 'data.source': 'verse_genre'})
+
+
 def test_cascade_pruning_prunes_something():
   name = {'model.attention.name': 'cascade'}
   fine(name)

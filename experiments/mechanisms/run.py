@@ -81,25 +81,22 @@ def run_grid(results, stamp):
     cell: grids.settings(cell.config(changes()))
     for cell in grid.cells(_TASKS.value, _ARMS.value, range(_SEEDS.value))
   }
-  todo = [
-    cell for cell, settings in found.items() if (cell, settings) not in have
-  ]
-  print(f'{len(found) - len(todo)} runs of {len(found)} are there', flush=True)
 
   def start(cell, core):
     words = [f'--cell={",".join(map(str, cell))}']
     words += [f'--set={x}' for x in _SET.value]
     return grids.process(__file__, words, core)
 
-  made = grids.each(todo, start, workers=_WORKERS.value)
-  for number, (cell, row) in enumerate(made, 1):
-    whole = {'what': 'quality', **cell._asdict(), 'settings': found[cell]}
-    grids.append(results, whole | row | stamp)
-    print(
-      f'{number}/{len(todo)} {cell.task} {cell.arm} seed {cell.seed}: '
-      f'{row.get("error", row.get("quality"))}, {row["seconds"]:.0f} s',
-      flush=True,
-    )
+  grids.fill(
+    results,
+    found,
+    start,
+    have=have,
+    workers=_WORKERS.value,
+    stamp=stamp,
+    what='quality',
+    say=lambda row: str(row['quality']),
+  )
 
 
 def write_page(results):

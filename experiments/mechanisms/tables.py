@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from experiments.grids import caption
 from experiments.mechanisms import grid
 from experiments.mechanisms.rows import Row
 from psa_jax import report
@@ -111,14 +112,6 @@ def failures(rows: Sequence[Row]) -> list[str]:
       if 'error' in row
     }
   )
-
-
-def caption(rows: Sequence[Row]) -> str:
-  """When, where and with what."""
-  commits = ' '.join(dict.fromkeys(row['commit'] for row in rows))
-  last = rows[-1]
-  versions = ', '.join(f'{x} {last[x]}' for x in ('jax', 'python', 'machine'))
-  return f'{last["date"]}, commit {commits}, {versions}.'
 
 
 def values(rows: Sequence[Row], task: str, key: str) -> list[float]:

@@ -18,13 +18,30 @@ from psa_jax.recipe import load_recipe
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = 'configs/vit_mnist.py'
 STEPS = 1000
-# Argument of the recipe, and over which share of the steps gamma falls.
-ARMS: dict[str, tuple[str, float | None]] = {
-  'layernorm': ('layernorm', None),
-  'batchnorm': ('batchnorm', None),
-  'repbn': ('repbn', None),
-  'prepbn_16': ('', 0.16),
-  'prepbn_80': ('', 0.8),
+
+
+class Arm(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    recipe: argument of the recipe.
+    share: of the steps, over which gamma falls.
+    eta: where RepBN's weight of the identity begins; None is the recipe's 1.
+  """
+
+  recipe: str
+  share: float | None = None
+  eta: float | None = None
+
+
+ARMS = {
+  'layernorm': Arm('layernorm'),
+  'batchnorm': Arm('batchnorm'),
+  'repbn': Arm('repbn'),
+  'prepbn_16': Arm('', 0.16),
+  'prepbn_80': Arm('', 0.8),
+  'prepbn_16_eta0': Arm('', 0.16, 0.0),
+  'prepbn_80_eta0': Arm('', 0.8, 0.0),
 }
 SEEDS = range(5)
 SAME = {'eval.every': '0', 'log.tensorboard': 'false', 'log.every': '100'}
@@ -40,15 +57,17 @@ class Cell(NamedTuple):
 
   def config(self, changes: Sequence[tuple[str, str]] = ()) -> Config:
     """Its configuration."""
-    name, share = ARMS[self.arm]
+    name, share, eta = ARMS[self.arm]
     own = [*SAME.items(), ('seed', str(self.seed))]
     spec = f'{ROOT / RECIPE}:{name}' if name else str(ROOT / RECIPE)
     config = load_recipe(spec, [*own, *changes])
     if share is None:
       return config
     steps = round(share * sum(config.train.steps))
-    change = ('model.norm.decay_steps', str(steps))
-    return load_recipe(spec, [*own, *changes, change])
+    own.append(('model.norm.decay_steps', str(steps)))
+    if eta is not None:
+      own.append(('model.norm.eta_init', str(eta)))
+    return load_recipe(spec, [*own, *changes])
 
 
 def cells(

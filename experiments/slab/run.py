@@ -78,24 +78,22 @@ def run_grid(results, stamp, changes):
     for row in grids.read(results)
     if row['what'] == 'run' and 'error' not in row
   }
-  todo = [cell for cell in found if (cell, found[cell]) not in have]
-  print(f'{len(found) - len(todo)} runs of {len(found)} are there', flush=True)
 
   def start(cell, core):
     words = [f'--cell={cell.arm},{cell.seed}']
     words += [f'--set={x}' for x in _SET.value]
     return grids.process(__file__, words, core)
 
-  made = grids.each(todo, start, workers=_WORKERS.value)
-  for number, (cell, row) in enumerate(made, 1):
-    whole = {'what': 'run', **cell._asdict(), 'settings': found[cell]}
-    grids.append(results, whole | row | stamp)
-    said = row.get('error', row.get('diverged', row.get('test')))
-    print(
-      f'{number}/{len(todo)} {cell.arm} seed {cell.seed}: {said}, '
-      f'{row["seconds"]:.0f} s',
-      flush=True,
-    )
+  grids.fill(
+    results,
+    found,
+    start,
+    have=have,
+    workers=_WORKERS.value,
+    stamp=stamp,
+    what='run',
+    say=lambda row: str(row.get('diverged', row.get('test'))),
+  )
 
 
 def write_page(results):

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from experiments.grids import Row
+from experiments.grids import Row, caption
 from experiments.slab.grid import ARMS
 from psa_jax import report
 
@@ -13,6 +13,8 @@ NAMES = {
   'repbn': 'RepBN',
   'prepbn_16': 'PRepBN, T = 16 % of the steps',
   'prepbn_80': 'PRepBN, T = 80 % of the steps',
+  'prepbn_16_eta0': 'PRepBN, T = 16 %, eta from 0 (ours)',
+  'prepbn_80_eta0': 'PRepBN, T = 80 %, eta from 0 (ours)',
 }
 # ImageNet top-1 of the paper, percent: LayerNorm, PRepBN.
 PUBLISHED = {
@@ -93,16 +95,6 @@ def published() -> str:
   ]
   header = ('published, ImageNet top-1', 'LayerNorm', 'PRepBN')
   return report.markdown([header, *lines])
-
-
-def caption(rows: Sequence[Row]) -> str:
-  """Where the numbers come from."""
-  commits = ' '.join(sorted({row['commit'] for row in rows}))
-  last = rows[-1]
-  return (
-    f'{last["date"]}, commit {commits}, jax {last["jax"]}, python '
-    f'{last["python"]}, machine {last["machine"]}.'
-  )
 
 
 def spread(values: Sequence[float]) -> str:

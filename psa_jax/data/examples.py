@@ -104,17 +104,22 @@ def from_tfds(
   config: DataConfig,
   keys: Sequence[str],
   example: Callable[[str, int, Any], Any],
+  *,
+  label_key: str = '',
 ) -> tuple[Examples, Any]:
   """A prepared TFDS set, read a record at a time.
 
   The validation split is the set's own, else every twentieth record of train,
-  which is left out there. The test split is the set's own, if it has one.
+  which is left out there. The test split is the set's own, if it has one whose
+  labels are public.
 
   Args:
     name: as in `data.source=tfds:<name>`.
     config: where data lies.
     keys: features that a record must have.
     example: turns (where, index, record) into an example.
+    label_key: feature that is below 0 where a label is kept secret, as in the
+      test split of ImageNet or of GLUE.
 
   Returns:
     The splits and the set's features.
@@ -147,7 +152,11 @@ def from_tfds(
     first = np.arange(count)
     validation = _Chosen(train, first[::20])
     train = _Chosen(train, first[first % 20 > 0])
-  test = records('test') if 'test' in known else None
+  test = None
+  if 'test' in known:
+    found = prepared.open_split(name, builder, 'test', config)
+    if not (label_key and len(found) and _secret(found[0][label_key])):
+      test = records('test')
   manifest = {
     'source': f'tfds:{name}',
     'package': builder.name,
@@ -159,6 +168,10 @@ def from_tfds(
     'test': 0 if test is None else len(test),
   }
   return Examples(train, validation, test, manifest), features
+
+
+def _secret(label: Any) -> bool:
+  return np.ndim(label) == 0 and int(label) < 0
 
 
 class _Chosen(Sequence):

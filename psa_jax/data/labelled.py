@@ -177,7 +177,9 @@ def _tfds(name: str, config: DataConfig) -> LabelledSet:
     return check(found, len(classes), where, i)
 
   keys = (config.text_key, config.label_key)
-  splits, features = examples.from_tfds(name, config, keys, example)
+  splits, features = examples.from_tfds(
+    name, config, keys, example, label_key=config.label_key
+  )
   classes = tuple(class_names(name, features[config.label_key], config))
   return LabelledSet(splits, classes)
 

@@ -7,11 +7,16 @@ have taken, so it is the same on every host and valid for another number of
 hosts or another batch size.
 
 A window of 65,536 tokens costs 2 ms (a copy from a memory map, and grain's
-shuffle, which walks 65,536 / windows steps of a permutation), so there are no
-worker threads or processes to start, stop and keep deterministic.
+shuffle, which walks 65,536 / windows steps of a permutation), so by default
+nothing is read ahead. Pictures that have to be decoded, cropped and augmented
+cost more than a step of a small model: with `threads` that many batches are
+made at a time, in the same order and from the same random numbers. Pillow and
+array_record let go of the interpreter while they work.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +24,7 @@ import numpy as np
 from psa_jax.config import ConfigError
 
 Batch = dict[str, np.ndarray]
+Augment = Callable[[Batch, np.random.Generator], Batch]
 
 
 @runtime_checkable
@@ -49,6 +55,10 @@ class TrainIterator(Iterator[Batch]):
     taken = self._elastic.get_state()['global_next_index']
     return {'next_window': taken, **self._identity}
 
+  def close(self) -> None:
+    """Ends the threads that read ahead, if there are any."""
+    self._elastic.close()
+
   def set_state(self, state: dict[str, int]) -> None:
     """Continues where `get_state` was called.
 
@@ -69,21 +79,31 @@ class EvalBatches:
   """Batches of one host over chosen windows; see `eval_batches`."""
 
   def __init__(
-    self, source: Source, rows: np.ndarray, real: np.ndarray
+    self,
+    source: Source,
+    rows: np.ndarray,
+    real: np.ndarray,
+    threads: int = 0,
   ) -> None:
     self._source = source
     self._rows = rows
     self._real = real
+    self._threads = threads
 
   def __len__(self) -> int:
     return len(self._rows)
 
   def __iter__(self) -> Iterator[Batch]:
-    for rows, real in zip(self._rows, self._real, strict=True):
-      items = [self._source[int(i)] for i in rows]
-      batch = {k: np.stack([item[k] for item in items]) for k in items[0]}
-      batch['weights'] *= real[:, None]
-      yield batch
+    with contextlib.ExitStack() as stack:
+      read = map
+      if self._threads:
+        pool = futures.ThreadPoolExecutor(self._threads)
+        read = stack.enter_context(pool).map
+      for rows, real in zip(self._rows, self._real, strict=True):
+        items = list(read(self._source.__getitem__, rows.tolist()))
+        batch = {k: np.stack([item[k] for item in items]) for k in items[0]}
+        batch['weights'] *= real[:, None]
+        yield batch
 
 
 def train_iterator(
@@ -92,7 +112,8 @@ def train_iterator(
   batch_size: int,
   seed: int,
   shuffle: bool = True,
-  augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
+  augment: Augment | None = None,
+  threads: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainIterator:
@@ -105,6 +126,7 @@ def train_iterator(
     shuffle: False for windows that are random already.
     augment: changes a window; its random numbers belong to the window's place
       in the stream.
+    threads: that make batches ahead; 0 for none.
     process_index, process_count: which host this is, of how many.
 
   Returns:
@@ -127,7 +149,10 @@ def train_iterator(
     order,
     batch_size,
     grain.sharding.ShardOptions(process_index, process_count),
-    read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0),
+    # As many batches are under way or waiting as there are threads.
+    read_options=grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=threads
+    ),
   )
   return TrainIterator(iter(elastic), windows=len(source), seed=seed)
 
@@ -137,6 +162,7 @@ def eval_batches(
   *,
   batch_size: int,
   limit: int,
+  threads: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> EvalBatches:
@@ -150,6 +176,7 @@ def eval_batches(
     source: windows of the validation split.
     batch_size: windows a step over all hosts.
     limit: how many windows to take; 0 takes all.
+    threads: that read the windows of a batch; 0 for none.
     process_index, process_count: which host this is, of how many.
   """
   _check_shares(batch_size, process_count)
@@ -165,6 +192,7 @@ def eval_batches(
     source,
     filled.reshape(shape)[:, process_index],
     real.reshape(shape)[:, process_index].astype(np.float32),
+    threads,
   )
 
 

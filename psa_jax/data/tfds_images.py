@@ -107,7 +107,9 @@ def load(name: str, config: DataConfig) -> PreparedImages:
     return Picture(pixels, label, f'{where}: picture {i}')
 
   keys = (IMAGE, config.label_key)
-  splits, features = examples.from_tfds(name, config, keys, example)
+  splits, features = examples.from_tfds(
+    name, config, keys, example, label_key=config.label_key
+  )
   classes = tuple(
     labelled.class_names(name, features[config.label_key], config)
   )

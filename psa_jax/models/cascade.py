@@ -54,6 +54,7 @@ from psa_jax.types import Scalar
 PADDING = 0  # segment id of what is no token, in a bidirectional model
 DEAD = -1  # segment id of spare rows
 MOMENTUM = 0.9  # of the running mean of head importance
+_SEED = 2012  # of random importance, in every run: the step is the difference
 
 
 class Rows(NamedTuple):
@@ -186,7 +187,8 @@ class Cascade:
         heads[0] if self.causal and heads is not None else heads,
       )
       if found is not None:
-        rows = rows._replace(score=rows.score + found.tokens)
+        if self.cascade.importance == 'attention':
+          rows = rows._replace(score=rows.score + found.tokens)
         importance = _add_heads(importance, found.heads, heads)
       moved.append(stats)
       shares = self._shares(start, rows, size.heads / K, packed)
@@ -262,6 +264,9 @@ class Cascade:
         alive = segment != PADDING
     budget = seen if self.causal else length
     score = jnp.zeros((B, T), jnp.float32)
+    if self.cascade.importance == 'random':
+      key = jax.random.fold_in(jax.random.key(_SEED), self.step)
+      score = jax.random.uniform(key, (B, T))
     return Rows(place, alive, score, document, budget, segment)
 
   def _prune(self, rows: Rows, size, share: int, packed: bool) -> Rows:

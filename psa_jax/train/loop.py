@@ -101,7 +101,8 @@ def evaluate_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  task = make_task(config, corpus or load_data(config), mesh)
+  corpus = corpus or load_data(config)
+  task = make_task(config, corpus, mesh)
   program = state_lib.make_program(
     config, task.vocab_size, mesh, classes=task.classes
   )
@@ -109,7 +110,7 @@ def evaluate_checkpoint(
     if (folder / export.WEIGHTS).exists():
       state = export.load(folder, program)
     else:
-      state = _restored(config, folder, task, program, console)
+      state = _restored(config, folder, corpus, program, console)
     evaluate = Evaluator(config, task, program)
     validation = {name: evaluate(state, name) for name in evaluate.mechanisms}
   step = int(state.step)
@@ -143,12 +144,13 @@ def export_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  task = make_task(config, corpus or load_data(config), mesh)
+  corpus = corpus or load_data(config)
+  task = make_task(config, corpus, mesh)
   program = state_lib.make_program(
     config, task.vocab_size, mesh, classes=task.classes
   )
   with jax.set_mesh(mesh):
-    state = _restored(config, folder, task, program, console)
+    state = _restored(config, folder, corpus, program, console)
     _, target = export.save(folder, config, state)
   console.say(
     f'the model of step {int(state.step)} is in {target}, its norms folded '
@@ -158,7 +160,7 @@ def export_checkpoint(
   return target
 
 
-def _restored(config, folder, task, program, console) -> state_lib.TrainState:
+def _restored(config, folder, corpus, program, console) -> state_lib.TrainState:
   """The newest checkpoint, its statistics anew if that is asked for."""
   checkpoints = Checkpoints(
     folder / run_lib.CHECKPOINTS, read_only=True, say=console.say
@@ -169,10 +171,17 @@ def _restored(config, folder, task, program, console) -> state_lib.TrainState:
   count = config.eval.reestimate
   if not count:
     return found.state
-  batches = task.train_iterator(stages_lib.plan(config)[-1])
-  return reestimate.reestimate(
-    config, task, program, found.state, batches, count=count
+  still = reestimate.still(config)
+  task = make_task(still, corpus, program.mesh)
+  program = state_lib.make_program(
+    still, task.vocab_size, program.mesh, classes=task.classes
   )
+  with contextlib.closing(
+    task.train_iterator(stages_lib.plan(still)[-1])
+  ) as batches:
+    return reestimate.reestimate(
+      still, task, program, found.state, batches, count=count
+    )
 
 
 def _open_console(total: int) -> console_lib.Console:

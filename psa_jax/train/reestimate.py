@@ -4,12 +4,15 @@ The running mean follows weights that still move, so at the end of training it
 is late by some steps. Here the statistics of a number of training batches are
 pooled instead, as if they were one batch.
 
+Every part of the model is there, and nothing of a batch is hidden or mixed
+(`still`), as when it is used. Pictures are moved, cropped and augmented as in
+training.
+
 They are read off how far the running ones move: with momentum m a batch whose
 own are b turns r into m r + (1 - m) b.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,17 @@ import jax.numpy as jnp
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError
 from psa_jax.norm.prepbn import BATCH_KINDS
+from psa_jax.train.stages import DataIterator
 from psa_jax.train.state import Program, TrainState
 from psa_jax.train.tasks import Task
+
+
+def still(config: Config) -> Config:
+  """The run without dropout, drop path, hidden tokens, mixup and CutMix."""
+  augment = dataclasses.replace(config.data.augment, mixup=0.0, cutmix=0.0)
+  data = dataclasses.replace(config.data, augment=augment, word_dropout=0.0)
+  model = dataclasses.replace(config.model, dropout=0.0, drop_path=0.0)
+  return dataclasses.replace(config, data=data, model=model)
 
 
 def reestimate(
@@ -26,16 +38,16 @@ def reestimate(
   task: Task,
   program: Program,
   state: TrainState,
-  batches: Iterator[Any],
+  batches: DataIterator,
   *,
   count: int,
 ) -> TrainState:
   """The state with the statistics of `count` training batches.
 
   Args:
-    config: the run.
-    task: gives the forward pass.
-    program: model structure and mesh.
+    config: from `still`.
+    task: of that, gives the forward pass.
+    program: of that, model structure and mesh.
     state: its weights and step stay.
     batches: this process's rows of training batches.
     count: of batches.

@@ -90,6 +90,7 @@ class Run:
     self.train_step = step_lib.make_train_step(config, self.task, self.program)
     self.evaluate = Evaluator(config, self.task, self.program)
     self.data = stages_lib.StageData(self.task, self.stages)
+    self._open.callback(self.data.close)
     self.interrupt = Interrupt(console.say, before_abort=console.close)
     self.checkpoints = Checkpoints(
       folder / CHECKPOINTS, keep=config.checkpoint.keep, say=self.console.say

@@ -107,6 +107,8 @@ class DataIterator(Protocol):
 
   def set_state(self, state: Any) -> None: ...
 
+  def close(self) -> None: ...
+
 
 class StageData:
   """The batches of a whole run, stage after stage, with a savable place."""
@@ -125,6 +127,7 @@ class StageData:
     """This process's rows of the batch for the update after `step`."""
     stage = stage_at(self._stages, step)
     if self._open is None or self._open[0] != stage:
+      self.close()
       self._open = stage, self._task.train_iterator(stage)
     return next(self._open[1])
 
@@ -134,6 +137,12 @@ class StageData:
       return {}
     stage, iterator = self._open
     return {'stage': stage.index, 'iterator': iterator.get_state()}
+
+  def close(self) -> None:
+    """Lets go of the stage that is open."""
+    if self._open is not None:
+      self._open[1].close()
+    self._open = None
 
   def restore(self, state: dict[str, Any], step: int) -> None:
     """Goes to where `state` was taken, after `step` updates.

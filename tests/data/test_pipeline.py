@@ -1,9 +1,12 @@
 """The train stream: shuffled, shared out, resumable; evaluation: complete."""
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +112,57 @@ def test_resumed_equals_uninterrupted(before, lost, after):
     fresh.set_state(json.loads(state))
     assert fresh.get_state() == json.loads(state)
     np.testing.assert_array_equal(take(fresh, after), whole[before:])
+
+
+def noisy(window, rng):
+  return {**window, 'inputs': window['inputs'] + 1000 * rng.integers(1, 99)}
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_threads_read_the_same_batches(threads):
+  def numbers(threads, before=0):
+    windows = pipeline.train_iterator(
+      source(), batch_size=12, seed=7, augment=noisy, threads=threads
+    )
+    with contextlib.closing(windows):
+      for _ in range(before):
+        next(windows)
+      state = windows.get_state()
+      windows.set_state(json.loads(json.dumps(state)))
+      return state, take(windows, 11 - before)
+
+  state, whole = numbers(0)
+  assert len(np.unique(whole // 1000)) > 40
+  np.testing.assert_array_equal(numbers(threads)[1], whole)
+  # What was read ahead and not taken is read again.
+  state, rest = numbers(threads, before=4)
+  assert state['next_window'] == 48
+  np.testing.assert_array_equal(rest, whole[4:])
+
+
+def test_batches_are_really_read_ahead_and_by_several_threads():
+  class Slow:
+    def __init__(self):
+      self.came, self.meeting = itertools.count(), threading.Barrier(3)
+
+    def __len__(self):
+      return 12
+
+    def __getitem__(self, i):
+      if next(self.came) < 3:
+        self.meeting.wait(timeout=30)  # until three are here, or an error
+      return {'inputs': np.full(T, i), 'weights': np.ones(1, np.float32)}
+
+  windows = pipeline.train_iterator(Slow(), batch_size=1, seed=0, threads=3)
+  with contextlib.closing(windows):
+    next(windows)
+  judged = pipeline.eval_batches(Slow(), limit=12, batch_size=3, threads=3)
+  assert [b['inputs'][:, 0].tolist() for b in judged] == [
+    [0, 1, 2],
+    [3, 4, 5],
+    [6, 7, 8],
+    [9, 10, 11],
+  ]
 
 
 def test_all_fields_resume():

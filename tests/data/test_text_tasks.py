@@ -281,11 +281,24 @@ class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       )
 
 
+class Secret(Small, skip_registration=True):
+  """The labels of its test split are not public, as in GLUE."""
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {
+      'train': self._generate_examples(30),
+      'validation': self._generate_examples(4),
+      'test': ((i, {**x, 'label': -1}) for i, x in self._generate_examples(5)),
+    }
+
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
   tfds.disable_progress_bar()
   root = tmp_path_factory.mktemp('tfds')
-  Small(data_dir=root, file_format='array_record').download_and_prepare()
+  for kind in (Small, Secret):
+    kind(data_dir=root, file_format='array_record').download_and_prepare()
   return root
 
 
@@ -306,6 +319,17 @@ def test_prepared_sets_of_all_three_kinds(prepared):
   keys = dict(source_key='text', target_key='de')
   pairs = parallel.load(source('tfds:small', prepared, **keys))
   assert pairs.examples.train[0] == (b'text 1', b'Text 1')
+
+
+def test_a_test_split_with_secret_labels_is_none(prepared):
+  found = labelled.load(source('tfds:secret', prepared)).examples
+  assert found.manifest['test'] == 0 and len(found.validation) == 4
+  with pytest.raises(ConfigError, match='has no test split; set eval.split'):
+    found.split('test')
+  # Its translations are there to be judged.
+  keys = dict(source_key='text', target_key='de')
+  pairs = parallel.load(source('tfds:secret', prepared, **keys))
+  assert len(pairs.examples.split('test')) == 5
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ def test_arms_differ_in_their_norm_alone():
   assert len(set(norms.values())) == len(grid.ARMS)
   assert norms['prepbn_16'].decay_steps == 0.16 * grid.STEPS
   assert norms['prepbn_80'].decay_steps == 0.8 * grid.STEPS
+  for name in ('prepbn_16', 'prepbn_80'):
+    assert norms[name].eta_init == 1
+    other = dataclasses.replace(norms[name], eta_init=0.0)
+    assert norms[f'{name}_eta0'] == other
 
   def rest(config):
     model = dataclasses.replace(config.model, norm=norms['layernorm'])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.kernels.dense import dense_attention
+from psa_jax.kernels.dense import dense_attention, short
 from psa_jax.kernels.dense import xla as xla_module
 from tests import oracles
 
@@ -24,14 +24,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-@pytest.mark.parametrize('name', list(CASES))
-def test_value_and_gradients(name, implementation, monkeypatch):
-  # Small tiles, so that plain, masked and partial ones all occur.
+def use_small_tiles(monkeypatch):
+  """So that plain, masked and partial ones all occur."""
   monkeypatch.setattr(xla_module, 'ROWS', 16)
   monkeypatch.setattr(xla_module, 'MIN_BLOCK_Q', 16)
   monkeypatch.setattr(xla_module, 'KEYS', 8)
-  B, T, S, N, K, H, Hv, cut, offset, causal = CASES[name]
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('name', list(CASES))
+def test_value_and_gradients(name, implementation, monkeypatch):
+  use_small_tiles(monkeypatch)
+  check(CASES[name], implementation)
+
+
+@pytest.mark.parametrize('scores', [0, 20_000, 10**9])
+@pytest.mark.parametrize('name', list(CASES))
+def test_heads_of_one_tile_are_taken_together(name, scores, monkeypatch):
+  """One row of the batch at a time, several and a rest, and all."""
+
+  def never(*args):
+    raise AssertionError('a loop over tiles')
+
+  monkeypatch.setattr(xla_module, '_walk', never)
+  monkeypatch.setattr(short, 'SCORES', scores)
+  B, *rest = CASES[name]
+  check((5, *rest), 'xla')
+
+
+def check(case, implementation):
+  B, T, S, N, K, H, Hv, cut, offset, causal = case
   rng = np.random.default_rng(0)
 
   def normal(*shape):

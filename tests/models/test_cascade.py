@@ -229,6 +229,34 @@ def test_survivors_are_nested_and_exactly_as_many(kind):
             assert kind == 'encoder' or m <= -(-rank * share // 1024)
 
 
+def test_random_importance_is_a_control_that_asks_nobody():
+  cascade = dataclasses.replace(ALL_HEADS, importance='random')
+  cfg = config(cascade=cascade)
+
+  def kept(seed, step):
+    _, _, sets = forward(cfg, tokens(seed), segment_ids=SEGMENTS, step=step)
+    return [left_in(sets, b) for b in range(3)]
+
+  one = kept(0, step=3)
+  assert one == kept(1, step=3) != kept(0, step=4)
+  for b, layers in enumerate(one):
+    real = int((np.asarray(SEGMENTS[b]) != 0).sum())
+    before = set(range(real))
+    for found, share in zip(layers, SHARES[1:], strict=True):
+      assert set(found) <= before
+      ids = np.asarray(SEGMENTS[b])[found]
+      for document in set(ids.tolist()):
+        size = int((np.asarray(SEGMENTS[b]) == document).sum())
+        assert (ids == document).sum() == -(-size * share // 1024)
+      before = set(found)
+  # Every token has the same chance.
+  left = np.zeros(T)
+  for step in range(60):
+    for j in kept(0, step)[0][-1]:
+      left[j] += 1
+  assert abs(left.mean() - 15) < 1e-6 and left.min() > 3 and left.max() < 30
+
+
 @pytest.mark.parametrize('train', [True, False])
 def test_later_tokens_change_no_bit_of_earlier_outputs(train):
   """Nor what is left of them: the discrete choice is causal too."""

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from psa_jax import config_dict, sharding
 from psa_jax.config import (
   AttentionConfig,
+  AugmentConfig,
   CheckpointConfig,
   Config,
   ConfigError,
@@ -184,6 +185,31 @@ def test_statistics_anew_in_evaluation_and_export(tmp_path):
   )
   assert new == pytest.approx(folded, abs=1e-5)
   assert abs(new - old) > 1e-4
+
+
+def test_statistics_anew_are_without_what_training_leaves_out(tmp_path):
+  model = dataclasses.replace(config().model, dropout=0.5, drop_path=0.5)
+  mixing = AugmentConfig(mixup=0.8, cutmix=1.0)
+  data = dataclasses.replace(config().data, augment=mixing)
+  cfg = config(model=model, data=data)
+  run(tmp_path, cfg)
+  new = EvalConfig(windows=12, reestimate=3)
+  plain = config(eval=new)
+  found, want = (
+    loop.evaluate_checkpoint(
+      dataclasses.replace(x, eval=new), tmp_path, corpus=pictures()
+    )['validation']['dense']['loss']
+    for x in (cfg, plain)
+  )
+  assert found == want
+  old = dataclasses.replace(cfg, eval=EvalConfig(windows=12))
+  old = loop.evaluate_checkpoint(old, tmp_path, corpus=pictures())
+  assert abs(found - old['validation']['dense']['loss']) > 1e-4
+
+
+def test_hidden_tokens_are_seen_by_statistics_anew():
+  cfg = config(data=DataConfig(source='verse_genre', word_dropout=0.3))
+  assert reestimate.still(cfg).data.word_dropout == 0
 
 
 def test_without_statistics_there_is_nothing_to_estimate(tmp_path):

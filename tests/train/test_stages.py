@@ -68,6 +68,9 @@ class Counter:
   def set_state(self, state):
     self.taken = state['taken']
 
+  def close(self):
+    self.taken = None  # so that nothing more can be had of it
+
 
 class Task:
   train_iterator = staticmethod(Counter)

@@ -3,7 +3,8 @@
 Tiles below the diagonal are visible as a whole and pay for no mask; only the
 few on it do (all of them when segments are cut). See Dao et al. 2022 (Alg. 1)
 for the online softmax and the recomputation in the backward pass. Everything
-is a loop over tiles, so memory is linear in T and S.
+is a loop over tiles, so memory is linear in T and S. Heads that are one tile
+have `short.py`.
 
 The backward pass holds its tiles keys first, [keys, rows], and sums dq
 transposed: then no product has to turn a large operand, which saves a quarter
@@ -18,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from psa_jax.kernels import softmax
+from psa_jax.kernels.dense import short
 from psa_jax.kernels.tiles import Tiles
 
 # Rows of a score tile over all G heads, and keys of one that needs a mask.
@@ -102,6 +104,8 @@ def _mask(spec, tiles, tile, j, segments):
 def _forward(spec, q, k, v, segments):
   acc = jnp.promote_types(q.dtype, jnp.float32)
   tiles = _tiles(q, k)
+  if tiles.nq * tiles.nk == 1 and short.fits(q, k):
+    return short.forward(spec, q, k, v, segments)
   packed = None if segments is None else tiles.pack_segments(*segments)
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
@@ -136,6 +140,8 @@ def _backward_rule(spec, saved, grads):
   d_out, d_lse = grads
   acc = lse.dtype
   tiles = _tiles(q, k)
+  if tiles.nq * tiles.nk == 1 and short.fits(q, k):
+    return *short.backward(spec, saved, grads), None
   packed = None if segments is None else tiles.pack_segments(*segments)
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
   dot_ = tiles.pack_q(d_out)

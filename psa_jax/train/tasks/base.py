@@ -121,6 +121,27 @@ class Generator(Protocol):
     ...
 
 
+def train_batches(
+  config: Config,
+  source: pipeline.Source,
+  stage: Stage,
+  *,
+  shuffle: bool = True,
+  augment: pipeline.Augment | None = None,
+) -> pipeline.TrainIterator:
+  """This process's share of a stage's batches of `source`, without end."""
+  return pipeline.train_iterator(
+    source,
+    batch_size=stage.batch_size,
+    seed=stage.seed,
+    shuffle=shuffle,
+    augment=augment,
+    threads=config.data.threads,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
 def eval_batches(
   config: Config, source: pipeline.Source, mesh: Mesh
 ) -> pipeline.EvalBatches:
@@ -131,6 +152,7 @@ def eval_batches(
     source,
     batch_size=-(-min(rows, config.eval.windows) // shards) * shards,
     limit=config.eval.windows,
+    threads=config.data.threads,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

@@ -10,12 +10,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import labelled, pipeline, rows, tagged
+from psa_jax.data import labelled, rows, tagged
 from psa_jax.data.tokenizer import SEPARATOR, Tokenizer, make_tokenizer
 from psa_jax.eval import f1, tfidf, totals
 from psa_jax.train.losses import label_loss
 from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+from psa_jax.train.tasks.base import (
+  Loss,
+  auxiliary,
+  eval_batches,
+  train_batches,
+)
 
 _SAMPLE = 1000  # texts whose lengths are looked at
 
@@ -35,7 +40,7 @@ class _Encoding:
 
     Raises:
       ConfigError: a model that is no encoder, or a vocabulary smaller than the
-        tokenizer's.
+        tokenizer's, or a split that is not there.
     """
     if config.model.kind != 'encoder':
       raise ConfigError(
@@ -44,6 +49,7 @@ class _Encoding:
       )
     self._config, self._data, self._mesh = config, data, mesh
     splits = data.examples
+    splits.split(config.eval.split)  # refuses one that is not there
     self._tokenizer = make_tokenizer(
       config.data, (self._text(example) for example in splits.train)
     )
@@ -81,12 +87,8 @@ class _Encoding:
 
   def train_iterator(self, stage: Stage) -> DataIterator:
     """Shuffled examples, this process's rows."""
-    return pipeline.train_iterator(
-      self._rows('train', stage.seq_len),
-      batch_size=stage.batch_size,
-      seed=stage.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    return train_batches(
+      self._config, self._rows('train', stage.seq_len), stage
     )
 
   def _add_up(self, eval_step, state, before_batch):

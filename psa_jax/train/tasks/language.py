@@ -2,18 +2,22 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import lm, pipeline
+from psa_jax.data import lm
 from psa_jax.data.tokenizer import byte_lengths
 from psa_jax.eval import perplexity
 from psa_jax.train.losses import next_token_loss
 from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+from psa_jax.train.tasks.base import (
+  Loss,
+  auxiliary,
+  eval_batches,
+  train_batches,
+)
 
 
 class LanguageModel:
@@ -88,12 +92,8 @@ class LanguageModel:
 
   def train_iterator(self, stage: Stage) -> DataIterator:
     """Shuffled windows of the stage's length, this process's rows."""
-    return pipeline.train_iterator(
-      self._windows(self._corpus.train, stage.seq_len),
-      batch_size=stage.batch_size,
-      seed=stage.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    return train_batches(
+      self._config, self._windows(self._corpus.train, stage.seq_len), stage
     )
 
   def evaluate(self, eval_step, state, *, before_batch):

@@ -2,16 +2,20 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import pipeline, synthetic
+from psa_jax.data import synthetic
 from psa_jax.eval import recall
 from psa_jax.train.losses import answer_loss
 from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+from psa_jax.train.tasks.base import (
+  Loss,
+  auxiliary,
+  eval_batches,
+  train_batches,
+)
 
 
 class Recall:
@@ -86,13 +90,11 @@ class Recall:
 
   def train_iterator(self, stage: Stage) -> DataIterator:
     """Rows of the stage's length, each seen once."""
-    return pipeline.train_iterator(
+    return train_batches(
+      self._config,
       self._data.train(seq_len=stage.seq_len, seed=stage.seed),
-      batch_size=stage.batch_size,
-      seed=stage.seed,
+      stage,
       shuffle=False,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def evaluate(self, eval_step, state, *, before_batch):

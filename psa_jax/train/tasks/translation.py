@@ -18,7 +18,12 @@ from psa_jax.eval import beam, totals
 from psa_jax.models.encoder_decoder import Decoding
 from psa_jax.train.losses import label_loss, next_token_loss
 from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+from psa_jax.train.tasks.base import (
+  Loss,
+  auxiliary,
+  eval_batches,
+  train_batches,
+)
 from psa_jax.train.tasks.labels import fitting
 
 _SAMPLES = 3  # translations that are kept to be looked at
@@ -40,7 +45,7 @@ class Translation:
 
     Raises:
       ConfigError: a model that does not translate, or a vocabulary smaller
-        than the tokenizer's.
+        than the tokenizer's, or a split that is not there.
     """
     if config.model.kind != 'encoder_decoder':
       raise ConfigError(
@@ -48,6 +53,7 @@ class Translation:
         'model.kind=encoder_decoder'
       )
     self._config, self._data, self._mesh = config, data, mesh
+    data.examples.split(config.eval.split)  # refuses one that is not there
     train = data.examples.train
     self._tokenizer = make_tokenizer(
       config.data, (text for pair in train for text in pair)
@@ -93,12 +99,8 @@ class Translation:
 
   def train_iterator(self, stage: Stage) -> DataIterator:
     """Shuffled pairs, this process's rows."""
-    return pipeline.train_iterator(
-      self._rows('train', stage.seq_len),
-      batch_size=stage.batch_size,
-      seed=stage.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    return train_batches(
+      self._config, self._rows('train', stage.seq_len), stage
     )
 
   def evaluate(self, eval_step, state, *, before_batch):

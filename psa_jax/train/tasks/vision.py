@@ -9,12 +9,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import augment, images, pipeline, tfds_images
+from psa_jax.data import augment, images, tfds_images
 from psa_jax.eval import classification
 from psa_jax.train.losses import label_loss
 from psa_jax.train.stages import DataIterator, Stage
 from psa_jax.train.tasks import mixing
-from psa_jax.train.tasks.base import Loss, auxiliary, eval_batches
+from psa_jax.train.tasks.base import (
+  Loss,
+  auxiliary,
+  eval_batches,
+  train_batches,
+)
 
 
 class ImageClassification:
@@ -102,13 +107,11 @@ class ImageClassification:
     """Shuffled pictures, augmented, this process's rows."""
     config = self._config.data.augment
     change = augment.Augment(config, self._shape[0])
-    return pipeline.train_iterator(
+    return train_batches(
+      self._config,
       self._rows('train', train=True),
-      batch_size=stage.batch_size,
-      seed=stage.seed,
+      stage,
       augment=change if config.on_host else None,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def evaluate(self, eval_step, state, *, before_batch):
