@@ -65,7 +65,7 @@ def test_a_run_keeps_half_of_the_tokens_and_ends_with_the_test_split(
     return whole(config, folder, **settings)
 
   monkeypatch.setattr(loop, 'evaluate_checkpoint', watched)
-  monkeypatch.setattr(tfidf, 'MOST', 500)
+  monkeypatch.setattr(tfidf, 'MOST', 5000)
   amount = 'model.attention.cascade.amount.'
   always = [(amount + 'init', '1'), (amount + 'begin', '0')]
   cell = grid.Cell('classify', 'cascade', 0)
