@@ -40,7 +40,7 @@ def dense(steps: int) -> dict:
   """Dense attention in both texts and between them.
 
   Command: python launch.py --config=configs/translate_asv_bbe.py
-  Cost: 20 minutes on one busy core; about ten on two.
+  Cost: seven minutes on two quiet cores.
   Expected: BLEU 35.5 on 300 verses of validation, where the copied source has
     25.7 (one seed).
   """
@@ -52,7 +52,7 @@ def quick(steps: int) -> dict:
   """A sixtieth of the steps: does it run?
 
   Command: python launch.py --config=configs/translate_asv_bbe.py:quick
-  Cost: a minute on two cores.
+  Cost: half a minute on two cores.
   Expected: a BLEU near 0; it shows that everything runs.
   """
   return dense(steps)

@@ -31,7 +31,7 @@ def prepbn(steps: int) -> dict:
   """LayerNorm that becomes a batch norm over 80 % of the steps.
 
   Command: python launch.py --config=configs/vit_mnist.py
-  Cost: two to three minutes on one core.
+  Cost: two minutes on two quiet cores.
   Expected: about 94 % of the test split; experiments/slab/README.md has the
     seeds.
   """

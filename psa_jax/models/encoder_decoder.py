@@ -13,7 +13,7 @@ follow `attention.name`, `dense` or `topk`. `num_layers` layers each.
 `start` and `advance` decode with a cache: keys and values of the memory are
 made once a text, whatever the number of hypotheses that read them.
 
-Not done: folding its norms, quantised training, other mechanisms.
+Not done: quantised training, other mechanisms.
 """
 
 from typing import Any, NamedTuple

@@ -2,15 +2,16 @@
 
 In a pre-norm Transformer a norm is read by linear layers only: attention's by
 the queries, keys and values, the feed-forward layer's by its first matrices,
-the last one by the output matrix or the head. So at gamma = 0 each folds into
-a following layer (`norm/fold.py`) and the model that is left is the same
-architecture with `norm.kind=none` and biases: an ordinary configuration and
-ordinary parameters, which build, run and save like any other.
+the last one by the output matrix or the head, and that of an encoder whose
+output is translated by the keys and values of all layers that read it. So at
+gamma = 0 each folds into a following layer (`norm/fold.py`) and the model that
+is left is the same architecture with `norm.kind=none` and biases: an ordinary
+configuration and ordinary parameters, which build, run and save like any other.
 
 Refused, because something else reads the norm or the result would not be the
 same: `nsa` and `dsa` (their compression, gates and indexer read it too),
-quantised training (the folded weights round differently), an encoder without a
-head, and an encoder_decoder.
+quantised training (the folded weights round differently), and an encoder
+without a head.
 """
 
 import dataclasses
@@ -64,15 +65,16 @@ def fold(
   _check(config, step, 'head' in params)
   params, model_state = _copy(params), _copy(model_state)
 
-  def norm(tree, state, name):
-    return ScaleShift.of(tree.pop(name), state.pop(name), config.norm.eps)
-
-  layers, state = params['layers'], model_state['layers']
-  own = norm(layers, state, 'attention_norm')
-  _following(own, layers['attention'], {'wq': 'bq', 'wk': 'bk', 'wv': 'bv'})
-  own, mlp = norm(layers, state, 'mlp_norm'), layers['mlp']
-  _following(own, mlp, {'w_gate': 'b_gate', 'w_up': 'b_up'})
-  own = norm(params, model_state, 'final_norm')
+  for name in ('encoder_layers', 'layers'):
+    if name in params:
+      _fold_layers(config, params[name], model_state[name])
+  if 'encoder_norm' in params:
+    memory = _taken(config, params, model_state, 'encoder_norm')
+    readers = params['layers']['cross']
+    L = readers['wk'].shape[0]
+    each = ScaleShift(*(np.broadcast_to(x, (L, *x.shape)) for x in memory))
+    _following(each, readers, {'wk': 'bk', 'wv': 'bv'})
+  own = _taken(config, params, model_state, 'final_norm')
   tied = 'head' not in params and 'unembedding' not in params
   if 'head' in params:
     _following(own, params, {'head': 'head_bias'})
@@ -80,17 +82,36 @@ def fold(
     table = params['embedding' if tied else 'unembedding']
     kernel, bias = into_following(own, table.T, params.get('unembedding_bias'))
     params |= {'unembedding': kernel.T, 'unembedding_bias': bias}
-  if not config.biases:  # those of the layers that no norm folds into
-    for tree, kernel, bias in (
-      (layers['attention'], 'wo', 'bo'),
-      (mlp, 'w_down', 'b_down'),
-    ):
-      (L, *_, D), dtype = tree[kernel].shape, tree[kernel].dtype
-      tree[bias] = np.zeros((L, D), dtype)
   config = dataclasses.replace(
     config, norm=NormConfig('none'), biases=True, tie_embeddings=False
   )
   return Folded(config, params, _without_empty(model_state))
+
+
+def _fold_layers(config: ModelConfig, layers: Tree, state: Tree) -> None:
+  """Folds the norms of stacked layers, in place, and adds what biases lack."""
+  own = _taken(config, layers, state, 'attention_norm')
+  _following(own, layers['attention'], {'wq': 'bq', 'wk': 'bk', 'wv': 'bv'})
+  own, mlp = _taken(config, layers, state, 'mlp_norm'), layers['mlp']
+  _following(own, mlp, {'w_gate': 'b_gate', 'w_up': 'b_up'})
+  if 'cross' in layers:  # its keys and values read the encoder's norm
+    own = _taken(config, layers, state, 'cross_norm')
+    _following(own, layers['cross'], {'wq': 'bq'})
+  if config.biases:
+    return
+  for name, kernel, bias in (
+    ('attention', 'wo', 'bo'),
+    ('cross', 'wo', 'bo'),
+    ('mlp', 'w_down', 'b_down'),
+  ):
+    if name in layers:
+      (L, *_, D), dtype = layers[name][kernel].shape, layers[name][kernel].dtype
+      layers[name][bias] = np.zeros((L, D), dtype)
+
+
+def _taken(config: ModelConfig, tree: Tree, state: Tree, name: str):
+  """What a norm does; it is in the trees no more."""
+  return ScaleShift.of(tree.pop(name), state.pop(name), config.norm.eps)
 
 
 def _following(norm: ScaleShift, tree: Tree, names: Mapping[str, str]) -> None:
@@ -125,11 +146,6 @@ def _check(config: ModelConfig, step: int, has_head: bool) -> None:
     raise ConfigError(
       'model.quant.enabled is on: folded weights would be rounded differently; '
       'turn it off to fold'
-    )
-  if config.kind == 'encoder_decoder':
-    raise ConfigError(
-      'an encoder_decoder does not fold: three norms of a layer and the '
-      "encoder's would each need a rule"
     )
   if config.kind == 'encoder' and not has_head:
     raise ConfigError('an encoder without a head keeps its last norm')

@@ -9,13 +9,11 @@ from flax import nnx
 from psa_jax import models, sharding
 from psa_jax.config import (
   AttentionConfig,
-  ConfigError,
   ModelConfig,
   NormConfig,
   ScheduleConfig,
   TopkConfig,
 )
-from psa_jax.models import folding
 
 V, S, T, L, N, K, D, H = 23, 7, 6, 2, 4, 2, 16, 4
 SIZES = np.array([7, 4])
@@ -205,9 +203,3 @@ def test_every_array_has_a_name_and_a_gradient():
   for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
     sharding.axis_names(path, grad)
     assert float(jnp.abs(grad).max()) > 0, path
-
-
-def test_it_does_not_fold():
-  cfg = config(norm=PREPBN)
-  with pytest.raises(ConfigError, match='encoder_decoder does not fold'):
-    folding.fold(cfg, {}, {}, step=9)

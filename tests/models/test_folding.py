@@ -178,6 +178,47 @@ def test_a_vision_transformer(attention):
   np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize('biases', [True, False])
+@pytest.mark.parametrize('attention', ['dense', 'topk'])
+def test_an_encoder_decoder_reads_and_writes_the_same(attention, biases):
+  cfg = config(
+    kind='encoder_decoder', attention=ATTENTION[attention], biases=biases
+  )
+  before = trained(cfg, size=0.2)
+  folded = fold(cfg, *before[1:], step=STEP)
+  ids = (jnp.arange(T)[None] < jnp.asarray([[T], [9], [1]])).astype(jnp.int32)
+  source = tokens()[:, ::-1] * ids
+
+  def logits(parts):
+    graphdef, *arrays = parts
+
+    def run(arrays, source, ids, tokens):
+      model, given = nnx.merge(graphdef, *arrays), {'step': STEP}
+      out = model(tokens, source=source, source_ids=ids, train=False, **given)
+      # Decoding takes another way through the same arrays.
+      decoding = model.start(source, ids, hypotheses=1, length=4, **given)
+
+      def write(decoding, at):
+        row = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
+        one, decoding = model.advance(decoding, row, at, **given)
+        return decoding, one
+
+      written = jax.lax.scan(write, decoding, jnp.arange(3))[1]
+      return model.unembed(out.hidden), written
+
+    compiled = jax.jit(run).lower(arrays, source, ids, tokens()).compile()
+    found = compiled(arrays, source, ids, tokens())
+    return *found, 'rsqrt' in compiled.as_text()
+
+  *want, roots = logits(before)
+  *got, none = logits(rebuilt(folded))
+  assert roots and not none
+  for x, y in zip(got, want, strict=True):
+    scale = np.abs(y).max()
+    assert scale > 0.1
+    np.testing.assert_allclose(x / scale, y / scale, atol=1e-5)
+
+
 def test_the_arrays_that_were_given_stay():
   cfg = config()
   _, params, state = trained(cfg)
