@@ -197,8 +197,8 @@ class CascadeConfig:
     slope: how steeply the kept share falls over the other layers: from 0, not
       at all, to 1.
     importance: what tokens are judged by: `attention` that they got, or
-      `random` numbers, others every step, which is a control for models that
-      are not causal.
+      `random` numbers, others for every step and text, which is a control for
+      models that are not causal. Heads are judged by what they add.
     amount: schedule of how much of the pruning is in force, from 0 to 1.
     rungs: sizes are static: a schedule that moves climbs this many rungs, all
       in one program. A piecewise one has a rung for each of its values.

@@ -1,22 +1,21 @@
 """What is trained: the recipes on texts, dense and sparse.
 
 Seeds are the outermost loop, so a grid that was stopped early has every arm
-with fewer seeds and not fewer arms. A run has a work directory of its own
-under `runs/`, from which it goes on if it was interrupted.
+with fewer seeds and not fewer arms.
 """
 
 import contextlib
 import dataclasses
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from psa_jax.config import Config
+from psa_jax.config import Config, RunError
 from psa_jax.recipe import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RUNS = ROOT / 'runs' / 'text_tasks'
 RECIPES = {
   'classify': 'configs/classify_verses.py',
   'tag': 'configs/tag_stdlib.py',
@@ -29,7 +28,7 @@ ARMS = {
   'translate': ('', 'topk'),
 }
 SEEDS = range(3)
-SHARES = ('density', 'kept_tokens')
+SHARES = ('density', 'cross_density', 'kept_tokens')
 
 
 class Cell(NamedTuple):
@@ -45,11 +44,6 @@ class Cell(NamedTuple):
     spec += f':{self.arm}' if self.arm else ''
     return load_recipe(spec, [('seed', str(self.seed)), *changes])
 
-  @property
-  def workdir(self) -> pathlib.Path:
-    """Where it trains."""
-    return RUNS / f'{self.task}_{self.arm or "default"}_{self.seed}'
-
 
 def cells(
   tasks: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = SEEDS
@@ -62,18 +56,26 @@ def cells(
 
 
 def train(
-  cell: Cell,
-  changes: Sequence[tuple[str, str]] = (),
-  workdir: pathlib.Path | None = None,
+  cell: Cell, changes: Sequence[tuple[str, str]] = ()
 ) -> dict[str, Any]:
-  """One run by the project's trainer, and one look at the test split."""
+  """One run by the project's trainer, and one look at the test split.
+
+  Raises:
+    RunError: it was stopped.
+  """
   from psa_jax.train import loop
 
-  config, folder = cell.config(changes), workdir or cell.workdir
+  config = cell.config(changes)
   judged = dataclasses.replace(config.eval, split='test')
   # What it says goes to standard error; standard output is the answer's.
-  with contextlib.redirect_stdout(sys.stderr):
+  with (
+    tempfile.TemporaryDirectory() as name,
+    contextlib.redirect_stdout(sys.stderr),
+  ):
+    folder = pathlib.Path(name)
     result = loop.train_and_evaluate(config, folder)
+    if 'quality' not in result:
+      raise RunError(f'stopped at step {result["step"]}')
     test = loop.evaluate_checkpoint(
       dataclasses.replace(config, eval=judged), folder
     )

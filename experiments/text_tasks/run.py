@@ -4,8 +4,8 @@
   python experiments/text_tasks/run.py --tasks=classify   a part of it
   python experiments/text_tasks/run.py --tasks=           the page again
 
-The same command goes on where it stopped, also within a run. Every run is a
-process on one core, `--workers` at a time.
+The same command goes on where it stopped: a run whose settings have not changed
+is not made again. Every run is a process on one core, `--workers` at a time.
 """
 
 import json

@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
-from experiments.grids import Row, caption
-from experiments.text_tasks.grid import ARMS
+from experiments.grids import Row, caption, settings
+from experiments.text_tasks.grid import ARMS, Cell
 from psa_jax import report
 
 NAMES = {
@@ -22,14 +22,29 @@ METRICS = {'macro_f1': 'macro-F1', 'span_f1': 'span F1', 'bleu': 'BLEU'}
 
 
 def sections(rows: Sequence[Row]) -> dict[str, str]:
-  """Section of the page -> its text; of every run the last row."""
-  newest = {(x['task'], x['arm'], x['seed']): x for x in rows}
-  good = [x for x in newest.values() if 'error' not in x]
-  return {
-    task: quality(task, own)
-    for task in ARMS
-    if (own := [x for x in good if x['task'] == task])
-  }
+  """Section of the page -> its text.
+
+  Of every run the last row counts, if its settings are still those of the
+  recipe.
+  """
+  newest: dict[Cell, Row] = {}
+  for row in rows:
+    cell = Cell(row['task'], row['arm'], row['seed'])
+    newest.pop(cell, None)
+    if row['settings'] == settings(cell.config()):
+      newest[cell] = row
+  found = {}
+  for task in ARMS:
+    own = [row for cell, row in newest.items() if cell.task == task]
+    good = [row for row in own if 'error' not in row]
+    failed = [
+      f'{row["arm"] or "default"}, seed {row["seed"]}: failed. {row["error"]}'
+      for row in own
+      if 'error' in row
+    ]
+    if good:
+      found[task] = '\n\n'.join([quality(task, good), *failed, caption(good)])
+  return found
 
 
 def quality(task: str, rows: Sequence[Row]) -> str:
@@ -42,7 +57,7 @@ def quality(task: str, rows: Sequence[Row]) -> str:
       f'{metric}, validation',
       f'{metric}, test',
       'tokens kept',
-      'pairs scored or read',
+      'pairs read',
       'seeds',
     )
   ]
@@ -56,7 +71,7 @@ def quality(task: str, rows: Sequence[Row]) -> str:
     own = [x for x in rows if x['arm'] == arm]
     if own:
       tokens = statistics.fmean(x.get('kept_tokens', 1) for x in own)
-      density = statistics.fmean(x['density'] for x in own)
+      density = statistics.fmean(map(density_of, own))
       lines.append(
         (
           NAMES[task, arm],
@@ -67,7 +82,13 @@ def quality(task: str, rows: Sequence[Row]) -> str:
           str(len(own)),
         )
       )
-  return f'{report.markdown(lines)}\n\n{caption(rows)}'
+  return report.markdown(lines)
+
+
+def density_of(row: Row) -> float:
+  """Pairs read of those visible; translations have three kinds of attention."""
+  own, cross = row['density'], row.get('cross_density')
+  return own if cross is None else (2 * own + cross) / 3
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -54,7 +54,7 @@ from psa_jax.types import Scalar
 PADDING = 0  # segment id of what is no token, in a bidirectional model
 DEAD = -1  # segment id of spare rows
 MOMENTUM = 0.9  # of the running mean of head importance
-_SEED = 2012  # of random importance, in every run: the step is the difference
+_SEED = 2012  # of random importance
 
 
 class Rows(NamedTuple):
@@ -265,8 +265,7 @@ class Cascade:
     budget = seen if self.causal else length
     score = jnp.zeros((B, T), jnp.float32)
     if self.cascade.importance == 'random':
-      key = jax.random.fold_in(jax.random.key(_SEED), self.step)
-      score = jax.random.uniform(key, (B, T))
+      score = _chance(x, self.step)
     return Rows(place, alive, score, document, budget, segment)
 
   def _prune(self, rows: Rows, size, share: int, packed: bool) -> Rows:
@@ -298,6 +297,14 @@ class Cascade:
     rows = jax.tree.map(lambda x: _take(x, at), rows)
     segment = jnp.where(alive, rows.segment, DEAD)
     return rows._replace(alive=alive, segment=segment)
+
+
+def _chance(x, step: Scalar):
+  """Uniform numbers [B, T], others for every text, step and model."""
+  key = jax.random.fold_in(jax.random.key(_SEED), step)
+  text = lax.bitcast_convert_type(x.astype(jnp.float32).sum((1, 2)), jnp.int32)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, text)
+  return jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:2]))(keys)
 
 
 def _take(x, at):
