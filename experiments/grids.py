@@ -104,8 +104,11 @@ def each(
 
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     waiting = [pool.submit(one, item) for item in todo]
-    for made in concurrent.futures.as_completed(waiting):
-      yield made.result()
+    try:
+      for made in concurrent.futures.as_completed(waiting):
+        yield made.result()
+    finally:  # an interrupted grid starts no more runs
+      pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fill(

@@ -108,9 +108,9 @@ class DataConfig:
     shift: pictures are moved by up to so many pixels in training.
     augment: what else is done to them.
     word_dropout: share of the tokens that an encoder does not see in training.
-    threads: how many read (and augment) batches ahead of the training step, and
-      the rows of a batch in evaluation; 0 reads when a batch is asked for. The
-      batches are the same.
+    threads: how many read (and augment) batches, a whole one each, ahead of the
+      training step, and the rows of a batch in evaluation; 0 reads when a batch
+      is asked for. The batches are the same.
     synthetic: settings of `synthetic:<task>`.
   """
 

@@ -224,6 +224,11 @@ def _check_synthetic(task: str, config: Config) -> Iterator[str]:
       f'config.data.source is {config.data.source!r}, but the task must be one '
       f'of {", ".join(SYNTHETIC_TASKS)}'
     )
+  if config.data.threads:
+    yield (
+      f'config.data.threads is {config.data.threads}, but one thread makes up '
+      'the rows of synthetic tasks; set it to 0'
+    )
   if not synthetic.needles:
     yield 'config.data.synthetic.needles is empty'
   if synthetic.depth_min > synthetic.depth_max:

@@ -10,9 +10,9 @@ from psa_jax import report
 NAMES = {
   ('classify', ''): 'dense, 2 layers (the default)',
   ('classify', 'topk'): 'topk, a quarter of the tokens',
-  ('classify', 'deep'): 'dense, 4 layers (control)',
-  ('classify', 'cascade'): 'cascade, 4 layers',
-  ('classify', 'cascade_random'): 'cascade, 4 layers, any tokens (control)',
+  ('classify', 'deep'): 'dense, 3 layers (control)',
+  ('classify', 'cascade'): 'cascade, 3 layers',
+  ('classify', 'cascade_random'): 'cascade, 3 layers, any tokens (control)',
   ('tag', ''): 'dense (the default)',
   ('tag', 'topk'): 'topk, an eighth of the tokens',
   ('translate', ''): 'dense (the default)',

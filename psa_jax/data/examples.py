@@ -28,12 +28,14 @@ class Examples:
     train, validation, test: sequences of examples; the test split may be None
       where a set has none.
     manifest: source, package, version, hash and counts; plain JSON values.
+    secret: whether a test split is left out because its labels are not public.
   """
 
   train: Any
   validation: Any
   test: Any
   manifest: dict
+  secret: bool = False
 
   def split(self, name: str) -> Any:
     """The split `eval.split` names.
@@ -43,27 +45,32 @@ class Examples:
     """
     found = getattr(self, name)
     if found is None or not len(found):
+      source, secret = self.manifest['source'], name == 'test' and self.secret
+      what = 'public labels in its test' if secret else name
       raise ConfigError(
-        f'{self.manifest["source"]} has no {name} split; set eval.split to '
-        'another one'
+        f'{source} has no {what} split; set eval.split to another one'
       )
     return found
 
 
 class Mapped(Sequence):
-  """Items of a sequence through a function, one at a time."""
+  """Items of a sequence through a function, one at a time.
+
+  Attributes:
+    items: the sequence.
+  """
 
   def __init__(self, items: Any, change: Callable[[int, Any], Any]):
     """Of `change(i, item)`."""
-    self._items, self._change = items, change
+    self.items, self._change = items, change
 
   def __len__(self) -> int:
-    return len(self._items)
+    return len(self.items)
 
   def __getitem__(self, i):
     if not 0 <= i < len(self):
       raise IndexError(f'example {i} of {len(self)}')
-    return self._change(int(i), self._items[int(i)])
+    return self._change(int(i), self.items[int(i)])
 
 
 def by_group(
@@ -152,11 +159,10 @@ def from_tfds(
     first = np.arange(count)
     validation = _Chosen(train, first[::20])
     train = _Chosen(train, first[first % 20 > 0])
-  test = None
-  if 'test' in known:
-    found = prepared.open_split(name, builder, 'test', config)
-    if not (label_key and len(found) and _secret(found[0][label_key])):
-      test = records('test')
+  test = records('test') if 'test' in known else None
+  secret = (
+    bool(label_key) and test is not None and _secret(test.items, label_key)
+  )
   manifest = {
     'source': f'tfds:{name}',
     'package': builder.name,
@@ -167,11 +173,18 @@ def from_tfds(
     'validation': len(validation),
     'test': 0 if test is None else len(test),
   }
-  return Examples(train, validation, test, manifest), features
+  test = None if secret else test
+  return Examples(train, validation, test, manifest, secret), features
 
 
-def _secret(label: Any) -> bool:
-  return np.ndim(label) == 0 and int(label) < 0
+def _secret(records: Any, key: str) -> bool:
+  """Whether labels are below 0, in a few records from all over a split."""
+  count = len(records)
+  places = {i * count // 5 for i in range(5)} if count else set()
+  some = [records[i][key] for i in sorted(places)]
+  return bool(some) and all(
+    isinstance(x, int | np.integer) and x < 0 for x in some
+  )
 
 
 class _Chosen(Sequence):

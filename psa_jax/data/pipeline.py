@@ -56,7 +56,7 @@ class TrainIterator(Iterator[Batch]):
     return {'next_window': taken, **self._identity}
 
   def close(self) -> None:
-    """Ends the threads that read ahead, if there are any."""
+    """Begins no more batches; those under way are finished and dropped."""
     self._elastic.close()
 
   def set_state(self, state: dict[str, int]) -> None:

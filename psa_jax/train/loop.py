@@ -101,16 +101,16 @@ def evaluate_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  corpus = corpus or load_data(config)
-  task = make_task(config, corpus, mesh)
+  judged = reestimate.still(config) if config.eval.reestimate else config
+  task = make_task(judged, corpus or load_data(config), mesh)
   program = state_lib.make_program(
-    config, task.vocab_size, mesh, classes=task.classes
+    judged, task.vocab_size, mesh, classes=task.classes
   )
   with jax.set_mesh(mesh):
     if (folder / export.WEIGHTS).exists():
       state = export.load(folder, program)
     else:
-      state = _restored(config, folder, corpus, program, console)
+      state = _restored(judged, folder, task, program, console)
     evaluate = Evaluator(config, task, program)
     validation = {name: evaluate(state, name) for name in evaluate.mechanisms}
   step = int(state.step)
@@ -144,13 +144,13 @@ def export_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  corpus = corpus or load_data(config)
-  task = make_task(config, corpus, mesh)
+  judged = reestimate.still(config) if config.eval.reestimate else config
+  task = make_task(judged, corpus or load_data(config), mesh)
   program = state_lib.make_program(
-    config, task.vocab_size, mesh, classes=task.classes
+    judged, task.vocab_size, mesh, classes=task.classes
   )
   with jax.set_mesh(mesh):
-    state = _restored(config, folder, corpus, program, console)
+    state = _restored(judged, folder, task, program, console)
     _, target = export.save(folder, config, state)
   console.say(
     f'the model of step {int(state.step)} is in {target}, its norms folded '
@@ -160,7 +160,7 @@ def export_checkpoint(
   return target
 
 
-def _restored(config, folder, corpus, program, console) -> state_lib.TrainState:
+def _restored(config, folder, task, program, console) -> state_lib.TrainState:
   """The newest checkpoint, its statistics anew if that is asked for."""
   checkpoints = Checkpoints(
     folder / run_lib.CHECKPOINTS, read_only=True, say=console.say
@@ -171,16 +171,10 @@ def _restored(config, folder, corpus, program, console) -> state_lib.TrainState:
   count = config.eval.reestimate
   if not count:
     return found.state
-  still = reestimate.still(config)
-  task = make_task(still, corpus, program.mesh)
-  program = state_lib.make_program(
-    still, task.vocab_size, program.mesh, classes=task.classes
-  )
-  with contextlib.closing(
-    task.train_iterator(stages_lib.plan(still)[-1])
-  ) as batches:
+  batches = task.train_iterator(stages_lib.plan(config)[-1])
+  with contextlib.closing(batches):
     return reestimate.reestimate(
-      still, task, program, found.state, batches, count=count
+      config, task, program, found.state, batches, count=count
     )
 
 

@@ -323,8 +323,9 @@ def test_prepared_sets_of_all_three_kinds(prepared):
 
 def test_a_test_split_with_secret_labels_is_none(prepared):
   found = labelled.load(source('tfds:secret', prepared)).examples
-  assert found.manifest['test'] == 0 and len(found.validation) == 4
-  with pytest.raises(ConfigError, match='has no test split; set eval.split'):
+  assert found.test is None and len(found.validation) == 4
+  words = 'has no public labels in its test split; set eval.split'
+  with pytest.raises(ConfigError, match=words):
     found.split('test')
   # Its translations are there to be judged.
   keys = dict(source_key='text', target_key='de')
@@ -342,8 +343,9 @@ def test_a_test_split_with_secret_labels_is_none(prepared):
   ],
 )
 def test_wrong_keys_are_named(prepared, module, keys, words):
-  with pytest.raises(ConfigError, match=words):
-    module.load(source('tfds:small', prepared, **keys))
+  for name in ('tfds:small', 'tfds:secret'):  # the second has a test split
+    with pytest.raises(ConfigError, match=words):
+      module.load(source(name, prepared, **keys))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Hashes of settings and runs in processes of their own."""
+"""Hashes of settings, missing runs, and runs in processes of their own."""
 
 import os
+from typing import NamedTuple
 
 import pytest
 
@@ -54,3 +55,60 @@ def test_a_process_answers_with_its_last_line(program, want, tmp_path):
   path.write_text(alone + program)
   core = min(os.sched_getaffinity(0))
   assert grids.process(str(path), ['--more'], core) == want
+
+
+class Cell(NamedTuple):
+  """A run, for `fill`."""
+
+  arm: str
+  seed: int
+
+
+def test_missing_runs_are_made_and_others_are_not(tmp_path, capsys):
+  path, made = tmp_path / 'results.jsonl', []
+  wanted = {Cell('a', 0): 'x', Cell('b', 0): 'x', Cell('a', 1): 'y'}
+
+  def start(cell, core):
+    made.append(cell)
+    return {'error': 'it broke'} if cell.arm == 'b' else {'quality': 0.5}
+
+  def fill(have):
+    grids.fill(
+      path,
+      wanted,
+      start,
+      have=have,
+      workers=1,
+      stamp={'commit': 'abc'},
+      what='run',
+      say=lambda row: f'quality {row["quality"]}',
+    )
+
+  fill({(Cell('a', 0), 'x'), (Cell('a', 1), 'of other settings')})
+  assert made == [Cell('b', 0), Cell('a', 1)]
+  rows = grids.read(path)
+  assert [row.pop('seconds') >= 0 for row in rows] == [True, True]
+  same = {'what': 'run', 'commit': 'abc'}
+  assert rows == [
+    {**same, 'arm': 'b', 'seed': 0, 'settings': 'x', 'error': 'it broke'},
+    {**same, 'arm': 'a', 'seed': 1, 'settings': 'y', 'quality': 0.5},
+  ]
+  said = capsys.readouterr().out
+  assert '1 runs of 3 are there' in said
+  assert '1/2 b 0: it broke' in said and '2/2 a 1: quality 0.5' in said
+  fill({(cell, hashed) for cell, hashed in wanted.items()})
+  assert len(made) == 2
+
+
+def test_an_interrupted_grid_starts_no_more_runs():
+  made = []
+
+  def start(item, core):
+    made.append(item)
+    if item == 1:
+      raise KeyboardInterrupt
+    return {}
+
+  with pytest.raises(KeyboardInterrupt):
+    list(grids.each(range(50), start, workers=1))
+  assert len(made) < 50

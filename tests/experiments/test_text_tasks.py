@@ -27,18 +27,9 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize(
-  ('task', 'arms'),
-  [
-    ('classify', ('', 'topk')),
-    ('classify', ('deep', 'cascade', 'cascade_random')),
-    ('tag', ('', 'topk')),
-    ('translate', ('', 'topk')),
-  ],
-)
-def test_what_is_compared_differs_in_its_model_alone(task, arms):
-  assert set(arms) <= set(grid.ARMS[task])
-  configs = [grid.Cell(task, arm, 0).config() for arm in arms]
+@pytest.mark.parametrize('task', grid.ARMS)
+def test_arms_differ_in_their_model_alone(task):
+  configs = [grid.Cell(task, arm, 0).config() for arm in grid.ARMS[task]]
   assert len({config.model for config in configs}) == len(configs)
 
   def rest(config):
@@ -82,8 +73,8 @@ def test_a_run_keeps_half_of_the_tokens_and_ends_with_the_test_split(
   cell = grid.Cell('classify', 'cascade', 0)
   found = grid.train(cell, [*QUICK, *always])
   assert seen == ['test']
-  # Of 12 bytes each: 12, 6, 4 and 2.
-  assert found['kept_tokens'] == pytest.approx(0.5, abs=0.01)
+  # Of 12 bytes each: 12, 5 and 2.
+  assert found['kept_tokens'] == pytest.approx(19 / 36, abs=0.01)
   assert found['metric'] == 'macro_f1' and found['baseline'] == 'TF-IDF'
   assert 0 <= found['test'] <= 1 and 0 <= found['validation'] <= 1
   assert found['baseline_test'] != found['baseline_validation']

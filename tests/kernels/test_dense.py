@@ -38,26 +38,65 @@ def test_value_and_gradients(name, implementation, monkeypatch):
   check(CASES[name], implementation)
 
 
-@pytest.mark.parametrize('scores', [0, 20_000, 10**9])
+def never(*args):
+  raise AssertionError('a loop over tiles')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('rows', [1, 2, 5])
 @pytest.mark.parametrize('name', list(CASES))
-def test_heads_of_one_tile_are_taken_together(name, scores, monkeypatch):
-  """One row of the batch at a time, several and a rest, and all."""
-
-  def never(*args):
-    raise AssertionError('a loop over tiles')
-
+def test_heads_of_one_tile_are_taken_together(name, rows, dtype, monkeypatch):
+  """One row of the batch at a time, two and a rest, and all."""
+  _, T, S, N, *rest = CASES[name]
   monkeypatch.setattr(xla_module, '_walk', never)
-  monkeypatch.setattr(short, 'SCORES', scores)
-  B, *rest = CASES[name]
-  check((5, *rest), 'xla')
+  monkeypatch.setattr(short, 'SCORES', rows * N * T * S)
+  check((5, T, S, N, *rest), 'xla', dtype)
 
 
-def check(case, implementation):
+def test_a_caller_may_map_over_short_attention(monkeypatch):
+  monkeypatch.setattr(xla_module, '_walk', never)
+  monkeypatch.setattr(short, 'SCORES', 2 * 2 * 7 * 7)
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(3, 5, 7, 2, 4)), jnp.float32) for _ in 'qkv'
+  )
+  call = functools.partial(dense_attention, implementation='xla')
+
+  def loss(q, k, v):
+    return (call(q, k, v)[0] ** 2).sum()
+
+  got = jax.vmap(jax.grad(loss, (0, 1, 2)))(q, k, v)
+  each = [jax.grad(loss, (0, 1, 2))(*xs) for xs in zip(q, k, v, strict=True)]
+  for one, *many in zip(got, *each, strict=True):
+    oracles.check_close(one, jnp.stack(many), gradient=True)
+
+
+@pytest.mark.parametrize('B, T, S', [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing_to_read(B, T, S):
+  q, k = jnp.ones((B, T, 2, 4)), jnp.ones((B, S, 1, 4))
+
+  def loss(q, k):
+    out, lse = dense_attention(q, k, k, causal=False)
+    assert (lse == -jnp.inf).all() or not lse.size
+    return out.sum()
+
+  grads = jax.grad(loss, (0, 1))(q, k)
+  assert [x.shape for x in grads] == [q.shape, k.shape]
+  assert all((x == 0).all() for x in grads)
+
+
+def test_long_heads_walk_over_tiles_on_a_cpu():
+  x = jnp.zeros((1, 300, 1, 4))
+  assert short.fits(x[:, :256], x[:, :256])
+  assert not short.fits(x, x)
+
+
+def check(case, implementation, dtype='float32'):
   B, T, S, N, K, H, Hv, cut, offset, causal = case
   rng = np.random.default_rng(0)
 
   def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jnp.asarray(rng.normal(size=shape), dtype)
 
   q, k, v = normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, Hv)
   d_out, d_lse = normal(B, T, N, Hv), normal(B, T, N)
@@ -86,11 +125,11 @@ def check(case, implementation):
   step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
   grads, (out, lse) = step(q, k, v)
   want, want_lse = oracles.attention(q, k, v, mask)
-  oracles.check_close(out, want, what='out')
-  oracles.check_close(lse, want_lse, what='lse')
+  oracles.check_close(out, want, dtype, what='out')
+  oracles.check_close(lse, want_lse, dtype, what='lse')
   want = oracles.attention_grads(q, k, v, mask, d_out, d_lse)
   for got, grad, what in zip(grads, want, 'qkv', strict=True):
-    oracles.check_close(got, grad, gradient=True, what=f'd{what}')
+    oracles.check_close(got, grad, dtype, gradient=True, what=f'd{what}')
 
 
 def test_a_query_that_sees_nothing_gives_zero():

@@ -1,6 +1,7 @@
 """The plan of stages, and a place in the data that survives a restart."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -55,8 +56,11 @@ def test_batches_that_devices_cannot_share_are_refused():
 class Counter:
   """Batches that say which stage they are of, and which batch it is."""
 
+  opened: ClassVar[list['Counter']] = []
+
   def __init__(self, stage):
-    self.stage, self.taken = stage, 0
+    self.stage, self.taken, self.closed = stage, 0, False
+    self.opened.append(self)
 
   def __next__(self):
     self.taken += 1
@@ -69,7 +73,7 @@ class Counter:
     self.taken = state['taken']
 
   def close(self):
-    self.taken = None  # so that nothing more can be had of it
+    self.closed = True
 
 
 class Task:
@@ -83,6 +87,16 @@ def batches(data, begin, end):
 
 
 ALL = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]
+
+
+def test_a_stage_is_let_go_when_the_next_begins_and_at_the_end():
+  Counter.opened.clear()
+  data = lib.StageData(Task, plan())
+  batches(data, 0, 4)
+  assert [x.closed for x in Counter.opened] == [True, False]
+  data.close()
+  data.close()
+  assert [x.closed for x in Counter.opened] == [True, True]
 
 
 def test_every_stage_begins_its_own_data():

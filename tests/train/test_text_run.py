@@ -23,7 +23,7 @@ from psa_jax.config import (
 from psa_jax.data import labelled, parallel, tagged
 from psa_jax.recipe import load_recipe
 from psa_jax.train import loop
-from psa_jax.train.tasks import labels
+from psa_jax.train.tasks import labels, translation
 
 STEPS = 30
 WORDS = 'red blue sun moon sea sky'.split()
@@ -225,6 +225,34 @@ def test_the_most_frequent_tag_of_a_word():
 def test_impossible_settings_are_named(changes, words):
   with pytest.raises(ConfigError, match=words):
     load_recipe('configs/classify_verses.py', list(changes.items()))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'source', 'data'),
+  [
+    ('encoder', 'verse_genre', texts),
+    ('encoder', 'stdlib_tags', sentences),
+    ('encoder_decoder', 'asv_bbe', pairs),
+  ],
+)
+def test_a_split_that_is_not_there_is_refused_at_once(
+  tmp_path, monkeypatch, kind, source, data
+):
+  def never(*args):
+    raise AssertionError('a tokenizer was trained')
+
+  for module in (labels, translation):
+    monkeypatch.setattr(module, 'make_tokenizer', never)
+  found = data()
+  examples = dataclasses.replace(found.examples, test=None)
+  cfg = config(kind, source)
+  cfg = dataclasses.replace(
+    cfg, eval=dataclasses.replace(cfg.eval, split='test')
+  )
+  with pytest.raises(ConfigError, match='no test split; set eval.split'):
+    loop.train_and_evaluate(
+      cfg, tmp_path, corpus=found._replace(examples=examples)
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ TPU, cuDNN on NVIDIA GPUs. `xla` is portable.
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax.kernels import arguments, platform
@@ -68,6 +69,10 @@ def dense_attention(
       cannot run here, saying why.
   """
   arguments.check_attention(q, k, v, q_segment_ids, kv_segment_ids)
+  if not (q.size and k.shape[1]):  # nothing is read
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    nothing = jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
+    return nothing, jnp.full(q.shape[:3], -jnp.inf, acc)
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
   spec = Spec(causal, q_offset, arguments.scale_or_default(q, scale))
   args = q, k, v, segments

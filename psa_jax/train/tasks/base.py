@@ -129,7 +129,14 @@ def train_batches(
   shuffle: bool = True,
   augment: pipeline.Augment | None = None,
 ) -> pipeline.TrainIterator:
-  """This process's share of a stage's batches of `source`, without end."""
+  """This process's share of a stage's batches of `source`, without end.
+
+  Args:
+    config: the run.
+    source: windows of the train split.
+    stage: says how many a batch has, and the seed.
+    shuffle, augment: as in `pipeline.train_iterator`.
+  """
   return pipeline.train_iterator(
     source,
     batch_size=stage.batch_size,
