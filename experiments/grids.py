@@ -98,8 +98,10 @@ def each(
   def one(item):
     core = cores.get()
     began = time.perf_counter()
-    row = start(item, core)
-    cores.put(core)
+    try:
+      row = start(item, core)
+    finally:
+      cores.put(core)
     return item, row | {'seconds': time.perf_counter() - began}
 
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
