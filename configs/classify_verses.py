@@ -58,8 +58,9 @@ def deep(steps: int) -> dict:
   """Dense attention in three layers, where the default has two.
 
   Command: python launch.py --config=configs/classify_verses.py:deep
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: 18 minutes on one busy core.
+  Expected: macro-F1 0.765 on validation and 0.747 on test, below the default
+    (one seed).
   """
   return dense(steps) | {'num_layers': 3}
 
@@ -71,8 +72,9 @@ def cascade(steps: int) -> dict:
   up. `deep` is what this is judged against.
 
   Command: python launch.py --config=configs/classify_verses.py:cascade
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: 21 minutes on one busy core; every rung is compiled.
+  Expected: macro-F1 0.778 on validation and 0.750 on test, 1.3 and 0.3 points
+    above `deep` (one seed), with 49 % of the tokens and 38 % of the pairs.
   """
   amount = {
     'kind': 'linear',
@@ -90,8 +92,9 @@ def cascade_random(steps: int) -> dict:
   """As many tokens leave, but any: a control for `cascade`.
 
   Command: python launch.py --config=configs/classify_verses.py:cascade_random
-  Cost: not measured yet.
-  Expected: not measured yet.
+  Cost: that of `cascade`.
+  Expected: macro-F1 0.771 on validation and 0.751 on test (one seed), as
+    `cascade`: this task does not tell them apart.
   """
   changes = cascade(steps)
   changes['attention']['cascade']['importance'] = 'random'
