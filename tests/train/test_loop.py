@@ -207,7 +207,7 @@ def poison(monkeypatch, at):
   class Poisoned:
     def __init__(self, real):
       self.get_state, self.set_state = real.get_state, real.set_state
-      self.real = real
+      self.real, self.close = real, real.close
 
     def __next__(self):
       batch = next(self.real)
