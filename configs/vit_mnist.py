@@ -85,8 +85,8 @@ def sla(steps: int) -> dict:
   """Simplified linear attention, as in SLAB.
 
   Command: python launch.py --config=configs/vit_mnist.py:sla
-  Cost: that of the default.
-  Expected: not measured yet.
+  Cost: four minutes on one core.
+  Expected: accuracy 98.0 % on validation and 96.9 % on test (one seed).
   """
   return prepbn(steps) | {'attention': {'name': 'sla'}}
 
@@ -95,8 +95,8 @@ def topk(steps: int) -> dict:
   """The best half of the patches, from half of the steps on.
 
   Command: python launch.py --config=configs/vit_mnist.py:topk
-  Cost: that of the default.
-  Expected: not measured yet.
+  Cost: five minutes on one core.
+  Expected: accuracy 96.6 % on validation and 94.4 % on test (one seed).
   """
   keep = {'init': 1.0, 'final': 0.5, **_ramp(steps)}
   return prepbn(steps) | {'attention': {'name': 'topk', 'topk': {'keep': keep}}}
@@ -106,8 +106,9 @@ def cascade(steps: int) -> dict:
   """Half of the patches leave on the way, from half of the steps on.
 
   Command: python launch.py --config=configs/vit_mnist.py:cascade
-  Cost: that of the default.
-  Expected: not measured yet.
+  Cost: five minutes on one core.
+  Expected: accuracy 93.6 % on validation and 91.5 % on test, with 63 % of the
+    tokens and 48 % of the pairs (one seed): it loses 2.5 points.
   """
   amount = {'init': 0.0, 'final': 1.0, **_ramp(steps)}
   settings = {'token_keep': 0.5, 'amount': amount}
