@@ -151,6 +151,23 @@ def fill(
     )
 
 
+def starter(
+  file: str, changes: Sequence[str] = ()
+) -> Callable[[Any, int], Row]:
+  """`start` for `each`: a program with `--cell=` and `--set=`.
+
+  Args:
+    file: the program.
+    changes: of every run, KEY=VALUE.
+  """
+  more = [f'--set={change}' for change in changes]
+
+  def start(run, core):
+    return process(file, [f'--cell={",".join(map(str, run))}', *more], core)
+
+  return start
+
+
 def process(file: str, arguments: Sequence[str], core: int) -> Row:
   """What a Python program on one core found; an `error` if it failed."""
   environment = os.environ | {

@@ -82,15 +82,10 @@ def run_grid(results, stamp):
     for cell in grid.cells(_TASKS.value, _ARMS.value, range(_SEEDS.value))
   }
 
-  def start(cell, core):
-    words = [f'--cell={",".join(map(str, cell))}']
-    words += [f'--set={x}' for x in _SET.value]
-    return grids.process(__file__, words, core)
-
   grids.fill(
     results,
     found,
-    start,
+    grids.starter(__file__, _SET.value),
     have=have,
     workers=_WORKERS.value,
     stamp=stamp,

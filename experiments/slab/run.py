@@ -79,15 +79,10 @@ def run_grid(results, stamp, changes):
     if row['what'] == 'run' and 'error' not in row
   }
 
-  def start(cell, core):
-    words = [f'--cell={cell.arm},{cell.seed}']
-    words += [f'--set={x}' for x in _SET.value]
-    return grids.process(__file__, words, core)
-
   grids.fill(
     results,
     found,
-    start,
+    grids.starter(__file__, _SET.value),
     have=have,
     workers=_WORKERS.value,
     stamp=stamp,

@@ -72,14 +72,10 @@ def run_grid(results):
     if 'error' not in row
   }
 
-  def start(cell, core):
-    words = [f'--cell={",".join(map(str, cell))}']
-    return grids.process(__file__, words, core)
-
   grids.fill(
     results,
     wanted,
-    start,
+    grids.starter(__file__),
     have=have,
     workers=_WORKERS.value,
     stamp=report.provenance(ROOT, SOURCES),

@@ -114,3 +114,10 @@ def test_an_interrupted_grid_starts_no_more_runs():
   with pytest.raises(KeyboardInterrupt):
     list(grids.each(range(50), start, workers=1))
   assert len(made) < 50
+
+
+def test_a_program_is_told_its_run_and_what_to_change(monkeypatch):
+  told = []
+  monkeypatch.setattr(grids, 'process', lambda *words: told.append(words))
+  grids.starter('run.py', ['a.b=1', 'c=2,3'])(Cell('', 4), 1)
+  assert told == [('run.py', ['--cell=,4', '--set=a.b=1', '--set=c=2,3'], 1)]
