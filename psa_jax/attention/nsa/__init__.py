@@ -1,0 +1,31 @@
+"""Native sparse attention (`nsa`, `nsa_tile`), arXiv 2502.11089."""
+
+from psa_jax.attention.nsa.branches import NsaConfig, nsa, nsa_tile
+from psa_jax.attention.nsa.parameters import NsaParameters
+from psa_jax.attention.registry import MechanismSpec, register
+
+_FACTS = dict(
+  config=NsaConfig,
+  section='nsa',
+  parameters=NsaParameters,
+  needs_learned=True,
+  axes={
+    'wk_compress': ('embed', 'kv', 'head_dim'),
+    'wv_compress': ('embed', 'kv', 'head_dim'),
+    'wk_window': ('embed', 'kv', 'head_dim'),
+    'wv_window': ('embed', 'kv', 'head_dim'),
+    'k_place': ('place', 'head_dim'),
+    'k_in': ('place', 'head_dim', 'hidden'),
+    'k_out': ('hidden', 'head_dim'),
+    'v_place': ('place', 'head_dim'),
+    'v_in': ('place', 'head_dim', 'hidden'),
+    'v_out': ('hidden', 'head_dim'),
+    'gate_in': ('embed', 'hidden'),
+    'gate_out': ('hidden', 'heads', 'branch'),
+  },
+  causal_only=True,
+  reads_norm=True,
+)
+
+SPEC = register(MechanismSpec(name='nsa', function=nsa, **_FACTS))
+TILE_SPEC = register(MechanismSpec(name='nsa_tile', function=nsa_tile, **_FACTS))
