@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from psa_jax import config_dict
+from psa_jax import config as config_lib
 from psa_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def settings(config: Config) -> str:
   A key that the project gains later leaves it as it is.
   """
   values, usual = (
-    config_dict.flatten(config_dict.to_dict(x)) for x in (config, Config())
+    config_lib.flatten(config_lib.to_dict(x)) for x in (config, Config())
   )
   own = {
     path: value

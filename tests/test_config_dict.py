@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from psa_jax.config import Config, ConfigError
-from psa_jax.config_dict import (
+from psa_jax.config import (
+  Config,
+  ConfigError,
   apply_overrides,
   diff,
   find_leaf,

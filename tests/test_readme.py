@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import launch
-from psa_jax import recipe
+from psa_jax.config import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()

@@ -3,10 +3,9 @@
 import typing
 
 import pytest
-
-from psa_jax.config import Config, ConfigError
-from psa_jax.config_dict import apply_overrides, leaves
 from psa_jax.validate import RANGES, validate
+
+from psa_jax.config import Config, ConfigError, apply_overrides, leaves
 
 PSA = 'model.attention.psa.'
 ON_DEMAND = 'model.attention.on_demand.'

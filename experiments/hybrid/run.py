@@ -104,7 +104,7 @@ def cost_table(rows):
 
 def train(arm, seed, steps):
   """One run, and its last validation."""
-  from psa_jax.recipe import load_recipe
+  from psa_jax.config.recipe import load_recipe
   from psa_jax.train import loop
 
   changes = {

@@ -17,10 +17,12 @@ from experiments.speed_64k.contenders import PASSES
 from experiments.speed_64k.pipe import HEAD_DIM
 from experiments.speed_64k.timing import Call, lazily, timed
 from psa_jax.attention import base, nsa, nsa_compress
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
-from psa_jax.attention.nsa_parameters import NETWORK
+from psa_jax.attention.nsa import NsaConfig
+from psa_jax.attention.nsa.parameters import NETWORK
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import AttentionConfig, ModelConfig, NsaConfig
+from psa_jax.config import AttentionConfig, ModelConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.dense import dense_attention
@@ -84,8 +86,8 @@ def attend(mechanism: str, x: dict):
     x['k'],
     x['v'],
     config=config(mechanism),
-    step=jnp.int32(0),
     learned=learned(x, x['q'].shape[1]),
+    context=AttentionContext(step=jnp.int32(0)),
   ).out
 
 
@@ -206,7 +208,9 @@ def layer(mechanism: str, length: int):
   def run(args):
     state, x = args
     table = rotary(jnp.arange(length)[None], head_dim=HEAD_DIM, theta=5e5)
-    return nnx.merge(graph, state)(x, step=0, rope=table, train=True)[0]
+    return nnx.merge(graph, state)(
+      x, context=AttentionContext(step=0, rope=table, train=True)
+    )[0]
 
   return run, ((state, x), grad)
 

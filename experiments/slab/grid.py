@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from psa_jax.config import Config, RunError
-from psa_jax.recipe import load_recipe
+from psa_jax.config.recipe import load_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = 'configs/vit_mnist.py'

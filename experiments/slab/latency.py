@@ -17,6 +17,7 @@ from flax import nnx
 
 from experiments.slab.grid import Cell
 from psa_jax import models
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ImageConfig, ModelConfig
 from psa_jax.models.folding import fold
 
@@ -80,7 +81,9 @@ def program(model, batch: int):
 
   def run(arrays, x):
     net = nnx.merge(graphdef, *arrays)
-    return net.classify(net(x, step=0, train=False).hidden)
+    return net.classify(
+      net(x, context=AttentionContext(step=0, train=False)).hidden
+    )
 
   arrays = jax.device_put(arrays)
   compiled = jax.jit(run).lower(arrays, x).compile()

@@ -20,7 +20,9 @@ import numpy as np
 from experiments.speed_64k.timing import Call, lazily, timed
 from psa_jax.attention import base
 from psa_jax.attention import psa as psa_lib
-from psa_jax.config import AttentionConfig, PsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.decode import decode_attention
@@ -78,7 +80,9 @@ def inputs(length: int) -> tuple[jax.Array, ...]:
 
 def attend_sparse(blocks: int, q, k, v):
   """The whole operation."""
-  return base.attend(q, k, v, config=config(blocks), step=jnp.int32(0)).out
+  return base.attend(
+    q, k, v, config=config(blocks), context=AttentionContext(step=jnp.int32(0))
+  ).out
 
 
 def attend_listed(q, k, v, ids, counts, *, block_q=BLOCK_Q):

@@ -17,8 +17,9 @@ from experiments.speed_64k.rows import ROOT
 from experiments.speed_64k.timing import timed
 from psa_jax import sharding
 from psa_jax.attention import base
+from psa_jax.attention.context import AttentionContext
+from psa_jax.config.recipe import load_recipe
 from psa_jax.data import lm
-from psa_jax.recipe import load_recipe
 from psa_jax.train import state as state_lib
 from psa_jax.train import step as step_lib
 from psa_jax.train import tasks
@@ -38,7 +39,12 @@ def attention(config, T):
   def attend(mechanism, q, k, v):
     step = sum(config.train.steps)
     return base.attend(
-      q, k, v, config=final, step=step, mechanism=mechanism
+      q,
+      k,
+      v,
+      config=final,
+      mechanism=mechanism,
+      context=AttentionContext(step=step),
     ).out
 
   contenders = {}

@@ -22,7 +22,9 @@ from experiments.speed_64k.timing import Call, lazily
 from experiments.speed_gpu.timing import chained, queued
 from psa_jax.attention import base
 from psa_jax.attention import psa as psa_lib
-from psa_jax.config import AttentionConfig, PsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.decode import decode_attention
@@ -83,7 +85,9 @@ def _select(q, k):
 
 def attend_sparse(q, k, v):
   """The whole operation."""
-  return base.attend(q, k, v, config=config(), step=jnp.int32(0)).out
+  return base.attend(
+    q, k, v, config=config(), context=AttentionContext(step=jnp.int32(0))
+  ).out
 
 
 def attend_listed(implementation, q, k, v, ids, counts):

@@ -14,6 +14,7 @@ from psa_jax.attention import nsa as nsa
 from psa_jax.attention import dsa as dsa
 from psa_jax.attention import sla as sla
 from psa_jax.attention import cascade as cascade
+
 # isort: on
 from psa_jax.attention.attend import attend as attend
 from psa_jax.attention.context import AttentionContext as AttentionContext

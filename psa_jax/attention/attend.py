@@ -121,8 +121,8 @@ def on_mesh(
   by_head, by_row = P(batch, None, HEAD_AXIS), P(batch)
   documents = None if context.segment_ids is None else by_row
   of_learned = jax.tree.map(lambda _: P(), learned)
-  if of_learned is not None:
-    of_learned = of_learned._replace(
+  if learned is not None:
+    of_learned = learned._replace(
       heads=jax.tree.map(lambda _: by_head, learned.heads),
       tokens=jax.tree.map(lambda _: by_row, learned.tokens),
     )
@@ -131,9 +131,7 @@ def on_mesh(
     in_specs=(P(), documents, by_head, by_head, by_head, of_learned),
     out_specs=(by_head, P(), by_row),
     check_vma=False,
-  )(
-    (context.step, context.budget), context.segment_ids, q, k, v, learned
-  )
+  )((context.step, context.budget), context.segment_ids, q, k, v, learned)
   result = AttnOut(out, aux)
   return (result, mass) if measured else result
 

@@ -78,9 +78,7 @@ class WideListConfig(BlockListConfig):
       )
 
 
-def check_ratio(
-  path: str, budget: str, keep: ScheduleConfig
-) -> Iterator[str]:
+def check_ratio(path: str, budget: str, keep: ScheduleConfig) -> Iterator[str]:
   """What stands in the way of a controller that sets the keep ratio.
 
   Args:

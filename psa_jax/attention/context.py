@@ -46,8 +46,7 @@ class AttentionContext:
 
 def _flatten(context: AttentionContext):
   children = tuple(
-    (jax.tree_util.GetAttrKey(name), getattr(context, name))
-    for name in _TRACED
+    (jax.tree_util.GetAttrKey(name), getattr(context, name)) for name in _TRACED
   )
   return children, tuple(getattr(context, name) for name in _STATIC)
 

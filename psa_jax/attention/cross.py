@@ -1,7 +1,7 @@
 """Cross-attention: queries of one sequence read another one, the memory.
 
-Which mechanisms can do so, and how, is `cross` of their specs: `dense` reads all
-of it, `topk` the best keys of every query. Queries and keys turn by their
+Which mechanisms can do so, and how, is `cross` of their specs: `dense` reads
+all of it, `topk` the best keys of every query. Queries and keys turn by their
 places in their own sequences (rotary positions), so that near places find each
 other first, as most translations have it.
 """

@@ -86,7 +86,9 @@ class HybridConfig(WideListConfig):
   """
 
   sink_blocks: int = number(0, OPTIONAL)
-  keep: ScheduleConfig = schedule(ScheduleConfig(kind='linear', final=0.25), SHARE)
+  keep: ScheduleConfig = schedule(
+    ScheduleConfig(kind='linear', final=0.25), SHARE
+  )
   coefficient: float = number(1.0, POSITIVE)
   min_blocks: int = number(4, OPTIONAL)
   scoring: str = choice('mean', 'mean', 'bounds')
@@ -125,9 +127,7 @@ def hybrid(
   del learned  # no parameters
   cfg, segment_ids = config.hybrid, context.segment_ids
   cap = cap_at(cfg, context.step, context.train)
-  lists, spread = select_blocks(
-    q, k, cfg, cap=cap, segment_ids=segment_ids
-  )
+  lists, spread = select_blocks(q, k, cfg, cap=cap, segment_ids=segment_ids)
   how = softmax_at(config.softmax, context.step)
   out, lse = read_blocks(
     q,

@@ -6,7 +6,7 @@ visible key is read, so `density` is 1; what is saved are bits.
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.registry import MechanismSpec, register

@@ -32,7 +32,12 @@ from psa_jax.attention import block_lists
 from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.registry import MechanismSpec, register
 from psa_jax.attention.softmax import SOFTMAX, mixed
-from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
+from psa_jax.config import (
+  AttentionConfig,
+  MechanismConfig,
+  ModelConfig,
+  ScheduleConfig,
+)
 from psa_jax.config.attention import check_cubic
 from psa_jax.config.fields import (
   OPTIONAL,
@@ -67,7 +72,9 @@ class TopkConfig(MechanismConfig):
       at the step being evaluated.
   """
 
-  keep: ScheduleConfig = schedule(ScheduleConfig(kind='linear', final=0.25), SHARE)
+  keep: ScheduleConfig = schedule(
+    ScheduleConfig(kind='linear', final=0.25), SHARE
+  )
   coefficients: tuple[float, ...] = number((0.0, 1.0, 0.0, 0.0), REAL)
   mix: ScheduleConfig = schedule(ScheduleConfig(), UNIT)
   learnable: bool = False
@@ -99,7 +106,9 @@ class Coefficients(nnx.Module):
     return Learned(weights={'coefficients': self.coefficients[...]})
 
 
-def coefficients_of(config: ModelConfig, *, rngs: nnx.Rngs) -> Coefficients | None:
+def coefficients_of(
+  config: ModelConfig, *, rngs: nnx.Rngs
+) -> Coefficients | None:
   """The module, or None where the coefficients are not learned."""
   del rngs  # nothing is random
   return Coefficients(config) if config.attention.topk.learnable else None

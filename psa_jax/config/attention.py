@@ -91,6 +91,8 @@ class Mechanism(Protocol):
   def approximates_softmax(self) -> bool: ...
 
 
+_SOFTMAX = (0.0, 1.0, 0.0, 0.0)  # the cubic that changes nothing
+
 # By name, in the order of registration.
 MECHANISMS: dict[str, Mechanism] = {}
 
@@ -123,14 +125,16 @@ class SoftmaxConfig(Section):
   """
 
   kind: str = choice('exact', 'exact', 'polynomial', 'sas')
-  coefficients: tuple[float, ...] = number((0.0, 1.0, 0.0, 0.0), REAL)
+  coefficients: tuple[float, ...] = number(_SOFTMAX, REAL)
   clamp: float = number(0.0, OPTIONAL)
   mix: ScheduleConfig = schedule(ScheduleConfig(), UNIT)
 
   def check(self, path: str) -> Iterator[str]:
     """A cubic has four coefficients; only a polynomial has any."""
     yield from check_cubic(path, self.coefficients)
-    if self.kind != 'polynomial' and self != SoftmaxConfig(self.kind):
+    plain = (_SOFTMAX, 0.0, ScheduleConfig())
+    cubic = (self.coefficients, self.clamp, self.mix)
+    if self.kind != 'polynomial' and cubic != plain:
       yield (
         f'{path}coefficients, clamp and mix are read by kind=polynomial only, '
         f'but the kind is {self.kind}'

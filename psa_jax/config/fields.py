@@ -296,8 +296,8 @@ class ScheduleConfig(Section):
         )
       if self.kind == 'exponential' and min(self.init, self.final) <= 0:
         yield (
-          f'{path}kind is exponential, which cannot begin or end at 0 or below, '
-          f'but init and final are {self.init:g} and {self.final:g}; set '
+          f'{path}kind is exponential, which cannot begin or end at 0 or '
+          f'below, but init is {self.init:g} and final {self.final:g}; set '
           f'{path}kind=linear'
         )
       return

@@ -8,7 +8,6 @@ from psa_jax.config.attention import names
 from psa_jax.config.data import AugmentConfig, DataConfig
 from psa_jax.config.fields import (
   OPTIONAL,
-  ScheduleConfig,
   Section,
   number,
   section,
@@ -121,7 +120,9 @@ class Config(Section):
         f'{needed}, not {model}'
       )
     elif (
-      needed is None and model != 'decoder_lm' and not (named and kind == 'tfds')
+      needed is None
+      and model != 'decoder_lm'
+      and not (named and kind == 'tfds')
     ):
       yield (
         f'{path}data.source is {source!r}, but {path}model.kind={model} takes '
@@ -161,7 +162,6 @@ class Config(Section):
         f'{path}data.shift is {shift}, but it must be below '
         f'{path}model.image.size, which is {image.size}'
       )
-
 
   def _check_others(self, path: str) -> Iterator[str]:
     """Keys that not every kind of model has."""

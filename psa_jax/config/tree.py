@@ -11,7 +11,6 @@ names, reads no JSON, and answers a mistake with a traceback.
 """
 
 import functools
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -236,9 +235,7 @@ def _items(values: Any, prefix: str) -> list[tuple[str, Any]]:
 
 def _read(path: str, value: Any) -> Any:
   leaf = find_leaf(path)
-  return convert(
-    f'config.{path}', value, leaf.type, leaf.default, leaf.options
-  )
+  return convert(f'config.{path}', value, leaf.type, leaf.default, leaf.options)
 
 
 def _laid_on(config: Config, flat: Mapping[str, Any]) -> Config:

@@ -6,7 +6,8 @@ layer's static size, so queries, keys, values and the feed-forward layer of all
 later layers have fewer rows; the weights of the surviving heads are gathered
 likewise. A pruned token's output is its residual stream as it left; at the end
 every row is back in its place. Rotary positions are those of the input.
-`attention/cascade/survivors.py` says how many rows a layer has and who fills them.
+`attention/cascade/survivors.py` says how many rows a layer has and who fills
+them.
 
 What is different in a causal model:
 

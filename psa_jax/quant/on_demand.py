@@ -27,32 +27,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.config import MechanismConfig
-from psa_jax.config.fields import OPTIONAL, number
 from psa_jax.kernels import arguments, platform, softmax
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.platform import Implementation
 from psa_jax.quant import on_demand_xla
-from psa_jax.quant.split import SplitKeys, join, largest_sum, split, to_integers
+from psa_jax.quant.split import (
+  OnDemandConfig,
+  SplitKeys,
+  join,
+  largest_sum,
+  split,
+  to_integers,
+)
 from psa_jax.types import Scalar
-
-
-@dataclass(frozen=True)
-class OnDemandConfig(MechanismConfig):
-  """Scores from the high bits of the keys (MECHANISMS section 8, SpAtten).
-
-  Attributes:
-    high_bits: bits of a key channel that are always read.
-    low_bits: bits that are read on demand.
-    query_bits: bits of a query channel.
-    threshold: a query row whose largest probability is below it reads the low
-      bits too; 0 never does, above 1 always.
-  """
-
-  high_bits: int = number(6, '[2, 12]')
-  low_bits: int = number(4, '[1, 8]')
-  query_bits: int = number(12, '[2, 12]')
-  threshold: float = number(0.1, OPTIONAL)
 
 
 class Stats(NamedTuple):

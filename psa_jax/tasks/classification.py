@@ -1,5 +1,6 @@
 """Labels of texts, and tags of words, by a bidirectional encoder."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
 from psa_jax.data import labelled, rows, tagged
 from psa_jax.data.tokenizer import SEPARATOR, Tokenizer, make_tokenizer
@@ -70,19 +72,15 @@ class _Encoding:
   def _text(self, example: Any) -> bytes:
     raise NotImplementedError
 
-  def _hidden(self, model, batch, *, step, train, mechanism, budget):
+  def _hidden(self, model, batch, context: AttentionContext):
     """The encoder's output on a batch, some tokens hidden in training."""
     tokens = batch['inputs']
-    if train and self._config.data.word_dropout:
-      key = jax.random.fold_in(jax.random.key(self._config.seed), step)
+    if context.train and self._config.data.word_dropout:
+      key = jax.random.fold_in(jax.random.key(self._config.seed), context.step)
       tokens = hide(tokens, key, share=self._config.data.word_dropout)
     return model(
       tokens,
-      segment_ids=batch['segment_ids'],
-      step=step,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
+      context=dataclasses.replace(context, segment_ids=batch['segment_ids']),
     )
 
   def train_iterator(self, stage: Stage) -> DataIterator:
@@ -125,16 +123,12 @@ class TextClassification(_Encoding):
   def _text(self, example: labelled.Labelled) -> bytes:
     return example.text
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the labels; `confusion` counts guesses by label."""
-    out = self._hidden(
-      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
-    )
+    out = self._hidden(model, batch, context)
     labels, weights = batch['labels'], batch['weights'][:, 0]
     logits = model.classify(out.hidden, batch['segment_ids'])
-    smoothing = self._config.train.label_smoothing if train else 0.0
+    smoothing = self._config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(logits, labels, weights, smoothing=smoothing)
     guesses = jnp.argmax(logits, -1)
     counts = f1.confusion(guesses, labels, weights, classes=self.classes)
@@ -197,17 +191,13 @@ class TokenLabelling(_Encoding):
   def _text(self, example: tagged.Tagged) -> bytes:
     return ''.join(f' {word}' for word in example.words).encode()
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the tags; `spans` counts those right, found and there."""
-    out = self._hidden(
-      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
-    )
+    out = self._hidden(model, batch, context)
     tags, weights = batch['tags'], batch['weights']
     first = batch['first'][..., None]
     logits = model.label(jnp.take_along_axis(out.hidden, first, axis=1))
-    smoothing = self._config.train.label_smoothing if train else 0.0
+    smoothing = self._config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(
       logits.reshape(-1, logits.shape[-1]),
       tags.reshape(-1),

@@ -58,9 +58,7 @@ class Evaluator:
     step.seconds = 0.0
     found = self._task.evaluate(step, state, before_batch=before_batch)
     if isinstance(self._task, Generator):
-      found |= self._task.generate(
-        program, state, before_batch=before_batch
-      )
+      found |= self._task.generate(program, state, before_batch=before_batch)
     if not math.isfinite(found['loss']):
       raise RunError(
         f'step {int(state.step)}: the validation loss with {mechanism} '

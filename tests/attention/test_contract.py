@@ -13,18 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base
-from psa_jax.config import (
-  AttentionConfig,
-  CascadeConfig,
-  DsaConfig,
-  HybridConfig,
-  NsaConfig,
-  PsaConfig,
-  ScheduleConfig,
-  SoftmaxConfig,
-  TopkConfig,
-)
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.cascade import CascadeConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.dsa import DsaConfig
+from psa_jax.attention.hybrid import HybridConfig
+from psa_jax.attention.nsa import NsaConfig
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.attention.topk import TopkConfig
+from psa_jax.config import AttentionConfig, ScheduleConfig, SoftmaxConfig
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -124,7 +121,9 @@ class Row:
 
 
 ROWS = {
-  'dense': Row(AttentionConfig(), AttentionConfig(), sparse=False),
+  'dense': Row(
+    AttentionConfig('dense'), AttentionConfig('dense'), sparse=False
+  ),
   'psa': Row(psa(), psa(keep=1.0)),
   'psa per token': Row(psa(block_q=1), psa(keep=1.0, block_q=1)),
   'psa mass': Row(psa_mass(), psa_mass(mass=1.0)),
@@ -224,15 +223,13 @@ def documents(t=T):
 
 def eager(q, k, v, config, segment_ids=None, step=0, train=True):
   make = LEARNED.get(config.name)
-  return base.attend(
+  return library_attend(
     q,
     k,
     v,
     config=config,
-    step=step,
-    segment_ids=segment_ids,
-    train=train,
     learned=None if make is None else make(q, k, v),
+    context=AttentionContext(step=step, segment_ids=segment_ids, train=train),
   )
 
 
@@ -419,4 +416,9 @@ def test_one_compilation_for_all_steps(name):
 
 def test_unknown_mechanism_is_named():
   with pytest.raises(ValueError, match=r"unknown attention 'nope'.*psa"):
-    base.attend(*arrays(), config=AttentionConfig(), step=0, mechanism='nope')
+    library_attend(
+      *arrays(),
+      config=AttentionConfig('dense'),
+      mechanism='nope',
+      context=AttentionContext(step=0),
+    )

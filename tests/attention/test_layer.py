@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention import layer as layer_lib
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.projections import head_dim
 from psa_jax.attention.rotary import rotary, rotate
@@ -84,10 +85,12 @@ def test_dense_layer_equals_the_oracle(kv_heads, packed):
   segments = SEGMENTS if packed else np.zeros_like(SEGMENTS)
   y, aux = layer(
     jnp.asarray(x),
-    step=0,
-    rope=table(positions),
-    segment_ids=jnp.asarray(segments) if packed else None,
-    train=True,
+    context=AttentionContext(
+      step=0,
+      rope=table(positions),
+      segment_ids=jnp.asarray(segments) if packed else None,
+      train=True,
+    ),
   )
   want = oracle(layer, x.astype(np.float64), positions, segments)
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
@@ -100,7 +103,9 @@ def test_every_kernel_gets_a_gradient():
 
   def loss(params):
     block = nnx.merge(graphdef, params)
-    y, _ = block(x, step=0, rope=table(POSITIONS), train=True)
+    y, _ = block(
+      x, context=AttentionContext(step=0, rope=table(POSITIONS), train=True)
+    )
     return jnp.sum(jnp.sin(y))
 
   grads = jax.grad(loss)(nnx.as_pure(params))
@@ -111,7 +116,9 @@ def test_every_kernel_gets_a_gradient():
 def test_one_rotary_row_serves_the_whole_batch():
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24))
   one, both = (
-    layer(x, step=0, rope=table(positions), train=True)[0]
+    layer(
+      x, context=AttentionContext(step=0, rope=table(positions), train=True)
+    )[0]
     for positions in (POSITIONS[:1], POSITIONS[[0, 0]])
   )
   np.testing.assert_array_equal(one, both)
@@ -121,11 +128,13 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24))
   y, aux = layer(
     x,
-    step=jnp.int32(3),
-    rope=table(POSITIONS),
-    segment_ids=jnp.asarray(SEGMENTS),
-    train=False,
     mechanism='dense',
+    context=AttentionContext(
+      step=jnp.int32(3),
+      rope=table(POSITIONS),
+      segment_ids=jnp.asarray(SEGMENTS),
+      train=False,
+    ),
   )
   (q, k, v, kwargs), *more = calls
   assert not more and aux == {'density': 0.25}
@@ -156,7 +165,7 @@ def test_bf16_activations_meet_bf16_kernels_and_f32_angles(calls):
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24), jnp.bfloat16)
   far = table(POSITIONS + 65_000)
   assert far.cos.dtype == far.sin.dtype == jnp.float32
-  y, _ = layer(x, step=0, rope=far, train=True)
+  y, _ = layer(x, context=AttentionContext(step=0, rope=far, train=True))
   q, k, v, _ = calls[0]
   assert {a.dtype.name for a in (q, k, v, y)} == {'bfloat16'}
   assert layer.wq[...].dtype == jnp.float32

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base, nsa
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention import nsa
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.nsa import NsaConfig
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import (
-  AttentionConfig,
-  ConfigError,
-  NsaConfig,
-  ScheduleConfig,
-)
+from psa_jax.config import AttentionConfig, ConfigError, ScheduleConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.compressed import ranking, selection
 from psa_jax.types import Learned
@@ -83,15 +81,13 @@ def learned(x):
 
 def attend(x, cfg, segments=None, step=0, train=True):
   x = {n: jnp.asarray(a) for n, a in x.items()}
-  return base.attend(
+  return library_attend(
     x['q'],
     x['k'],
     x['v'],
     config=cfg,
-    step=step,
-    segment_ids=segments,
-    train=train,
     learned=learned(x),
+    context=AttentionContext(step=step, segment_ids=segments, train=train),
   )
 
 
@@ -419,17 +415,22 @@ def test_scan_and_vmap_and_grad_trace():
 def test_what_cannot_be_is_refused():
   x = {n: jnp.asarray(a) for n, a in inputs(SMALL, T=9).items()}
   with pytest.raises(ConfigError, match='causal'):
-    base.attend(
+    library_attend(
       x['q'],
       x['k'],
       x['v'],
       config=config(SMALL),
-      step=0,
-      causal=False,
       learned=learned(x),
+      context=AttentionContext(step=0, causal=False),
     )
   with pytest.raises(ConfigError, match='needs the gates'):
-    base.attend(x['q'], x['k'], x['v'], config=config(SMALL), step=0)
+    library_attend(
+      x['q'],
+      x['k'],
+      x['v'],
+      config=config(SMALL),
+      context=AttentionContext(step=0),
+    )
   with pytest.raises(ConfigError, match=r'network \(6, 8, 5\)'):
     attend(x, config(dataclasses.replace(SMALL, l=4)))
   with pytest.raises(ConfigError, match=r'tile=3 must divide select_block=8'):

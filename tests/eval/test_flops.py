@@ -19,7 +19,7 @@ BASE = ModelConfig(
   num_kv_heads=1,
   mlp_dim=128,
   scan_layers=False,  # XLA counts the body of a scan once
-  attention=AttentionConfig(implementation='reference'),
+  attention=AttentionConfig('dense', implementation='reference'),
 )
 KINDS = {
   'decoder_lm': {},

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from experiments import grids
-from psa_jax.config_dict import from_config_dict
+from psa_jax.config import from_config_dict
 
 
 def test_a_hash_is_of_what_is_not_default():

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import grids
 from experiments.mechanisms import grid, plot, rows, tables
-from psa_jax.attention import base
+from psa_jax.attention import registry
 
 STAMP = dict(
   date='2026-01-01', commit='abc', jax='1', python='3', machine='two cores'
@@ -32,7 +32,7 @@ def row(task='mqar', arm='psa', seed=0, **fields):
 
 def test_every_mechanism_is_an_arm():
   # `on_demand` is for inference alone: nothing trains with it.
-  trained = set(base.MECHANISMS) - {'on_demand'}
+  trained = set(registry.names()) - {'on_demand'}
   names = {
     grid.Cell('text', arm, 0).config().model.attention.name for arm in grid.ARMS
   }

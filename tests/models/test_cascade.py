@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from psa_jax import models, sharding
-from psa_jax.attention import survivors
+from psa_jax.attention.cascade import CascadeConfig, survivors
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
   ConfigError,
   MeshConfig,
   ModelConfig,
@@ -113,7 +113,10 @@ def forward_of(cfg, train=True, mechanism=None):
       patch.setattr(cascade_lib.Cascade, '_prune', spy)
       model = nnx.merge(structure(cfg)[0], *state)
       out = model(
-        batch, step=step, train=train, mechanism=mechanism, **companions
+        batch,
+        mechanism=mechanism,
+        **companions,
+        context=AttentionContext(step=step, train=train),
       )
     one_rung = len(cascade_lib.rungs(cfg.attention.cascade)) == 1
     moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
@@ -183,7 +186,10 @@ def test_gradient_equals_differences_of_the_oracle():
   def gradient(state, batch):
     def loss(params):
       model = nnx.merge(structure(cfg)[0], params, state[1])
-      out = model(batch, step=0, train=False, segment_ids=SEGMENTS)
+      out = model(
+        batch,
+        context=AttentionContext(step=0, train=False, segment_ids=SEGMENTS),
+      )
       return (out.hidden * weight).sum()
 
     return jax.grad(loss)(state[0])
@@ -381,7 +387,9 @@ def flops(cfg, length, mechanism=None):
 
   def run(state, batch):
     model = nnx.merge(structure(cfg)[0], *state)
-    return model(batch, step=0, train=False, mechanism=mechanism).hidden
+    return model(
+      batch, mechanism=mechanism, context=AttentionContext(step=0, train=False)
+    ).hidden
 
   batch = jax.ShapeDtypeStruct((2, length), jnp.int32)
   program = compiled(run).lower(structure(cfg)[1], batch).compile()

@@ -12,20 +12,21 @@ from flax import nnx
 
 from psa_jax import models, sharding
 from psa_jax.attention import layer as attention_layer
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
   MeshConfig,
   ModelConfig,
   NormConfig,
-  PsaConfig,
   ScheduleConfig,
 )
 from psa_jax.types import AttnOut
 
 V, T = 28, 24
 PREPBN = NormConfig(kind='prepbn', decay_steps=8, scale_init=0.5, eta_init=0.5)
-DENSE = AttentionConfig()
+DENSE = AttentionConfig('dense')
 PSA = AttentionConfig(
   name='psa',
   psa=PsaConfig(
@@ -93,7 +94,10 @@ def forward_of(cfg, train, mechanism):
   def run(params, stats, batch, step, companions):
     model = nnx.merge(graphdef, params, stats)
     out = model(
-      batch, step=step, train=train, mechanism=mechanism, **companions
+      batch,
+      mechanism=mechanism,
+      **companions,
+      context=AttentionContext(step=step, train=train),
     )
     return out, nnx.as_pure(nnx.state(model, nnx.BatchStat))
 
@@ -114,7 +118,7 @@ def loss_and_grads(cfg, batch, state=None, step=4):
   def run(params, stats, batch, step):
     def loss(params):
       model = nnx.merge(graphdef, params, stats)
-      out = model(batch, step=step, train=True)
+      out = model(batch, context=AttentionContext(step=step, train=True))
       nll = -jax.nn.log_softmax(model.unembed(out.hidden)[:, :-1])
       nll = jnp.take_along_axis(nll, batch[:, 1:, None], -1).mean()
       return nll, (out.aux, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
@@ -223,7 +227,9 @@ def test_remat_attention_does_not_run_attention_twice(attention):
 
     def loss(params, stats, graphdef=graphdef):
       model = nnx.merge(graphdef, params, stats)
-      return model(tokens(), step=4, train=True).hidden.sum()
+      return model(
+        tokens(), context=AttentionContext(step=4, train=True)
+      ).hidden.sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, stats)
     exponentials[remat] = count_exponentials(jaxpr.jaxpr)
@@ -291,7 +297,7 @@ def test_aux_is_the_mean_of_what_every_layer_said(monkeypatch):
 
   monkeypatch.setattr(attention_layer.base, 'attend', attend)
   model = nnx.merge(structure(config(scan_layers=False))[0], *arrays(SMALL))
-  aux = model(tokens(), step=0, train=False).aux
+  aux = model(tokens(), context=AttentionContext(step=0, train=False)).aux
   assert len(said) == 2 and abs(said[0] - said[1]) > 0.01
   np.testing.assert_allclose(aux['density'], np.mean(said), rtol=1e-6)
 
@@ -349,7 +355,7 @@ def test_initial_values():
   @jax.jit
   def start(seed, batch):
     model = models.build(cfg, V, rngs=nnx.Rngs(jax.random.key(seed)))
-    hidden = model(batch, step=0, train=False).hidden
+    hidden = model(batch, context=AttentionContext(step=0, train=False)).hidden
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     return params, model.unembed(hidden)
 
@@ -431,7 +437,7 @@ def test_a_7b_model_is_built_abstractly():
 
   def loss(params, stats, batch):
     model = nnx.merge(graphdef, params, stats)
-    out = model(batch, step=0, train=True)
+    out = model(batch, context=AttentionContext(step=0, train=True))
     return model.unembed(out.hidden).sum()
 
   batch = jax.ShapeDtypeStruct((1, 4096), jnp.int32)

@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 from psa_jax import models, sharding
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   ModelConfig,
   NormConfig,
   ScheduleConfig,
-  TopkConfig,
 )
 
 V, S, T, L, N, K, D, H = 23, 7, 6, 2, 4, 2, 16, 4
@@ -57,7 +58,9 @@ def run(cfg, model, *, train=False, step=0, **changes):
   source, ids, tokens = texts()
   given = dict(source=source, source_ids=ids, tokens=tokens) | changes
   tokens = given.pop('tokens')
-  return model(tokens, step=step, train=train, **given)
+  return model(
+    tokens, **given, context=AttentionContext(step=step, train=train)
+  )
 
 
 def oracle(model, source, tokens):

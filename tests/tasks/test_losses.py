@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from psa_jax.train.losses import answer_loss, next_token_loss
 
 B, T, D, V = 3, 10, 4, 7

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from psa_jax.train.losses import label_loss
+from psa_jax.train.tasks import mixing
 
 from psa_jax.config import (
   AugmentConfig,
@@ -24,11 +26,9 @@ from psa_jax.config import (
   OptimConfig,
   TrainConfig,
 )
+from psa_jax.config.recipe import load_recipe
 from psa_jax.data import augment, images, tfds_images
-from psa_jax.recipe import load_recipe
 from psa_jax.train import loop
-from psa_jax.train.losses import label_loss
-from psa_jax.train.tasks import mixing
 
 EVERYTHING = AugmentConfig(
   crop='resized', flip=True, ops=2, magnitude=9.0, mixup=0.8, cutmix=1.0

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from psa_jax.config import BUDGETED, ConfigError, ControllerConfig
-from psa_jax.config_dict import apply_overrides
-from psa_jax.train import controller, loop, metrics
 from psa_jax.validate import validate
+
+from psa_jax.config import (
+  BUDGETED,
+  ConfigError,
+  ControllerConfig,
+  apply_overrides,
+)
+from psa_jax.train import controller, loop, metrics
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted
 
@@ -159,7 +163,7 @@ def test_what_cannot_be_controlled_is_refused(changes, text):
 def test_every_budgeted_mechanism_takes_a_budget():
   import inspect
 
-  from psa_jax.attention.base import MECHANISMS
+  from psa_jax.attention.attend import MECHANISMS
 
   taken = {
     name

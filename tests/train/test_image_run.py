@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from psa_jax.train.losses import label_loss
+from psa_jax.train.tasks import make_task
+from psa_jax.train.tasks.vision import shift
 from safetensors.numpy import load_file, save_file
 
-from psa_jax import config_dict, sharding
+from psa_jax import config as config_lib
+from psa_jax import sharding
 from psa_jax.config import (
   AttentionConfig,
   AugmentConfig,
@@ -26,16 +30,13 @@ from psa_jax.config import (
   RunError,
   TrainConfig,
 )
+from psa_jax.config.recipe import default_workdir, load_recipe
 from psa_jax.data import images
-from psa_jax.recipe import default_workdir, load_recipe
 from psa_jax.train import export, loop, reestimate
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
-from psa_jax.train.losses import label_loss
 from psa_jax.train.state import TrainState
-from psa_jax.train.tasks import make_task
-from psa_jax.train.tasks.vision import shift
 
 STEPS = 6
 
@@ -285,8 +286,8 @@ def test_pictures_that_do_not_fit_the_model(tmp_path):
 )
 def test_settings_that_cannot_be(changes, words):
   with pytest.raises(ConfigError, match=words):
-    config_dict.from_config_dict(
-      config_dict.to_dict(config()), [(k, str(v)) for k, v in changes.items()]
+    config_lib.from_config_dict(
+      config_lib.to_dict(config()), [(k, str(v)) for k, v in changes.items()]
     )
 
 
@@ -295,7 +296,7 @@ def test_text_has_no_keys_of_pictures():
     with pytest.raises(
       ConfigError, match=f'{key} is .*only config.model.kind=vit'
     ):
-      config_dict.from_config_dict({}, [(key, value)])
+      config_lib.from_config_dict({}, [(key, value)])
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.3])
@@ -342,7 +343,7 @@ def test_a_resolved_configuration_is_a_recipe(tmp_path):
   path = tmp_path / 'config.json'
   with pytest.raises(ConfigError, match='there is no configuration'):
     load_recipe(str(path))
-  path.write_text(json.dumps(config_dict.to_dict(config())))
+  path.write_text(json.dumps(config_lib.to_dict(config())))
   assert load_recipe(str(path)) == config()
   with pytest.raises(ConfigError, match='takes no argument :quick'):
     load_recipe(f'{path}:quick')

@@ -6,15 +6,16 @@ import signal
 import jax
 import numpy as np
 import pytest
+from psa_jax.train.tasks import LanguageModel, Recall, load_data, make_task
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ConfigError
 from psa_jax.data import synthetic
 from psa_jax.models import ModelOut
 from psa_jax.train import loop
 from psa_jax.train import result as result_lib
 from psa_jax.train.stages import plan
-from psa_jax.train.tasks import LanguageModel, Recall, load_data, make_task
 from tests.train import tiny
 from tests.train.runs import interrupted, rows
 
@@ -60,7 +61,7 @@ def test_the_loss_is_that_of_the_answers(config):
   mesh = sharding.make_mesh(config.mesh)
   task, batch = batch_of(config, mesh)
   arrays = sharding.put_batch(batch, mesh)
-  loss = task.loss(Constant(), arrays, step=0, train=True)
+  loss = task.loss(Constant(), arrays, AttentionContext(step=0, train=True))
   real = batch['weights'] == 1
   targets = batch['targets'][real]
   log_z = np.log(np.exp(2.0) + 63)

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from psa_jax.train.tasks import labels, translation
 
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
@@ -17,13 +19,11 @@ from psa_jax.config import (
   NormConfig,
   OptimConfig,
   ScheduleConfig,
-  TopkConfig,
   TrainConfig,
 )
+from psa_jax.config.recipe import load_recipe
 from psa_jax.data import labelled, parallel, tagged
-from psa_jax.recipe import load_recipe
 from psa_jax.train import loop
-from psa_jax.train.tasks import labels, translation
 
 STEPS = 30
 WORDS = 'red blue sun moon sea sky'.split()

@@ -6,30 +6,30 @@ import random
 
 import jax
 import numpy as np
+from psa_jax.data.tokenizer import ByteTokenizer
+from psa_jax.train.tasks import LanguageModel
 
 from psa_jax import sharding
+from psa_jax.attention.dsa import DsaConfig
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
   Config,
   ControllerConfig,
   DataConfig,
-  DsaConfig,
   EvalConfig,
   MeshConfig,
   ModelConfig,
   NormConfig,
   OptimConfig,
-  PsaConfig,
   ScheduleConfig,
   SyntheticConfig,
   TrainConfig,
 )
 from psa_jax.data import lm
-from psa_jax.data.tokenizer import ByteTokenizer
 from psa_jax.train import state as state_lib
 from psa_jax.train import step as step_lib
-from psa_jax.train.tasks import LanguageModel
 
 MODEL = ModelConfig(
   num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, mlp_dim=32

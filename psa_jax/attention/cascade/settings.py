@@ -65,8 +65,8 @@ class CascadeConfig(MechanismConfig):
     """What a decoder, or quantised training, cannot have."""
     if self.importance == 'random' and model.causal:
       yield (
-        f'{path}importance is random, but a decoder, whose caches are pruned by '
-        'attention, cannot have this control; set it to attention'
+        f'{path}importance is random, but a decoder, whose caches are pruned '
+        'by attention, cannot have this control; set it to attention'
       )
     if model.quant.enabled:
       yield (

@@ -1,10 +1,14 @@
 """Native sparse attention (`nsa`, `nsa_tile`), arXiv 2502.11089."""
 
+import dataclasses
+
 from psa_jax.attention.nsa.branches import NsaConfig, nsa, nsa_tile
 from psa_jax.attention.nsa.parameters import NsaParameters
 from psa_jax.attention.registry import MechanismSpec, register
 
-_FACTS = dict(
+SPEC = MechanismSpec(
+  name='nsa',
+  function=nsa,
   config=NsaConfig,
   section='nsa',
   parameters=NsaParameters,
@@ -27,5 +31,8 @@ _FACTS = dict(
   reads_norm=True,
 )
 
-SPEC = register(MechanismSpec(name='nsa', function=nsa, **_FACTS))
-TILE_SPEC = register(MechanismSpec(name='nsa_tile', function=nsa_tile, **_FACTS))
+register(SPEC)
+# The same parameters and settings; it selects for a tile of queries at a time.
+SPEC_TILE = register(
+  dataclasses.replace(SPEC, name='nsa_tile', function=nsa_tile)
+)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
 from psa_jax.data.labelled import Labelled
 from psa_jax.data.parallel import Pair
 from psa_jax.data.tagged import Tagged

@@ -2,9 +2,10 @@
 
 import difflib
 
+from psa_jax.data.documents import TextSource
+
 from psa_jax.config import ConfigError, DataConfig
 from psa_jax.data import files, packaged, prepared
-from psa_jax.data.documents import TextSource
 
 
 def load_documents(config: DataConfig) -> TextSource:

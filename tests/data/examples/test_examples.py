@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from psa_jax.data.tokenizer import ByteTokenizer
 
 from psa_jax.config import ConfigError, DataConfig
 from psa_jax.data import examples, labelled, parallel, rows, tagged, verses
-from psa_jax.data.tokenizer import ByteTokenizer
 
 
 def source(name, tmp_path=None, **keys):

@@ -4,10 +4,10 @@ import pathlib
 import subprocess
 
 import pytest
+from tests.data.test_text_tasks import vader
 
 from psa_jax.config import DataConfig, RunError
 from psa_jax.data import fetch, parallel, prepare
-from tests.data.test_text_tasks import vader
 
 ENGLISH = b"""Package: one
 Description-md5: 11
