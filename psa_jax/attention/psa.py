@@ -30,6 +30,7 @@ No gradient flows through the choice. Not done here: the cache of decoding.
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,16 +91,20 @@ class PsaConfig(WideListConfig):
   eval_keep: float = number(0.0, UNIT, runtime=True)
 
   def check(self, path: str) -> Iterator[str]:
-    """A budget of mass has a target, and a scorer that estimates mass."""
-    if self.budget == 'mass' and self.mass == ScheduleConfig():
-      yield (
-        f'{path}budget is mass, but psa.mass is constant 1, which keeps every '
-        'block; set for instance psa.mass.init=0.9 and psa.mass.final=0.9'
-      )
+    """A budget of mass needs a scorer that estimates mass."""
     if self.budget == 'mass' and self.scoring in controls.SCORINGS:
       yield (
         f'{path}budget is mass, but scoring={self.scoring} estimates no mass; '
         'use budget=ratio'
+      )
+
+  def check_run(self, path: str, run: Any) -> Iterator[str]:
+    """A budget of mass has a target."""
+    yield from super().check_run(path, run)
+    if self.budget == 'mass' and self.mass == ScheduleConfig():
+      yield (
+        f'{path}budget is mass, but psa.mass is constant 1, which keeps every '
+        'block; set for instance psa.mass.init=0.9 and psa.mass.final=0.9'
       )
 
   def check_budget(self, path: str) -> Iterator[str]:

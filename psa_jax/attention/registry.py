@@ -17,7 +17,7 @@ line in `psa_jax/attention/__init__.py` and one row of the contract table,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -30,6 +30,7 @@ from psa_jax.config.errors import wrong_type
 from psa_jax.types import AttnOut, Learned
 
 
+@runtime_checkable
 class Function(Protocol):
   """The call that every mechanism answers."""
 
@@ -45,6 +46,7 @@ class Function(Protocol):
   ) -> AttnOut: ...
 
 
+@runtime_checkable
 class CrossFunction(Protocol):
   """Reads the first `lengths` keys of every row of another sequence.
 
@@ -64,6 +66,7 @@ class CrossFunction(Protocol):
   ) -> AttnOut: ...
 
 
+@runtime_checkable
 class Parameters(Protocol):
   """Makes the module of a mechanism that has parameters, or None.
 

@@ -6,9 +6,10 @@ the configuration asks that table: which names there are, which section belongs
 to which, and what goes together.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from psa_jax.config.errors import ConfigError, nearest, unknown, wrong_type
 from psa_jax.config.fields import (
@@ -72,6 +73,7 @@ class MechanismConfig(Section):
     return iter(())
 
 
+@runtime_checkable
 class Mechanism(Protocol):
   """What the configuration asks of a mechanism; see `MechanismSpec`."""
 
@@ -100,6 +102,12 @@ MECHANISMS: dict[str, Mechanism] = {}
 def sections() -> dict[str, type[MechanismConfig]]:
   """Section of `model.attention` -> the class of its settings."""
   return {spec.section: spec.config for spec in MECHANISMS.values()}
+
+
+@functools.cache
+def _default(kind: type[MechanismConfig]) -> MechanismConfig:
+  """Settings that nobody set."""
+  return kind()
 
 
 def names(**facts: bool) -> tuple[str, ...]:
@@ -205,7 +213,7 @@ class AttentionConfig(Section):
     if name in stored:
       return stored[name]
     if name in sections():
-      return sections()[name]()
+      return _default(sections()[name])
     raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
 
   @property
@@ -244,7 +252,7 @@ class AttentionConfig(Section):
         yield Entry(name, MechanismConfig, value, {})
 
   @classmethod
-  def unchecked(cls, values: Mapping[str, Any]) -> 'AttentionConfig':
+  def unchecked(cls, values: Mapping[str, Any]) -> Any:
     """See `Section.unchecked`; takes sections by name."""
     made = object.__new__(cls)
     fields = ('name', 'implementation', 'check_lists', 'softmax')
@@ -287,7 +295,7 @@ class AttentionConfig(Section):
     settings = sorted(
       (name, value)
       for name, value in by_section.items()
-      if not (name in known and value == known[name]())
+      if not (name in known and value == _default(known[name]))
     )
     for name, value in (values | {'settings': tuple(settings)}).items():
       object.__setattr__(self, name, value)

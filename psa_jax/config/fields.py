@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from psa_jax.config.errors import ConfigError, shown, unknown, wrong_type
 
@@ -109,18 +109,29 @@ class Section:
   def __post_init__(self):
     """Raises ConfigError, one line with a clause for each problem."""
     path = f'{type(self).__name__}.'
-    refuse([*self.field_problems(path)] or [*self.check(path)])
+    refuse([*self.field_problems(path)] or [*self.rule_problems(path)])
 
   def check(self, path: str) -> Iterator[str]:
     """A message for each combination of values that cannot be.
-
-    Called where every single value is possible.
 
     Args:
       path: what stands in front of a field's name, dot included.
     """
     del path
     return iter(())
+
+  def rule_problems(self, path: str) -> Iterator[str]:
+    """`check`, and what a schedule may say where it stands.
+
+    Called where every single value is possible.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(self)}
+    for entry in self.entries():
+      if isinstance(entry.value, ScheduleConfig):
+        yield from entry.value.unread(
+          f'{path}{entry.name}.', default=defaults.get(entry.name)
+        )
+    yield from self.check(path)
 
   def entries(self) -> Iterator[Entry]:
     """Every field with its value, in the order of definition."""
@@ -130,7 +141,7 @@ class Section:
       yield Entry(each.name, hints[each.name], value, each.metadata)
 
   @classmethod
-  def unchecked(cls, values: Mapping[str, Any]) -> Self:
+  def unchecked(cls, values: Mapping[str, Any]) -> Any:
     """A section of these values, one for each field, that nothing has checked.
 
     The tree is built from such sections, so that one message can name all that
@@ -143,7 +154,6 @@ class Section:
 
   def field_problems(self, path: str) -> Iterator[str]:
     """A message for each value that cannot be, whatever the others are."""
-    defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for entry in self.entries():
       where = f'{path}{entry.name}'
       problem = _type_problem(where, entry)
@@ -154,11 +164,12 @@ class Section:
         if entry.value not in options:
           yield unknown(where, entry.value, options)
       elif isinstance(entry.value, ScheduleConfig):
-        yield from entry.value.value_problems(
-          f'{where}.',
-          entry.metadata.get('interval', REAL),
-          default=defaults.get(entry.name),
-        )
+        for name in ('init', 'final', 'values'):
+          yield from interval_problems(
+            f'{where}.{name}',
+            getattr(entry.value, name),
+            entry.metadata.get('interval'),
+          )
       else:
         yield from interval_problems(
           where, entry.value, entry.metadata.get('interval')
@@ -309,23 +320,18 @@ class ScheduleConfig(Section):
     if any(a >= b for a, b in zip(boundaries, boundaries[1:], strict=False)):
       yield f'{path}boundaries is {boundaries}, but it must rise strictly'
 
-  def value_problems(
-    self, path: str, interval: str, *, default: Any
-  ) -> Iterator[str]:
-    """What is wrong with the values where they have to lie in `interval`.
+  def unread(self, path: str, *, default: Any) -> Iterator[str]:
+    """A message if a constant says how it moves.
 
     Args:
       path: of the schedule, dot included.
-      interval: of its values.
       default: the schedule that stands there if nothing is said; its `final`
-        may stay behind when only the kind and `init` are changed.
+        stays behind where only the kind and `init` are changed.
     """
-    for name in ('init', 'final', 'values'):
-      yield from interval_problems(
-        f'{path}{name}', getattr(self, name), interval
-      )
-    rest = default.final if isinstance(default, ScheduleConfig) else 1.0
-    moves = self.begin or self.length or self.final not in (self.init, rest)
+    rests = [self.init, 1.0]  # what `final` is where nobody named it
+    if isinstance(default, ScheduleConfig):
+      rests.append(default.final)
+    moves = self.begin or self.length or self.final not in rests
     if self.kind == 'constant' and moves:
       yield (
         f'{path}final, begin and length are not read by kind=constant, the '

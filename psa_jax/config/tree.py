@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from psa_jax.config import attention
 from psa_jax.config.errors import ConfigError, likeness, shown, wrong_type
-from psa_jax.config.fields import Section, refuse
+from psa_jax.config.fields import NAMES, Section, refuse
 from psa_jax.config.run import Config
 from psa_jax.config.values import convert
 
@@ -166,17 +166,23 @@ def _walk(
 
 def _sections() -> dict[str, list[str]]:
   """Keys of every section by its dotted path; '' is the top."""
-  found: dict[str, list[str]] = {}
+  return _sections_of(tuple(attention.MECHANISMS))
+
+
+@functools.cache
+def _sections_of(mechanisms: tuple[str, ...]) -> dict[str, list[str]]:
+  del mechanisms
+  sections: dict[str, list[str]] = {}
 
   def visit(node: Section, path: str) -> None:
     entries = list(node.entries())
-    found[path] = [entry.name for entry in entries]
+    sections[path] = [entry.name for entry in entries]
     for entry in entries:
       if isinstance(entry.value, Section):
         visit(entry.value, f'{path}.{entry.name}'.lstrip('.'))
 
   visit(Config(), '')
-  return found
+  return sections
 
 
 def _unknown_key(path: str) -> ConfigError:
@@ -201,7 +207,7 @@ def _unknown_key(path: str) -> ConfigError:
 
 def _flat(overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   """Dotted path -> value of the field's type."""
-  return {path: _read(path, value) for path, value in overrides}
+  return {path: read_value(path, value) for path, value in overrides}
 
 
 def _typed(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -209,15 +215,14 @@ def _typed(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
   for key, value in _items(values, prefix):
     path = f'{prefix}{key}'
     if not _is_mapping(value):
-      yield path, _read(path, value)
+      yield path, read_value(path, value)
     elif path in _sections():
       yield from _typed(value, path + '.')
     else:
       leaf = find_leaf(path)
       plain = value.to_dict() if hasattr(value, 'to_dict') else value
-      raise ConfigError(
-        wrong_type(f'config.{path}', f'like {leaf.default!r}', plain)
-      )
+      expected = NAMES.get(leaf.type, f'like {leaf.default!r}')
+      raise ConfigError(wrong_type(f'config.{path}', expected, plain))
 
 
 def _is_mapping(value: Any) -> bool:
@@ -228,12 +233,19 @@ def _is_mapping(value: Any) -> bool:
 def _items(values: Any, prefix: str) -> list[tuple[str, Any]]:
   try:
     return list(values.items())
-  except ValueError as e:  # ml_collections' RequiredValueError
+  except Exception as e:  # ml_collections' RequiredValueError, from no base
+    if type(e).__name__ != 'RequiredValueError':
+      raise
     name = f'config.{prefix}'.rstrip('.')
     raise ConfigError(f'{name} has a required placeholder not set') from e
 
 
-def _read(path: str, value: Any) -> Any:
+def read_value(path: str, value: Any) -> Any:
+  """A value, or its text, with the type of the key at `path`.
+
+  Raises:
+    ConfigError: an unknown key, a wrong type or no option.
+  """
   leaf = find_leaf(path)
   return convert(f'config.{path}', value, leaf.type, leaf.default, leaf.options)
 
@@ -253,7 +265,7 @@ def _laid_on(config: Config, flat: Mapping[str, Any]) -> Config:
   # The rules between keys assume that each value makes sense by itself.
   if not problems:
     for node, path in _nodes(changed, 'config.'):
-      for problem in node.check(path):
+      for problem in node.rule_problems(path):
         problems.setdefault(problem, problem)
   refuse(problems.values())
   return changed

@@ -21,7 +21,12 @@ from psa_jax.attention.hybrid import HybridConfig
 from psa_jax.attention.nsa import NsaConfig
 from psa_jax.attention.psa import PsaConfig
 from psa_jax.attention.topk import TopkConfig
-from psa_jax.config import AttentionConfig, ScheduleConfig, SoftmaxConfig
+from psa_jax.config import (
+  AttentionConfig,
+  ConfigError,
+  ScheduleConfig,
+  SoftmaxConfig,
+)
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -415,10 +420,5 @@ def test_one_compilation_for_all_steps(name):
 
 
 def test_unknown_mechanism_is_named():
-  with pytest.raises(ValueError, match=r"unknown attention 'nope'.*psa"):
-    library_attend(
-      *arrays(),
-      config=AttentionConfig('dense'),
-      mechanism='nope',
-      context=AttentionContext(step=0),
-    )
+  with pytest.raises(ConfigError, match=r"unknown 'nsaa'; did you mean 'nsa'"):
+    AttentionConfig('nsaa')

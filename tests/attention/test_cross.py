@@ -1,5 +1,7 @@
 """Cross-attention, against a plain one in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,11 +115,11 @@ def test_the_layer_is_projections_around_it():
   want = np.einsum('btnh,nhd->btd', want, layer.wo[...])
   want = want + np.asarray(layer.bo[...])
   np.testing.assert_allclose(out, want, atol=1e-5)
+  layer.config = dataclasses.replace(
+    layer.config, attention=layer.config.attention.read_by('dense')
+  )
   out, aux = layer(
-    jnp.asarray(x),
-    kept,
-    mechanism='dense',
-    context=AttentionContext(step=0, train=True),
+    jnp.asarray(x), kept, context=AttentionContext(step=0, train=True)
   )
   want = np.einsum('btnh,nhd->btd', oracle(q, k, v), layer.wo[...])
   np.testing.assert_allclose(out, want + np.asarray(layer.bo[...]), atol=1e-5)

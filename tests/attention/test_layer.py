@@ -128,7 +128,6 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24))
   y, aux = layer(
     x,
-    mechanism='dense',
     context=AttentionContext(
       step=jnp.int32(3),
       rope=table(POSITIONS),

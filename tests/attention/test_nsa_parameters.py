@@ -110,14 +110,15 @@ def test_every_parameter_learns_and_has_axis_names(name, share):
 
 
 def test_another_mechanism_ignores_them():
-  """Evaluation with dense attention runs the same layer."""
+  """Evaluation with dense attention reads the same projections."""
   layer = SelfAttention(configured(), rngs=nnx.Rngs(0))
+  layer.config = dataclasses.replace(
+    layer.config, attention=layer.config.attention.read_by('dense')
+  )
   x = jnp.asarray(
     np.random.default_rng(1).normal(size=(2, 21, 12)), jnp.float32
   )
   out, aux = layer(
-    x,
-    mechanism='dense',
-    context=AttentionContext(step=0, rope=table(21), train=False),
+    x, context=AttentionContext(step=0, rope=table(21), train=False)
   )
   assert out.shape == x.shape and aux['density'] == 1

