@@ -159,10 +159,10 @@ class _Together(NamedTuple):
 
     return lax.fori_loop(0, trips, one, carry)
 
-  def join(self, found):
+  def join(self, parts):
     """[groups, n, *] -> [tiles, *]."""
     return jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[: self.count], found
+      lambda x: x.reshape(-1, *x.shape[2:])[: self.count], parts
     )
 
 
@@ -223,16 +223,16 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
   together = _Together.of(tiles, sizes, count)
   if together is None:
     walk = functools.partial(_walk, spec, tiles, lists, sizes)
-    found = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
-    return jax.tree.map(tiles.unpack_q, found)
+    outputs = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
+    return jax.tree.map(tiles.unpack_q, outputs)
 
   def group(tile):
     trips = together.trips(lists, tile)
     walk = functools.partial(together.walk, spec, tiles, lists, trips)
     return jax.vmap(functools.partial(tile_out, walk))(tile)
 
-  found = together.join(lax.map(group, together.tile))
-  return jax.tree.map(tiles.unpack_q, found)
+  outputs = together.join(lax.map(group, together.tile))
+  return jax.tree.map(tiles.unpack_q, outputs)
 
 
 def _read(blocks, at):
@@ -288,10 +288,10 @@ def _backward_rule(spec, saved, grads):
     blocks = [x.reshape(len(ids), -1, x.shape[-1]) for x in (dk_c, dv_c)]
     return dq, at, *blocks, more
 
-  def add(carry, found):
+  def add(carry, parts):
     """Also of many tiles at once, whose results lie along a first axis."""
     dq, dk, dv, d_cubic = carry
-    more, at, dk_c, dv_c, d_cubic_c = found
+    more, at, dk_c, dv_c, d_cubic_c = parts
     dk, dv = dk.at[at].add(dk_c), dv.at[at].add(dv_c)
     if cubic is not None:
       d_cubic = d_cubic + d_cubic_c.reshape(-1, *cubic.shape).sum(0)
