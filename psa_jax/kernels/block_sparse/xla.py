@@ -71,6 +71,8 @@ def _pack_lists(tiles, ids, counts, segments):
   counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
   # Room for a chunk that the end of a list does not fill.
   pad = _chunk_sizes(tiles, ids.shape[-1])[0]
+  # Entries past the count may hold anything: clipped, they name some block,
+  # which the mask drops.
   ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), [(0, 0)] * 3 + [(0, pad)])
   ids = ids.reshape(len(counts), -1)
   if segments is None:
@@ -105,6 +107,8 @@ def _walk(spec, tiles, lists, sizes, tile, step, carry):
 
   done = jnp.int32(0)
   for size in sizes:
+    # The last size reads the rest of the list; a larger one stops where less
+    # than three quarters of a chunk are left.
     spare = size - 1 if size == sizes[-1] else size // 4
     trips = jnp.maximum(lists.counts[tile] - done + spare, 0) // size
 
@@ -328,6 +332,8 @@ def _backward_rule(spec, saved, grads):
     dq = together.join(dq)
   dk, dv, d_cubic = carry
   dq = tiles.unpack_q(dq)
+  # The queries in dk carry the scale where `factor` is 1 (`prescale`); the keys
+  # in dq never do.
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
   d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)

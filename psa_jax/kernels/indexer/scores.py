@@ -83,6 +83,7 @@ def block_importance(
     scores = _pool(scores, starts, block_k, pooling)
     return then(scores, number)
 
+  # `then` indexes by these numbers; padded queries repeat the last one.
   number = jnp.minimum(jnp.arange(n + -n % group), n - 1).reshape(-1, group)
   pieces = (split(index.q), split(index.weights), split(starts), number)
   lists = lax.map(one, pieces)
@@ -100,6 +101,7 @@ def _pool(scores, starts, block_k, pooling):
   at = jnp.arange(S + pad)[None, None]
   mask = (at >= starts[..., None]) & (at < S)
   scores = jnp.pad(scores, ((0, 0), (0, 0), (0, pad)))
+  # What changes neither a sum nor a maximum.
   empty = 0 if pooling == 'sum' else -jnp.inf
   scores = jnp.where(mask, scores, empty).reshape(B, m, -1, block_k)
   if pooling == 'sum':

@@ -82,6 +82,7 @@ def _chunk(diagonal, carry, chunk):
   far = jnp.einsum('btkgh,bkhv->btkgv', q, state)
   last = segment[:, -1]
   kept = jnp.where((segment == last[:, None])[..., None, None], k, 0)
+  # A chunk that ends in another document starts the state from zero.
   state = jnp.where((last == held).reshape(-1, 1, 1, 1), state, 0)
   state = state + jnp.einsum('bskh,bskv->bkhv', kept, x)
   return (state, last), near + jnp.where(goes_on[..., None], far, 0)

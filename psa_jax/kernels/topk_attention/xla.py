@@ -132,6 +132,7 @@ def _weigh(spec, s, values, coeffs, row):
   score = jnp.where(kept, s, jnp.inf).min(-1)
   pos = jnp.arange(s.shape[1])[None]
   last = jnp.where(kept & (s == score[:, None]), pos, -1).max(-1)
+  # Not of -inf: a cubic of it is NaN, and so is its gradient.
   e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
   e = jnp.where(kept, e, softmax.MASKED)
   run = softmax.start(len(s), values.shape[-1], s.dtype)
