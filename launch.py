@@ -95,6 +95,10 @@ def _run(argv: Sequence[str]) -> int:
       'for example --config=configs/lm_64k.py'
     )
   config = recipe.load_recipe(_CONFIG.value, overrides)
+  # Imported here: it loads JAX, and a misspelt key is refused without.
+  from psa_jax import tasks
+
+  tasks.check(config)
   if _PRINT_CONFIG.value:
     print(json.dumps(config_dict.to_dict(config), indent=2))
     return 0

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from psa_jax import config_dict
-from psa_jax.data import synthetic
 from psa_jax.recipe import load_recipe
 from psa_jax.schedules import ScheduleConfig
+from psa_jax.tasks import load_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / 'configs').glob('*.py'))
@@ -156,7 +156,7 @@ def test_recall_joins_every_mechanism_with_every_task(mechanism, task):
   config = load(RECALL, f'{mechanism},{task}')
   assert config.data.source == f'synthetic:{task}'
   assert config.name == f'recall_{mechanism}_{task}'
-  synthetic.build(config)  # the task fits into every stage
+  load_data(config)  # the task fits into every stage
   attention = config.model.attention
   own = getattr(attention, attention.name.removesuffix('_tile'))
   schedules = [

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import tokenizer
-from psa_jax.data.tokenizer import BpeTokenizer, ByteTokenizer
+from psa_jax.data.text import tokenizer
+from psa_jax.data.text.tokenizer import BpeTokenizer, ByteTokenizer
 
 TEXT = (
   'The committee, in 1776 and 12345678, considered the considerable '
