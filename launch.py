@@ -95,10 +95,6 @@ def _run(argv: Sequence[str]) -> int:
       'for example --config=configs/lm_64k.py'
     )
   config = recipe.load_recipe(_CONFIG.value, overrides)
-  # Imported here: it loads JAX, and a misspelt key is refused without.
-  from psa_jax import tasks
-
-  tasks.check(config)
   if _PRINT_CONFIG.value:
     print(json.dumps(config_dict.to_dict(config), indent=2))
     return 0
@@ -109,6 +105,9 @@ def _run(argv: Sequence[str]) -> int:
     directory, config, allow_config_change=allow, must_exist=reading
   )
   # JAX is imported only here: everything refused above is refused at once.
+  from psa_jax import tasks
+
+  tasks.check(config)
   from psa_jax.train import loop
 
   if _MODE.value == 'eval':
