@@ -86,6 +86,7 @@ def test_same_seed_same_stream():
   assert (take(stream(seed=4), 9) != first).any()
 
 
+@pytest.mark.tier('default')
 def test_stream_is_the_same_in_another_process():
   code = """
 import json

@@ -221,6 +221,7 @@ tasks.register(
 """
 
 
+@pytest.mark.tier('default')
 def test_a_task_is_one_file(tmp_path, monkeypatch, capsys):
   """Outside of the package as inside: the import is what registers it."""
   monkeypatch.setattr(registry, '_TASKS', dict(registry._TASKS))

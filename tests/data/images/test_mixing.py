@@ -10,6 +10,7 @@ import pytest
 from psa_jax.data.images import mixing
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
 def test_mixing_is_that_of_the_papers(kind):
   rng = np.random.default_rng(0)
@@ -34,6 +35,7 @@ def test_mixing_is_that_of_the_papers(kind):
   assert 0 <= min(shares) < 0.4 and 0.6 < max(shares) <= 1
 
 
+@pytest.mark.tier('default')
 def test_both_ways_take_turns():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 10, 1)))
   run = jax.jit(functools.partial(mixing.mix, mixup=1.0, cutmix=1.0))

@@ -23,6 +23,7 @@ def test_unknown_source_is_refused(source):
   assert ('did you mean sotu?' in str(e.value)) == source.startswith('sotu')
 
 
+@pytest.mark.tier('default')
 def test_imports_stay_light(tmp_path):
   """Nothing heavy is loaded before it is needed; pandas and TF never."""
   code = """

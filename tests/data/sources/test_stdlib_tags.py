@@ -1,6 +1,7 @@
 """Tags of Python programs."""
 
 import numpy as np
+import pytest
 
 from psa_jax.config import DataConfig
 from psa_jax.data import sources
@@ -52,6 +53,7 @@ def test_passages_join_lines_and_cut_long_ones_between_spans():
   assert [''.join(p.words) for p in cut] == ['abcde', 'fg']
 
 
+@pytest.mark.tier('default')
 def test_the_library_is_tagged():
   found = sources.load(DataConfig(source='stdlib_tags'), sources.TAGGED)
   tags = np.concatenate([e.tags for e in found.examples.validation])

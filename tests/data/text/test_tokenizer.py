@@ -51,6 +51,7 @@ def test_bpe_round_trips_any_bytes(bpe, data):
   assert bpe.decode(ids) == data
 
 
+@pytest.mark.tier('default')
 @given(data=st.text())
 def test_bpe_round_trips_any_text(bpe, data):
   assert bpe.decode(bpe.encode(data.encode())) == data.encode()
