@@ -24,11 +24,6 @@ from psa_jax.config.model import ImageConfig as ImageConfig
 from psa_jax.config.model import ModelConfig as ModelConfig
 from psa_jax.config.model import NormConfig as NormConfig
 from psa_jax.config.model import QuantConfig as QuantConfig
-from psa_jax.config.run import LABELLED as LABELLED
-from psa_jax.config.run import PARALLEL as PARALLEL
-from psa_jax.config.run import PICTURES as PICTURES
-from psa_jax.config.run import SYNTHETIC_TASKS as SYNTHETIC_TASKS
-from psa_jax.config.run import TAGGED as TAGGED
 from psa_jax.config.run import Config as Config
 from psa_jax.config.train import CheckpointConfig as CheckpointConfig
 from psa_jax.config.train import ControllerConfig as ControllerConfig
@@ -46,3 +41,4 @@ from psa_jax.config.tree import flatten as flatten
 from psa_jax.config.tree import from_config_dict as from_config_dict
 from psa_jax.config.tree import leaves as leaves
 from psa_jax.config.tree import to_dict as to_dict
+from psa_jax.config.tree import with_task as with_task

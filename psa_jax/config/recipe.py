@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
-from psa_jax.config.tree import from_config_dict
+from psa_jax.config.tree import from_config_dict, with_task
 
 
 def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
@@ -68,7 +68,7 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
     raise ConfigError(f'cannot read the configuration {file}: {e}') from e
   if not isinstance(values, dict):
     raise ConfigError(f'the configuration {file} is no JSON object')
-  return values
+  return with_task(values)
 
 
 def _execute(file: str) -> types.ModuleType:

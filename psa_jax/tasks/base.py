@@ -1,10 +1,11 @@
 """What the one training loop needs to know of a task.
 
 A task turns a model and a batch into a `Loss`, supplies batches, and says how
-it is evaluated. Another task joins by another class of this shape, not by
-another loop.
+it is evaluated. Another task joins by another class of this shape (see
+`registry`), not by another loop.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +19,41 @@ from psa_jax import sharding
 from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.data import pipeline
-from psa_jax.train.stages import DataIterator, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Steps `begin` (inclusive) to `end` (exclusive) of a run: one batch shape.
+
+  Attributes:
+    index: place among the stages, from 0.
+    begin, end: optimiser steps, counted from the start of the run.
+    seq_len: tokens in a window.
+    batch_size: windows in a step, over all devices.
+    seed: of the stage's shuffle.
+  """
+
+  index: int
+  begin: int
+  end: int
+  seq_len: int
+  batch_size: int
+  seed: int
+
+  @property
+  def tokens(self) -> int:
+    """Tokens that one step reads."""
+    return self.batch_size * self.seq_len
+
+
+@runtime_checkable
+class Data(Protocol):
+  """What a task is made of, as its source or its `TaskSpec.load` gives it."""
+
+  @property
+  def manifest(self) -> dict[str, Any]:
+    """What identifies the data; plain JSON values."""
+    ...
 
 
 class Loss(NamedTuple):
@@ -38,6 +73,24 @@ class Loss(NamedTuple):
   sums: dict[str, jax.Array]
   means: dict[str, jax.Array]
   auxiliary: Float[Array, ''] | float = 0.0
+
+
+class Metric(NamedTuple):
+  """How a metric is shown.
+
+  Attributes:
+    label: in tables.
+    form: format of its value there.
+    short, short_form: both beside a step; empty where they are the same.
+  """
+
+  label: str
+  form: str
+  short: str = ''
+  short_form: str = ''
+
+
+ACCURACY = Metric('accuracy', '.1%')
 
 
 def auxiliary(
@@ -85,7 +138,7 @@ class Task(Protocol):
     """What is logged of a loss, `loss` among it; traced or float64."""
     ...
 
-  def train_iterator(self, stage: Stage) -> DataIterator:
+  def train_iterator(self, stage: Stage) -> pipeline.DataIterator:
     """This process's rows of every batch of a stage."""
     ...
 

@@ -1,6 +1,7 @@
 """Image classification: one label a picture."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,17 +11,19 @@ from jaxtyping import Array, UInt8
 
 from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import augment, images, tfds_images
+from psa_jax.data import pipeline, sources
+from psa_jax.data.images import augment, mixing, sets
 from psa_jax.eval import classification
-from psa_jax.train.losses import label_loss
-from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks import mixing
-from psa_jax.train.tasks.base import (
+from psa_jax.tasks.base import (
+  ACCURACY,
   Loss,
+  Stage,
   auxiliary,
   eval_batches,
   train_batches,
 )
+from psa_jax.tasks.losses import label_loss
+from psa_jax.tasks.registry import TaskSpec, register
 
 
 class ImageClassification:
@@ -32,14 +35,14 @@ class ImageClassification:
   def __init__(
     self,
     config: Config,
-    data: images.ImageSet | tfds_images.PreparedImages,
+    data: sets.ImageSet | sets.PreparedImages,
     mesh: Mesh,
   ):
     """Looks at the pictures.
 
     Args:
       config: the run.
-      data: from `images.load`.
+      data: pictures and their labels.
       mesh: devices that share the rows of a batch.
 
     Raises:
@@ -100,7 +103,7 @@ class ImageClassification:
     """`loss` in nats a picture, and `accuracy`."""
     return classification.metrics(loss.total, loss.sums['hits'], loss.weight)
 
-  def train_iterator(self, stage: Stage) -> DataIterator:
+  def train_iterator(self, stage: Stage) -> pipeline.DataIterator:
     """Shuffled pictures, augmented, this process's rows."""
     config = self._config.data.augment
     change = augment.Augment(config, self._shape[0])
@@ -148,3 +151,31 @@ def shift(
     )
 
   return jax.vmap(cut)(wide, at)
+
+
+def check(config: Config) -> Iterator[str]:
+  """One line for each setting that does not fit the pictures."""
+  image, most = config.model.image, config.data.shift
+  if image.size % image.patch:
+    yield (
+      f'config.model.image.patch is {image.patch}, but it must divide '
+      f'config.model.image.size, which is {image.size}'
+    )
+  if most >= image.size:
+    yield (
+      f'config.data.shift is {most}, but it must be below '
+      f'config.model.image.size, which is {image.size}'
+    )
+
+
+register(
+  TaskSpec(
+    'image_classification',
+    ImageClassification,
+    models=('vit',),
+    reads=sources.IMAGES,
+    metrics={'accuracy': ACCURACY},
+    keys=('data.shift', 'data.augment', 'train.label_smoothing', 'eval.split'),
+    check=check,
+  )
+)

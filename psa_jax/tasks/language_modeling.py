@@ -8,18 +8,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from psa_jax.attention.context import AttentionContext
-from psa_jax.config import Config, ConfigError
-from psa_jax.data import lm
-from psa_jax.data.tokenizer import byte_lengths
+from psa_jax.config import Config
+from psa_jax.data import pipeline, sources
+from psa_jax.data.text.corpus import Corpus, build_corpus
+from psa_jax.data.text.tokenizer import byte_lengths
+from psa_jax.data.text.windows import Packed, Windows, windows
 from psa_jax.eval import perplexity
-from psa_jax.train.losses import next_token_loss
-from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import (
+from psa_jax.tasks.base import (
   Loss,
+  Metric,
+  Stage,
   auxiliary,
   eval_batches,
   train_batches,
 )
+from psa_jax.tasks.encoding import fitting_vocabulary
+from psa_jax.tasks.losses import next_token_loss
+from psa_jax.tasks.registry import TaskSpec, register
 
 
 class LanguageModel:
@@ -28,30 +33,19 @@ class LanguageModel:
   quality = 'bits_per_byte'
   classes = 0
 
-  def __init__(self, config: Config, corpus: lm.Corpus, mesh: Mesh):
+  def __init__(self, config: Config, corpus: Corpus, mesh: Mesh):
     """Looks at the corpus.
 
     Args:
       config: the run.
-      corpus: from `lm.build_corpus`.
+      corpus: from `build_corpus`.
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a model that sees what it is to predict, a vocabulary
-        smaller than the tokenizer's, or a window longer than the text.
+      ConfigError: a vocabulary smaller than the tokenizer's, or a window
+        longer than the text.
     """
-    if config.model.kind != 'decoder_lm':
-      raise ConfigError(
-        f'model.kind={config.model.kind} sees the next token, so it cannot '
-        'learn to predict it; set model.kind=decoder_lm'
-      )
-    tokenizer = corpus.tokenizer
-    self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if self.vocab_size < tokenizer.vocab_size:
-      raise ConfigError(
-        f'model.vocab_size={self.vocab_size} is below the '
-        f'{tokenizer.vocab_size} of the tokenizer; set it to 0 to take those'
-      )
+    self.vocab_size = fitting_vocabulary(config, corpus.tokenizer)
     self._config, self._corpus, self._mesh = config, corpus, mesh
     for seq_len in config.train.seq_len:
       self._windows(corpus.train, seq_len)
@@ -89,7 +83,7 @@ class LanguageModel:
       loss.total, loss.weight, loss.sums['bytes']
     )
 
-  def train_iterator(self, stage: Stage) -> DataIterator:
+  def train_iterator(self, stage: Stage) -> pipeline.DataIterator:
     """Shuffled windows of the stage's length, this process's rows."""
     return train_batches(
       self._config, self._windows(self._corpus.train, stage.seq_len), stage
@@ -113,6 +107,20 @@ class LanguageModel:
       'bigram': self._corpus.bigram_bpb,
     }
 
-  def _windows(self, packed: lm.Packed, seq_len: int) -> lm.Windows:
+  def _windows(self, packed: Packed, seq_len: int) -> Windows:
     cut = self._config.data.cut_documents
-    return lm.windows(packed, seq_len=seq_len, cut_documents=cut)
+    return windows(packed, seq_len=seq_len, cut_documents=cut)
+
+
+register(
+  TaskSpec(
+    'language_modeling',
+    LanguageModel,
+    models=('decoder_lm',),
+    reads=sources.DOCUMENTS,
+    metrics={
+      'bits_per_byte': Metric('bits per byte', '.4f', 'bits/byte', '.3f')
+    },
+    load=lambda config: build_corpus(config.data),
+  )
+)

@@ -8,6 +8,10 @@ chunk of the sequence at a time and again in the backward pass.
 `answer_loss` is for tasks that judge a few positions only: no other logits
 exist at all. `label_loss` is for one label a row.
 
+These are not optax's: `softmax_cross_entropy_with_integer_labels` gathers the
+target's logit, which does not stay split over a vocabulary on several devices,
+and rounds otherwise than `log_softmax`; nothing there works in chunks.
+
 Not done: a fused kernel, z-loss, and label smoothing of tokens.
 """
 

@@ -7,16 +7,18 @@ from jax.sharding import Mesh
 
 from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
-from psa_jax.data import synthetic
+from psa_jax.data import pipeline, sources, synthetic
 from psa_jax.eval import recall
-from psa_jax.train.losses import answer_loss
-from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import (
+from psa_jax.tasks.base import (
+  ACCURACY,
   Loss,
+  Stage,
   auxiliary,
   eval_batches,
   train_batches,
 )
+from psa_jax.tasks.losses import answer_loss
+from psa_jax.tasks.registry import TaskSpec, register
 
 
 class Recall:
@@ -30,18 +32,12 @@ class Recall:
 
     Args:
       config: the run.
-      data: from `synthetic.build`.
+      data: from `load`.
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a model that sees the answers ahead, or a vocabulary smaller
-        than the task's.
+      ConfigError: a vocabulary smaller than the task's.
     """
-    if config.model.kind != 'decoder_lm':
-      raise ConfigError(
-        f'model.kind={config.model.kind} sees the answers that it is to give; '
-        'set model.kind=decoder_lm'
-      )
     size = data.config.vocab_size
     self.vocab_size = config.model.vocab_size or size
     if self.vocab_size < size:
@@ -81,7 +77,7 @@ class Recall:
       'accuracy': loss.sums['hits'] / (questions + (questions == 0)),
     }
 
-  def train_iterator(self, stage: Stage) -> DataIterator:
+  def train_iterator(self, stage: Stage) -> pipeline.DataIterator:
     """Rows of the stage's length, each seen once."""
     return train_batches(
       self._config,
@@ -110,3 +106,24 @@ class Recall:
   def baselines(self) -> dict[str, float]:
     """Accuracy of guessing."""
     return {'chance': self._data.chance()}
+
+
+def load(config: Config) -> synthetic.Recall:
+  """The questions of `data.source`.
+
+  Raises:
+    ConfigError: they do not fit into the run's sequences or vocabulary.
+  """
+  return sources.load(config.data, sources.QUESTIONS).fitted(config)
+
+
+register(
+  TaskSpec(
+    'recall',
+    Recall,
+    models=('decoder_lm',),
+    reads=sources.QUESTIONS,
+    metrics={'accuracy': ACCURACY},
+    load=load,
+  )
+)

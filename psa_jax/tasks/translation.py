@@ -13,20 +13,23 @@ from jax.sharding import Mesh
 
 from psa_jax import sharding
 from psa_jax.attention.context import AttentionContext
-from psa_jax.config import AttentionConfig, Config, ConfigError
-from psa_jax.data import parallel, pipeline, rows
-from psa_jax.data.tokenizer import SEPARATOR, make_tokenizer
+from psa_jax.config import AttentionConfig, Config
+from psa_jax.data import pipeline, sources
+from psa_jax.data.examples.pairs import PairRows, PairSet
+from psa_jax.data.text.tokenizer import SEPARATOR, make_tokenizer
 from psa_jax.eval import beam, totals
 from psa_jax.models.encoder_decoder import Decoding
-from psa_jax.train.losses import label_loss, next_token_loss
-from psa_jax.train.stages import DataIterator, Stage
-from psa_jax.train.tasks.base import (
+from psa_jax.tasks.base import (
   Loss,
+  Metric,
+  Stage,
   auxiliary,
   eval_batches,
   train_batches,
 )
-from psa_jax.train.tasks.labels import fitting
+from psa_jax.tasks.encoding import fitting_vocabulary
+from psa_jax.tasks.losses import label_loss, next_token_loss
+from psa_jax.tasks.registry import TaskSpec, register
 
 _SAMPLES = 3  # translations that are kept to be looked at
 
@@ -37,30 +40,25 @@ class Translation:
   quality = 'bleu'
   classes = 0
 
-  def __init__(self, config: Config, data: parallel.ParallelSet, mesh: Mesh):
+  def __init__(self, config: Config, data: PairSet, mesh: Mesh):
     """Trains the tokenizer, one for both languages.
 
     Args:
       config: the run.
-      data: from `parallel.load`.
+      data: pairs of texts.
       mesh: devices that share the rows of a batch.
 
     Raises:
-      ConfigError: a model that does not translate, or a vocabulary smaller
-        than the tokenizer's, or a split that is not there.
+      ConfigError: a vocabulary smaller than the tokenizer's, or a split that
+        is not there.
     """
-    if config.model.kind != 'encoder_decoder':
-      raise ConfigError(
-        f'model.kind={config.model.kind} does not translate; set '
-        'model.kind=encoder_decoder'
-      )
     self._config, self._data, self._mesh = config, data, mesh
     data.examples.split(config.eval.split)  # refuses one that is not there
     train = data.examples.train
     self._tokenizer = make_tokenizer(
       config.data, (text for pair in train for text in pair)
     )
-    self.vocab_size = fitting(config, self._tokenizer)
+    self.vocab_size = fitting_vocabulary(config, self._tokenizer)
     self._translators: dict[AttentionConfig, Any] = {}
 
   def loss(self, model, batch, context: AttentionContext) -> Loss:
@@ -93,7 +91,7 @@ class Translation:
     """`loss` in nats a token."""
     return {'loss': loss.total / (loss.weight + (loss.weight == 0))}
 
-  def train_iterator(self, stage: Stage) -> DataIterator:
+  def train_iterator(self, stage: Stage) -> pipeline.DataIterator:
     """Shuffled pairs, this process's rows."""
     return train_batches(
       self._config, self._rows('train', stage.seq_len), stage
@@ -230,10 +228,22 @@ class Translation:
     source = self._rows(self._config.eval.split, self._length())
     return eval_batches(self._config, source, self._mesh)
 
-  def _rows(self, split: str, length: int) -> rows.PairRows:
+  def _rows(self, split: str, length: int) -> PairRows:
     examples = self._data.examples.split(split)
-    return rows.PairRows(examples, self._tokenizer, length)
+    return PairRows(examples, self._tokenizer, length)
 
 
 def _decoded(text: bytes) -> str:
   return text.decode('utf8', 'replace').strip()
+
+
+register(
+  TaskSpec(
+    'translation',
+    Translation,
+    models=('encoder_decoder',),
+    reads=sources.PAIRS,
+    metrics={'bleu': Metric('BLEU', '.1f')},
+    keys=('train.label_smoothing', 'eval.split'),
+  )
+)

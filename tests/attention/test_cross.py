@@ -56,7 +56,12 @@ def attention(name, keep=1.0):
 def test_reads_the_keys_that_count(name, keep):
   q, k, v = arrays()
   memory = Memory(k, v, jnp.asarray(LENGTHS))
-  found = attend_cached(jnp.asarray(q), jax.tree.map(jnp.asarray, memory), config=attention(name, keep), context=AttentionContext(step=0, train=True))  # fmt: skip
+  found = attend_cached(
+    jnp.asarray(q),
+    jax.tree.map(jnp.asarray, memory),
+    config=attention(name, keep),
+    context=AttentionContext(step=0, train=True),
+  )
   np.testing.assert_allclose(found.out, oracle(q, k, v, keep), atol=2e-6)
   counts = [max(1, int(keep * n + 1e-3)) / n for n in LENGTHS]
   assert float(found.aux['cross_density']) == pytest.approx(np.mean(counts))
@@ -86,14 +91,23 @@ def test_other_mechanisms_are_refused():
   with pytest.raises(
     ConfigError, match='psa reads no other sequence.*dense or'
   ):
-    attend_cached(q, Memory(k, v, jnp.asarray(LENGTHS)), config=attention('psa'), context=AttentionContext(step=0, train=True))  # fmt: skip
+    attend_cached(
+      q,
+      Memory(k, v, jnp.asarray(LENGTHS)),
+      config=attention('psa'),
+      context=AttentionContext(step=0, train=True),
+    )
 
 
 def test_the_layer_is_projections_around_it():
   config = ModelConfig(
-    d_model=16, num_heads=N, num_kv_heads=K, head_dim=H, biases=True,
+    d_model=16,
+    num_heads=N,
+    num_kv_heads=K,
+    head_dim=H,
+    biases=True,
     attention=attention('topk', 0.5),
-  )  # fmt: skip
+  )
   layer = CrossAttention(config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(1)
   for name in ('bq', 'bk', 'bv', 'bo'):

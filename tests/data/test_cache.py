@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from psa_jax.config import DataConfig, RunError
-from psa_jax.data import folder
+from psa_jax.data import cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,9 +20,9 @@ def load(path):
     first, second = (path / n for n in ('first', 'second'))
     text = first.read_text() + second.read_text()
   except OSError as e:
-    raise folder.Damaged(str(e)) from e
+    raise cache.Damaged(str(e)) from e
   if text != 'good':
-    raise folder.Damaged(f'{text!r}')
+    raise cache.Damaged(f'{text!r}')
   return text
 
 
@@ -48,8 +48,8 @@ def run(code, *arguments):
 
 def test_builds_once(tmp_path):
   target = tmp_path / 'a' / 'set'
-  assert folder.cached(target, build=build, load=load) == 'good'
-  assert folder.cached(target, build=forbidden, load=load) == 'good'
+  assert cache.cached(target, build=build, load=load) == 'good'
+  assert cache.cached(target, build=forbidden, load=load) == 'good'
   assert not drafts(target.parent)
 
 
@@ -59,14 +59,14 @@ def test_damage_is_found_and_mended(tmp_path, harm):
   if harm == 'file':
     target.write_text('not a folder')
   else:
-    folder.cached(target, build=build, load=load)
+    cache.cached(target, build=build, load=load)
     (target / 'second').unlink()
     if harm == 'changed':
       (target / 'second').write_text('oD')
     if harm == 'empty':
       (target / 'first').unlink()
-  assert folder.cached(target, build=build, load=load) == 'good'
-  assert folder.cached(target, build=forbidden, load=load) == 'good'
+  assert cache.cached(target, build=build, load=load) == 'good'
+  assert cache.cached(target, build=forbidden, load=load) == 'good'
 
 
 def test_failed_build_leaves_nothing(tmp_path):
@@ -75,7 +75,7 @@ def test_failed_build_leaves_nothing(tmp_path):
     raise ZeroDivisionError
 
   with pytest.raises(ZeroDivisionError):
-    folder.cached(tmp_path / 'set', build=fail, load=load)
+    cache.cached(tmp_path / 'set', build=fail, load=load)
   assert not list(tmp_path.iterdir())
 
 
@@ -83,11 +83,11 @@ def test_killed_build_is_never_taken_for_finished(tmp_path):
   code = """
 import os, signal, sys
 from pathlib import Path
-from psa_jax.data import folder
+from psa_jax.data import cache
 def build(path):
   (path / 'first').write_text('go')
   os.kill(os.getpid(), signal.SIGKILL)
-folder.cached(Path(sys.argv[1]), build=build, load=None)
+cache.cached(Path(sys.argv[1]), build=build, load=None)
 """
   target = tmp_path / 'set'
   process = run(code, target)
@@ -95,7 +95,7 @@ folder.cached(Path(sys.argv[1]), build=build, load=None)
   assert process.returncode == -signal.SIGKILL
   assert not target.exists()
   assert len(drafts(tmp_path)) == 1
-  assert folder.cached(target, build=build, load=load) == 'good'
+  assert cache.cached(target, build=build, load=load) == 'good'
 
 
 def test_leftovers_of_the_dead_are_removed_those_of_the_living_kept(tmp_path):
@@ -105,7 +105,7 @@ def test_leftovers_of_the_dead_are_removed_those_of_the_living_kept(tmp_path):
     (path / 'file').write_text('x')
   past = time.time() - 2 * 24 * 3600
   os.utime(old, (past, past))
-  folder.cached(tmp_path / 'set', build=build, load=load)
+  cache.cached(tmp_path / 'set', build=build, load=load)
   assert drafts(tmp_path) == [new]
 
 
@@ -115,7 +115,7 @@ def test_processes_that_build_at_once_agree(tmp_path, damaged):
   code = """
 import sys, time
 from pathlib import Path
-from psa_jax.data import folder
+from psa_jax.data import cache
 target, me = Path(sys.argv[1]), sys.argv[2]
 def build(path):
   (target.parent / f'ready-{me}').touch()
@@ -128,11 +128,11 @@ def load(path):
   try:
     text = ''.join((path / name).read_text() for name in 'abcdef')
   except OSError as e:
-    raise folder.Damaged(str(e))
+    raise cache.Damaged(str(e))
   if len(text) != 6 or len(set(text)) != 1:
-    raise folder.Damaged(text)
+    raise cache.Damaged(text)
   return text[0]
-print(folder.cached(target, build=build, load=load))
+print(cache.cached(target, build=build, load=load))
 """
   target = tmp_path / 'set'
   if damaged:
@@ -149,14 +149,14 @@ print(folder.cached(target, build=build, load=load))
 def test_unusable_place_is_one_clear_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(RunError, match='data.data_dir') as e:
-    folder.cached(tmp_path / 'file' / 'set', build=build, load=load)
+    cache.cached(tmp_path / 'file' / 'set', build=build, load=load)
   assert '\n' not in str(e.value)
 
 
 def test_data_dir_comes_from_config_environment_home(tmp_path, monkeypatch):
-  monkeypatch.setenv(folder.ENVIRONMENT, str(tmp_path / 'e'))
-  assert folder.data_dir(DataConfig(data_dir='/x')) == Path('/x')
-  assert folder.data_dir(DataConfig()) == tmp_path / 'e'
-  monkeypatch.delenv(folder.ENVIRONMENT)
-  assert folder.data_dir(DataConfig()) == Path.home() / '.cache' / 'psa_jax'
-  assert folder.data_dir(DataConfig(data_dir='~/y')) == Path.home() / 'y'
+  monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / 'e'))
+  assert cache.data_dir(DataConfig(data_dir='/x')) == Path('/x')
+  assert cache.data_dir(DataConfig()) == tmp_path / 'e'
+  monkeypatch.delenv(cache.ENVIRONMENT)
+  assert cache.data_dir(DataConfig()) == Path.home() / '.cache' / 'psa_jax'
+  assert cache.data_dir(DataConfig(data_dir='~/y')) == Path.home() / 'y'

@@ -156,7 +156,7 @@ def test_keys_and_defaults_of_mechanisms(path):
 
 
 def test_every_section_of_attention_has_a_table():
-  attention = AttentionConfig()
+  attention = AttentionConfig('dense')
   sections = {
     f'model.attention.{field.name}'
     for field in dataclasses.fields(attention)

@@ -417,7 +417,7 @@ def test_flops_of_the_compiled_program_fall(kind, keep):
     return 2 * 2 * total
 
   every = [survivors.LayerSize(length, 4, 1024)] * 4
-  got, dense = flops(cfg, length), flops(cfg, length, 'dense')
+  got, dense = flops(cfg, length), flops(read_densely(cfg), length)
   assert dense == pytest.approx(work(every, False), rel=0.15)
   assert got == pytest.approx(work(sizes, True), rel=0.2)
   assert got < 0.75 * dense if keep == 0.5 else got < 0.55 * dense

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from psa_jax.train.tasks import LanguageModel
 
-from psa_jax import models, sharding
+from psa_jax import models
 from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
@@ -17,7 +16,6 @@ from psa_jax.models import encoder as encoder_lib
 from tests import oracles
 from tests.models import cascade_oracle
 from tests.models.test_cascade import compiled
-from tests.train import tiny
 
 V, T = 28, 12
 CONFIG = ModelConfig(
@@ -27,7 +25,7 @@ CONFIG = ModelConfig(
   num_heads=4,
   num_kv_heads=2,
   mlp_dim=24,
-  attention=AttentionConfig('dense', implementation='reference'),
+  attention=AttentionConfig(implementation='reference'),
 )
 SEGMENTS = jnp.asarray([[1] * T, [1] * 8 + [0] * 4], jnp.int32)
 
@@ -123,12 +121,3 @@ def test_a_vocabulary_that_is_too_small_is_refused():
   cfg = dataclasses.replace(CONFIG, vocab_size=20)
   with pytest.raises(ConfigError, match='vocab_size=20 cannot hold the 28'):
     models.build(cfg, V, rngs=nnx.Rngs(0))
-
-
-def test_a_language_model_is_no_encoder():
-  found = tiny.config()
-  found = dataclasses.replace(
-    found, model=dataclasses.replace(found.model, kind='encoder')
-  )
-  with pytest.raises(ConfigError, match='sees the next token'):
-    LanguageModel(found, tiny.corpus(), sharding.make_mesh(found.mesh))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from psa_jax.train.losses import answer_loss, next_token_loss
+
+from psa_jax.tasks.losses import answer_loss, label_loss, next_token_loss
 
 B, T, D, V = 3, 10, 4, 7
 
@@ -145,3 +146,24 @@ def test_only_judged_positions_get_a_gradient():
   for row, question in np.ndindex(B, 2):
     counted[row, answers[row, question]] |= weights[row, question] > 0
   np.testing.assert_array_equal((grad != 0).any(-1), counted)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.3])
+def test_label_loss_against_float64(smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 4)).astype(np.float32)
+  labels, weights = rng.integers(0, 4, 6), rng.choice([0.0, 1.0, 2.0], 6)
+  p = np.exp(np.float64(logits))
+  log_p = np.log(p / p.sum(-1, keepdims=True))
+  aim = np.full((6, 4), smoothing / 4)
+  aim[np.arange(6), labels] += 1 - smoothing
+  got = label_loss(
+    jnp.asarray(logits),
+    jnp.asarray(labels, jnp.int32),
+    jnp.asarray(weights, jnp.float32),
+    smoothing=smoothing,
+  )
+  np.testing.assert_allclose(
+    got[0], -((aim * log_p).sum(-1) * weights).sum(), rtol=1e-5
+  )
+  assert got[1] == ((logits.argmax(-1) == labels) * weights).sum()

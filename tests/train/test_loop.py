@@ -9,10 +9,10 @@ import socket
 import jax
 import numpy as np
 import pytest
-from psa_jax.train.tasks import LanguageModel
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError, RunError
+from psa_jax.tasks import LanguageModel
 from psa_jax.train import loop
 from psa_jax.train.checkpoint import Checkpoints
 from tests.train import tiny

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from psa_jax.config import ConfigError, DataConfig
+from psa_jax.config import ConfigError
 
 T = TypeVar('T')
 TENTHS = 10  # one of them is the test split, one validation
@@ -104,100 +104,6 @@ def by_group(
 def _number(group: object) -> int:
   digest = hashlib.sha256(str(group).encode()).digest()
   return int.from_bytes(digest[:4], 'big')
-
-
-def from_tfds(
-  name: str,
-  config: DataConfig,
-  keys: Sequence[str],
-  example: Callable[[str, int, Any], Any],
-  *,
-  label_key: str = '',
-) -> tuple[Examples, Any]:
-  """A prepared TFDS set, read a record at a time.
-
-  The validation split is the set's own, else every twentieth record of train,
-  which is left out there. The test split is the set's own, if it has one whose
-  labels are public.
-
-  Args:
-    name: as in `data.source=tfds:<name>`.
-    config: where data lies.
-    keys: features that a record must have.
-    example: turns (where, index, record) into an example.
-    label_key: feature that is below 0 where a label is kept secret, as in the
-      test split of ImageNet or of GLUE.
-
-  Returns:
-    The splits and the set's features.
-
-  Raises:
-    ConfigError: no such set, not prepared, or without these features.
-  """
-  from psa_jax.data import folder, prepared
-
-  builder = prepared.find_builder(name, folder.data_dir(config))
-  features = builder.info.features
-  for key in keys:
-    if key not in features:
-      raise ConfigError(
-        f'tfds:{name} has no feature {key!r}, only {", ".join(features)}; set '
-        'the keys of config.data to those'
-      )
-  known = list(builder.info.splits) or ['train', 'validation']
-
-  def records(split):
-    found = prepared.open_split(name, builder, split, config)
-    where = f'tfds:{name}, {split}'
-    return Mapped(found, lambda i, record: example(where, i, record))
-
-  train = records('train')
-  if 'validation' in known:
-    validation, held_out = records('validation'), 'split validation'
-  else:
-    count, held_out = len(train), 'every twentieth of train'
-    first = np.arange(count)
-    validation = _Chosen(train, first[::20])
-    train = _Chosen(train, first[first % 20 > 0])
-  test = records('test') if 'test' in known else None
-  secret = (
-    bool(label_key) and test is not None and _secret(test.items, label_key)
-  )
-  manifest = {
-    'source': f'tfds:{name}',
-    'package': builder.name,
-    'version': str(builder.version),
-    'keys': list(keys),
-    'held_out': held_out,
-    'train': len(train),
-    'validation': len(validation),
-    'test': 0 if test is None else len(test),
-  }
-  test = None if secret else test
-  return Examples(train, validation, test, manifest, secret), features
-
-
-def _secret(records: Any, key: str) -> bool:
-  """Whether labels are below 0, in a few records from all over a split."""
-  count = len(records)
-  places = {i * count // 5 for i in range(5)} if count else set()
-  some = [records[i][key] for i in sorted(places)]
-  return bool(some) and all(
-    isinstance(x, int | np.integer) and x < 0 for x in some
-  )
-
-
-class _Chosen(Sequence):
-  """The items of a sequence at some places."""
-
-  def __init__(self, items: Any, places: np.ndarray):
-    self._items, self._places = items, places
-
-  def __len__(self) -> int:
-    return len(self._places)
-
-  def __getitem__(self, i):
-    return self._items[int(self._places[i])]
 
 
 def text_of(value: Any, where: str, i: int) -> bytes:

@@ -11,7 +11,7 @@
 
 Random numbers come from the pipeline: they belong to a place in the stream, so
 a run that goes on draws the same ones. Mixing pictures of a batch is done on
-the device (`train/tasks/mixing.py`).
+the device (`mixing.py`).
 """
 
 import math

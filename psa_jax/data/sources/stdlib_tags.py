@@ -1,17 +1,11 @@
-"""Words with a tag each: `stdlib_tags`, and TFDS sets such as conll2003.
+"""`stdlib_tags`: words of Python programs with what each of them is.
 
-Tags are IOB2: `B-func` opens a span, `I-func` goes on with it, `O` is outside
-every span.
-
-`stdlib_tags`: the modules of Python's standard library that are one file. The
-words are Python's own tokens, a sentence is a few logical lines, and what a
-word is comes from the syntax tree, so the tags are exact:
-`func`, `class` and `param` are names where they are defined, `import` is the
-dotted name of a module, `attr` the dots and names behind an object
-(`.path.join` in `os.path.join`). A module is in one split as a whole. Comments
-are left out.
-
-`tfds:<name>`: `data.words_key` holds the words, `data.label_key` their tags.
+The modules of Python's standard library that are one file. The words are
+Python's own tokens, a sentence is a few logical lines, and what a word is comes
+from the syntax tree, so the tags (IOB2) are exact: `func`, `class` and `param`
+are names where they are defined, `import` is the dotted name of a module,
+`attr` the dots and names behind an object (`.path.join` in `os.path.join`). A
+module is in one split as a whole. Comments are left out.
 """
 
 import ast
@@ -19,14 +13,19 @@ import hashlib
 import io
 import platform
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import examples, labelled, packaged
+from psa_jax.config import DataConfig
+from psa_jax.data.examples.tagged import (
+  OUTSIDE,
+  Tagged,
+  TaggedSet,
+  from_sentences,
+)
+from psa_jax.data.sources import stdlib
+from psa_jax.data.sources.registry import TAGGED, Source, register
 
-OUTSIDE = 'O'
 KINDS = ('func', 'class', 'param', 'import', 'attr')
 TAGS = (OUTSIDE, *(f'{p}-{kind}' for kind in KINDS for p in 'BI'))
 NEW_LINE = '\n'
@@ -43,124 +42,11 @@ _SILENT = {
 }
 
 
-class Tagged(NamedTuple):
-  """A sentence: words, and for each the number of its tag."""
-
-  words: tuple[str, ...]
-  tags: tuple[int, ...]
-
-
-class TaggedSet(NamedTuple):
-  """Everything a run needs to know of its sentences.
-
-  Attributes:
-    examples: splits of `Tagged`.
-    tags: names of the tags, IOB2.
-  """
-
-  examples: examples.Examples
-  tags: tuple[str, ...]
-
-  @property
-  def manifest(self) -> dict:
-    """What it is; plain JSON values."""
-    return self.examples.manifest
-
-
 def load(config: DataConfig) -> TaggedSet:
-  """The sentences of `data.source`.
-
-  Raises:
-    ConfigError: an unknown source, one that is missing, or one without tags.
-  """
-  kind, _, rest = config.source.partition(':')
-  if config.source == 'stdlib_tags':
-    return _stdlib()
-  if kind == 'tfds' and rest:
-    return _tfds(rest, config)
-  raise ConfigError(
-    f'data.source {config.source!r} has no tagged words; choose stdlib_tags or '
-    'tfds:<name>'
-  )
-
-
-def from_sentences(sentences, tags: Sequence[str], manifest: dict) -> TaggedSet:
-  """Splits (group, `Tagged`) by group.
-
-  Raises:
-    ConfigError: a tag that is none, or an empty sentence or split.
-  """
-  tags = check_names(tags, manifest['source'])
-
-  def checked():
-    for i, (group, example) in enumerate(sentences):
-      yield group, check(example, len(tags), manifest['source'], i)
-
-  train, validation, test, manifest = examples.by_group(checked(), manifest)
-  return TaggedSet(examples.Examples(train, validation, test, manifest), tags)
-
-
-def check_names(tags: Sequence[str], where: str) -> tuple[str, ...]:
-  """The names of tags.
-
-  Raises:
-    ConfigError: one is neither `O` nor `B-` or `I-` and a kind.
-  """
-  for name in tags:
-    if name != OUTSIDE and name[:2] not in ('B-', 'I-'):
-      raise ConfigError(
-        f'{where}: {name!r} is no IOB2 tag; tags are O, B-<kind> and I-<kind>'
-      )
-  return tuple(tags)
-
-
-def check(example: Tagged, count: int, where: str, i: int) -> Tagged:
-  """The sentence.
-
-  Raises:
-    ConfigError: it is empty, its words and tags do not pair, or a tag is none.
-  """
-  words, tags = example
-  if not words or not all(words):
-    raise ConfigError(f'{where}: record {i} has an empty word or no word')
-  if len(words) != len(tags):
-    raise ConfigError(
-      f'{where}: record {i} has {len(words)} words and {len(tags)} tags'
-    )
-  for tag in tags:
-    if not 0 <= tag < count:
-      raise ConfigError(
-        f'{where}: record {i} has tag {tag}, but there are {count} tags, 0 to '
-        f'{count - 1}'
-      )
-  return example
-
-
-def _tfds(name: str, config: DataConfig) -> TaggedSet:
-  keys = (config.words_key, config.label_key)
-
-  def example(where: str, i: int, record: Any) -> Tagged:
-    words = tuple(_text(word) for word in record[config.words_key])
-    tags = tuple(int(tag) for tag in record[config.label_key])
-    return check(Tagged(words, tags), len(tags_of), where, i)
-
-  splits, features = examples.from_tfds(name, config, keys, example)
-  feature = getattr(features[config.label_key], 'feature', None)
-  names = labelled.class_names(name, feature, config)
-  tags_of = check_names(names, f'tfds:{name}')
-  return TaggedSet(splits, tags_of)
-
-
-def _text(word: Any) -> str:
-  return (
-    word.decode('utf8', 'replace') if isinstance(word, bytes) else str(word)
-  )
-
-
-def _stdlib() -> TaggedSet:
   """Every one-file module of the standard library."""
+  del config
   digest, found = hashlib.sha256(), []
-  modules = packaged.PACKAGES['stdlib'].find()
+  modules = stdlib.find()
   paths = [path for name, path in modules if '/' not in name]
   for number, path in enumerate(paths):
     source = _read(path)
@@ -278,3 +164,6 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
         first = place(base.end_lineno, base.end_col_offset)
         mark('attr', first, 2 * depth, number)
   return found
+
+
+register(Source('stdlib_tags', yields={TAGGED: load}))

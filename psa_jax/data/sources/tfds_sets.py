@@ -1,115 +1,32 @@
-"""Any text set that TFDS knows and somebody has prepared: `tfds:<name>`.
+"""Sets that TFDS knows: finding, preparing and opening one by its name.
 
-Reading needs no TensorFlow where the set was prepared as array_record. The
-name is `set`, `set/config`, either with `:version`. Folders are searched in
-`data.data_dir` first, then where TFDS itself puts them. Nothing is downloaded
-here: `python -m psa_jax.data.prepare --name=<name>` does that.
+The name is `set`, `set/config`, either with `:version`. Folders are searched in
+`data.data_dir` first, then where TFDS itself puts them. Reading needs no
+TensorFlow where the set was prepared as array_record. Nothing is downloaded
+but by `prepare`: `python -m psa_jax.data.prepare --name=<name>`.
 
-Validation is the set's validation split, else its test split, else every
-tenth record of train; the manifest says which.
+Some sets (pg19, lm1b, ...) use TensorFlow in their own code; `prepare` then
+says how to prepare them once where TensorFlow is installed.
 """
 
 import contextlib
-import hashlib
 import importlib
 import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from psa_jax.config import ConfigError, DataConfig, RunError
-from psa_jax.data import documents, folder
+from psa_jax.data import cache
 
 _NAME = re.compile(r'[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?')
 # TFDS registers these groups only on import, and importing them all needs
 # TensorFlow; one module at a time does not.
 _GROUPS = ('text', 'translate', 'summarization', 'question_answering')
-
-
-class Records(Sequence[bytes]):
-  """The text of each record of one split, read on demand."""
-
-  def __init__(self, records: Any, *, text_key: str, name: str, path: str):
-    self._records = records
-    self._text_key = text_key
-    self._name = name
-    self._path = path
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, i) -> bytes:
-    try:
-      value = self._records[i][self._text_key]
-    except RuntimeError as e:  # one of the ways array_record shows damage
-      raise self._damaged(i, str(e).partition(';')[0]) from e
-    if value is None:  # the other
-      raise self._damaged(i, f'no {self._text_key!r} in it')
-    return _as_bytes(value)
-
-  def __iter__(self) -> Iterator[bytes]:
-    return (self[i] for i in range(len(self)))
-
-  def _damaged(self, i: int, reason: str) -> RunError:
-    return RunError(
-      f'tfds:{self._name}: record {i} cannot be read ({reason}); delete '
-      f'{self._path} and prepare it again'
-    )
-
-
-def _as_bytes(value: Any) -> bytes:
-  """Real records hold `bytes`, mocked ones `str`, tensors either."""
-  if isinstance(value, np.ndarray | np.generic):
-    value = value.item()
-  return value.encode() if isinstance(value, str) else value
-
-
-def source(name: str, config: DataConfig) -> documents.TextSource:
-  """A prepared TFDS set as documents.
-
-  Raises:
-    ConfigError: no such set, not prepared, or without such a feature.
-  """
-  builder = find_builder(name, folder.data_dir(config))
-  # A set that was never prepared knows no splits; opening one tells.
-  known = list(builder.info.splits) or ['train', 'validation']
-  if 'train' not in known:
-    raise ConfigError(
-      f'tfds:{name} has no train split, only {", ".join(known)}; choose '
-      'another data.source'
-    )
-
-  def records(split):
-    path = str(builder.data_path)
-    data = open_split(name, builder, split, config)
-    _check_text_key(name, builder, config.text_key)
-    return Records(data, text_key=config.text_key, name=name, path=path)
-
-  train = records('train')
-  held_out = next((s for s in ('validation', 'test') if s in known), None)
-  if held_out:
-    splits = documents.Splits(train, records(held_out))
-  else:
-    logging.info('tfds:%s: holding out every tenth record of train', name)
-    splits = documents.every_tenth(train)
-  manifest = {
-    'source': f'tfds:{name}',
-    'package': builder.name,
-    'version': str(builder.version),
-    'builder_config': builder.builder_config and builder.builder_config.name,
-    'text_key': config.text_key,
-    'held_out': f'split {held_out}' if held_out else 'every tenth of train',
-    'documents': len(splits.train) + len(splits.validation),
-  }
-  return documents.TextSource(
-    manifest, _identity(manifest, Path(builder.data_path)), lambda: splits
-  )
 
 
 def find_builder(name: str, data_dir: Path) -> Any:
@@ -185,19 +102,6 @@ def _import_legacy(name: str) -> None:
           pass  # not a package, or its code needs TensorFlow
 
 
-def _check_text_key(name: str, builder: Any, text_key: str) -> None:
-  features = builder.info.features
-  texts = sorted(k for k, feature in features.items() if is_text(feature))
-  if not texts:
-    raise ConfigError(f'tfds:{name} has no text, only {", ".join(features)}')
-  if text_key not in texts:
-    what = 'text feature' if text_key in features else 'feature'
-    raise ConfigError(
-      f'tfds:{name} has no {what} {text_key!r}; set data.text_key to '
-      f'{" or ".join(texts)}'
-    )
-
-
 def is_text(feature: Any) -> bool:
   """Whether a TFDS feature is one string."""
   kind = getattr(feature, 'np_dtype', None)
@@ -218,7 +122,7 @@ def open_split(name: str, builder: Any, split: str, config: DataConfig) -> Any:
       reason = f'is in {path}, but not as readable array_record files'
       mend = 'move it away and prepare it again'
     else:
-      places = ' or '.join(map(str, _roots(folder.data_dir(config))))
+      places = ' or '.join(map(str, _roots(cache.data_dir(config))))
       reason, mend = f'is not prepared in {places}', 'prepare it once'
     option = f' --data_dir={config.data_dir}' if config.data_dir else ''
     raise ConfigError(
@@ -227,8 +131,39 @@ def open_split(name: str, builder: Any, split: str, config: DataConfig) -> Any:
     ) from e
 
 
-def _identity(manifest: dict, path: Path) -> str:
-  """Changes when the prepared files do; hashing them would take minutes."""
-  stats = [(p.name, p.stat()) for p in sorted(path.glob('*'))]
-  files = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-  return hashlib.sha256(repr((manifest, files)).encode()).hexdigest()
+def prepare(name: str, config: DataConfig) -> str:
+  """Downloads a set and writes it as array_record; returns what it holds.
+
+  Raises:
+    ConfigError: no set of that name.
+    RunError: it cannot be downloaded or written, or needs TensorFlow.
+  """
+  root = cache.data_dir(config)
+  builder = find_builder(name, root)
+  if not Path(builder.data_path).exists():
+    _download(name, builder, root)
+  return _describe(name, builder)
+
+
+def _download(name: str, builder: Any, root: Path) -> None:
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own advice
+      builder.download_and_prepare(file_format='array_record')
+  except Exception as e:  # the set's own code: anything
+    if misses_tensorflow(e):
+      raise RunError(tensorflow_once(name, root)) from e
+    reason = ' '.join(str(e).split())[:300] or type(e).__name__
+    raise RunError(
+      f'tfds:{name} could not be prepared in {root}: {reason}'
+    ) from e
+
+
+def _describe(name: str, builder: Any) -> str:
+  counts = [f'{k} {v.num_examples}' for k, v in builder.info.splits.items()]
+  features = builder.info.features.items()
+  keys = sorted(k for k, feature in features if is_text(feature))
+  key = 'text' if 'text' in keys else '|'.join(keys)
+  return (
+    f'{name} {builder.version} in {builder.data_path}: {", ".join(counts)}\n'
+    f'use: --config.data.source=tfds:{name} --config.data.text_key={key}'
+  )

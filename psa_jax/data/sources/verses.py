@@ -1,4 +1,10 @@
-"""Bible verses from the files of two packages, by number.
+"""Bible verses from two packages: `verse_genre` and `asv_bbe`.
+
+`verse_genre`: a verse of the American Standard Version, and what kind of book
+it is from, one of seven. `asv_bbe`: 31,023 verses of it with what the Bible in
+Basic English makes of them. Both are English, so it is rewriting into a
+thousand words rather than translation; copying the source scores a BLEU of 26.
+A chapter is in one split as a whole.
 
 `asv` is the American Standard Version of 1901, `bbe` the Bible in Basic
 English, which says the same with a vocabulary of a thousand words. Both are in
@@ -11,9 +17,11 @@ import hashlib
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from psa_jax.config import ConfigError
+from psa_jax.config import ConfigError, DataConfig
+from psa_jax.data.examples import labelled, pairs
+from psa_jax.data.sources.registry import LABELLED, PAIRS, Source, register
 
 # Verse numbers of other editions and titles of psalms, which bbe has between
 # backslashes: \\43:1\\.
@@ -90,3 +98,41 @@ def chapters(numbers: Iterable[int]) -> dict[int, int]:
 def genre(number: int) -> int:
   """What a verse's book is: a place in `GENRES`."""
   return _GENRE_OF[number // 10**6]
+
+
+def load_genres(config: DataConfig) -> labelled.LabelledSet:
+  """Verses with the kind of book that they are from.
+
+  Raises:
+    ConfigError: the package is missing or holds something else.
+  """
+  del config
+  origin = {'source': 'verse_genre', **manifest('asv')}
+  return labelled.from_pairs(_genres(), GENRES, origin)
+
+
+def load_editions(config: DataConfig) -> pairs.PairSet:
+  """Verses of the older edition with those of the other; raises likewise."""
+  del config
+  origin = {'source': 'asv_bbe', **manifest('asv', 'bbe')}
+  return pairs.from_pairs(_editions(), origin)
+
+
+def _genres() -> Iterator[tuple[int, labelled.Labelled]]:
+  verses = read('asv')
+  chapter = chapters(verses)
+  for number, text in verses.items():
+    yield chapter[number], labelled.Labelled(text.encode(), genre(number))
+
+
+def _editions() -> Iterator[tuple[int, pairs.Pair]]:
+  old, basic = read('asv'), read('bbe')
+  chapter = chapters(old)
+  for number, text in old.items():
+    if number in basic:
+      pair = pairs.Pair(text.encode(), basic[number].encode())
+      yield chapter[number], pair
+
+
+register(Source('verse_genre', yields={LABELLED: load_genres}))
+register(Source('asv_bbe', yields={PAIRS: load_editions}))

@@ -1,7 +1,7 @@
 """Two models that cannot read context, to judge a language model against.
 
 Both are byte level and fit on the train split. The text is the documents with
-one separator before each and one at the end (as `lm.Packed`, with the byte
+one separator before each and one at the end (as `windows.Packed`, with the byte
 tokenizer); every symbol but the first is predicted, so a document costs its
 bytes and its end. With c(a, b) how often b follows a and V the number of
 symbols, add-one smoothed:
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int64
 
-from psa_jax.data import tokenizer
+from psa_jax.data.text import tokenizer
 
 _CHUNK = 2**22  # bytes counted at once
 

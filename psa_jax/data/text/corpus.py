@@ -1,15 +1,7 @@
-"""A corpus of packed tokens and the windows a language model reads.
+"""Text to a corpus of packed tokens (see `windows`), done once.
 
-A split is one array: each document after a separator (id 0), one separator at
-the end. The separator opens its document and is also what ends the one
-before, so the last token of a document predicts "it ends here", which depends
-on that document alone. For this reason no target needs weight 0 where
-attention is cut between documents.
-
-Windows do not overlap: window i predicts tokens i*T + 1 to (i + 1)*T.
-
-Packing is done once and kept in the data cache, in a folder named by the
-content of the text and the tokenizer; tokens are read by memory map.
+A corpus is kept in the data cache, in a folder named by the content of the
+text and the tokenizer; tokens are read by memory map.
 """
 
 import functools
@@ -23,28 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int64, Integer
 
 from psa_jax.config import ConfigError, DataConfig, RunError
-from psa_jax.data import baselines, documents, folder, text, tokenizer
+from psa_jax.data import cache, sources
+from psa_jax.data.text import baselines, documents, tokenizer
+from psa_jax.data.text.windows import Packed
 
 _LAYOUT = 'packed-1'  # change it with the meaning of the files below
 _SPLITS = documents.Splits._fields
-
-
-@dataclass(frozen=True)
-class Packed:
-  """One split as tokens.
-
-  Attributes:
-    tokens: ids, of the smallest unsigned type that holds the vocabulary.
-    doc_starts: ascending places of the separators that open a document.
-    split: `train` or `validation`.
-  """
-
-  tokens: Integer[np.ndarray, 'tokens']
-  doc_starts: Int64[np.ndarray, 'documents']
-  split: str
 
 
 @dataclass(frozen=True)
@@ -64,80 +42,6 @@ class Corpus:
   bigram_bpb: float
 
 
-class Windows:
-  """Random access to the windows of a split; see `windows`."""
-
-  def __init__(self, packed: Packed, seq_len: int, cut_documents: bool):
-    self._packed = packed
-    self._seq_len = seq_len
-    self._cut_documents = cut_documents
-    full, rest = divmod(len(packed.tokens) - 1, seq_len)
-    keep_rest = packed.split != 'train' and rest > 0
-    self._len = full + keep_rest
-
-  def __len__(self) -> int:
-    return self._len
-
-  def __getitem__(self, i) -> dict[str, np.ndarray]:
-    if not 0 <= i < self._len:
-      raise IndexError(f'window {i} of {self._len}')
-    begin, seq_len = int(i) * self._seq_len, self._seq_len
-    tokens = np.zeros(seq_len + 1, np.int32)  # zeros pad the last window
-    taken = self._packed.tokens[begin : begin + seq_len + 1]
-    tokens[: len(taken)] = taken
-    segment_ids, positions = self._segments(begin)
-    real = np.arange(seq_len) < len(taken) - 1
-    return {
-      'inputs': np.where(real, tokens[:-1], 0),
-      'targets': np.where(real, tokens[1:], 0),
-      'segment_ids': np.where(real, segment_ids, 0),
-      'positions': np.where(real, positions, 0),
-      'weights': real.astype(np.float32),
-    }
-
-  def _segments(self, begin: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which document each token belongs to, and its place therein."""
-    places = np.arange(self._seq_len, dtype=np.int32)
-    starts = np.zeros(self._seq_len, np.int32)
-    if self._cut_documents:
-      all_starts, end = self._packed.doc_starts, begin + self._seq_len
-      first, last = np.searchsorted(all_starts, [begin + 1, end])
-      starts[all_starts[first:last] - begin] = 1
-    segment_ids = 1 + np.cumsum(starts, dtype=np.int32)
-    return segment_ids, places - np.maximum.accumulate(places * starts)
-
-
-def windows(packed: Packed, *, seq_len: int, cut_documents: bool) -> Windows:
-  """Cuts a split into windows of `seq_len` targets.
-
-  Train drops the tokens after the last full window. Validation keeps them in
-  a last window padded with weight 0, so every token of it is judged once.
-
-  Args:
-    packed: the split.
-    seq_len: T.
-    cut_documents: number the documents of a window 1, 2, ... in `segment_ids`
-      and restart `positions` in each; otherwise the window is one segment
-      with positions 0 to T - 1.
-
-  Returns:
-    A sequence of dict(inputs, targets, segment_ids, positions: int32 [T],
-    weights: f32 [T]). Padding has segment 0, position 0 and weight 0.
-
-  Raises:
-    ConfigError: the train split is shorter than a window and one target.
-  """
-  if seq_len < 1:
-    raise ConfigError(f'a window of {seq_len} tokens; use at least 1')
-  if packed.split == 'train' and len(packed.tokens) <= seq_len:
-    raise ConfigError(
-      f'a window of {seq_len} tokens needs {seq_len + 1}, but the train split '
-      f'has {len(packed.tokens)} in {len(packed.doc_starts)} documents; use a '
-      'shorter train.seq_len or more text'
-    )
-  return Windows(packed, seq_len, cut_documents)
-
-
 def build_corpus(config: DataConfig) -> Corpus:
   """Reads, tokenizes and packs the text that `config` names, or finds it done.
 
@@ -146,19 +50,19 @@ def build_corpus(config: DataConfig) -> Corpus:
     RunError: the data cache cannot be written.
   """
   tokenizer.bpe_size(config.tokenizer)  # refuse a bad name before any work
-  source = text.load_documents(config)
+  source = sources.load(config, sources.DOCUMENTS)
   key = f'{_LAYOUT} {source.key} {config.tokenizer}'
   short = re.sub(r'\W+', '-', f'{config.source}-{config.tokenizer}')[-60:]
   name = f'{short}-{hashlib.sha256(key.encode()).hexdigest()[:16]}'
-  return folder.cached(
-    folder.data_dir(config) / 'corpora' / name,
+  return cache.cached(
+    cache.data_dir(config) / 'corpora' / name,
     build=functools.partial(_write, source, config),
     load=functools.partial(_load, source.manifest),
   )
 
 
 def _write(source: documents.TextSource, config: DataConfig, path: Path):
-  """Fills a corpus folder."""
+  """Fills a corpus cache."""
   logging.info('Packing %s', config.source)
   measures = [documents.measure(split) for split in source.splits]
   _check_measures(source, measures)
@@ -254,7 +158,7 @@ def _load(source_manifest: dict, path: Path) -> Corpus:
     description = json.loads((path / 'corpus.json').read_text())
     for name, check in description['crc32'].items():
       if zlib.crc32(_map(path / name, np.dtype(np.uint8)).data) != check:
-        raise folder.Damaged(f'{name} is not what was written')
+        raise cache.Damaged(f'{name} is not what was written')
     manifest = {**source_manifest, **description['manifest']}
     dtype = np.dtype(description['dtype'])
     train, validation = (
@@ -267,7 +171,7 @@ def _load(source_manifest: dict, path: Path) -> Corpus:
     )
     encoder = _load_tokenizer(path, description['nul'])
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise folder.Damaged(str(e)) from e
+    raise cache.Damaged(str(e)) from e
   return Corpus(
     train=train,
     validation=validation,

@@ -4,52 +4,11 @@ import pathlib
 import subprocess
 
 import pytest
-from tests.data.test_text_tasks import vader
 
 from psa_jax.config import DataConfig, RunError
-from psa_jax.data import fetch, parallel, prepare
-
-ENGLISH = b"""Package: one
-Description-md5: 11
-Description-en: a tool
- It does
- much.
- .
- And more.
-
-Package: two
-Description-md5: 22
-Description-en: a tool
- Only here.
-
-Package: three
-Description-md5: 33
-Description-en: GNU
- One paragraph
- .
- and two.
-"""
-FRENCH = b"""Package: one
-Description-md5: 11
-Description-fr: un outil
- Il fait
- beaucoup.
- .
- Et plus.
-
-Package: three
-Description-md5: 33
-Description-fr: GNU
- Un seul.
-"""
-
-
-def test_paragraphs_pair_where_both_have_as_many():
-  assert list(fetch.pairs(ENGLISH, FRENCH)) == [
-    (b'one', b'a tool', b'un outil'),
-    (b'one', b'It does much.', b'Il fait beaucoup.'),
-    (b'one', b'And more.', b'Et plus.'),
-  ]
+from psa_jax.data import prepare, sources
+from psa_jax.data.sources import fetch
+from tests.data.sources.test_vader import write_archive
 
 
 def stanzas(language, count=60):
@@ -72,7 +31,7 @@ def commands(monkeypatch):
     out = b''
     if 'pip' in command:
       where = pathlib.Path(command[command.index('-d') + 1])
-      vader(where / 'vaderSentiment-3.3.2.tar.gz')
+      write_archive(where / 'vaderSentiment-3.3.2.tar.gz')
     elif 'update' in command:
       lists = next(w for w in command if w.startswith('Dir::State::lists='))
       folder = lists.partition('=')[2]
@@ -99,7 +58,7 @@ def test_descriptions_are_fetched_once(tmp_path, commands, capsys):
   assert 'Acquire::Languages=en,fr' in commands[0]
   assert prepare.main(arguments) == 0 and len(commands) == 3
   config = DataConfig(source='ddtp_en_fr', data_dir=str(tmp_path))
-  found = parallel.load(config).examples
+  found = sources.load(config, sources.PAIRS).examples
   assert (
     sum(len(found.split(s)) for s in ('train', 'test', 'validation')) == 120
   )
@@ -126,12 +85,12 @@ def test_failures_are_one_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr(fetch.subprocess, 'run', missing)
   with pytest.raises(RunError, match='needs apt-get, which is not on this'):
-    fetch.prepare('ddtp_en_de', tmp_path)
+    prepare.prepare('ddtp_en_de', str(tmp_path))
 
   def failing(command, **settings):
     raise subprocess.CalledProcessError(1, command, b'', b'no\nnetwork')
 
   monkeypatch.setattr(fetch.subprocess, 'run', failing)
   with pytest.raises(RunError, match='vader3 could not be fetched: no network'):
-    fetch.prepare('vader3', tmp_path)
+    prepare.prepare('vader3', str(tmp_path))
   assert not list(tmp_path.glob('*vader*'))

@@ -9,7 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from psa_jax.config import ConfigError, DataConfig, RunError
-from psa_jax.data import lm, prepared, text
+from psa_jax.data import sources
+from psa_jax.data.sources import tfds_sets
+from psa_jax.data.text.corpus import build_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +58,8 @@ def prepare(folder, monkeypatch, **splits):
 
 def load(folder, name='verses', **keys):
   source = f'tfds:{name}'
-  return text.load_documents(
-    DataConfig(source=source, data_dir=str(folder), **keys)
-  )
+  config = DataConfig(source=source, data_dir=str(folder), **keys)
+  return sources.load(config, sources.DOCUMENTS)
 
 
 def test_a_prepared_set_is_read_from_its_files(tmp_path, monkeypatch):
@@ -97,13 +98,13 @@ def test_the_usual_tfds_folder_is_searched_too(tmp_path, monkeypatch):
 def test_corpus_is_packed_again_when_the_set_is(tmp_path, monkeypatch):
   prepare(tmp_path, monkeypatch, train=['abc'], test=['d'])
   config = DataConfig(source='tfds:verses', data_dir=str(tmp_path))
-  first = lm.build_corpus(config)
+  first = build_corpus(config)
   assert first.manifest['splits']['train']['bytes'] == 3
   for path in (tmp_path / 'verses' / '2.1.0').iterdir():
     path.unlink()
   (tmp_path / 'verses' / '2.1.0').rmdir()
   prepare(tmp_path, monkeypatch, train=['other'], test=['d'])
-  second = lm.build_corpus(config)
+  second = build_corpus(config)
   assert second.manifest['splits']['train']['bytes'] == 5
   assert first.manifest['sha256'] != second.manifest['sha256']
 
@@ -125,7 +126,7 @@ def test_unfit_sets_are_refused(tmp_path, monkeypatch, splits, keys, message):
   prepare(tmp_path, monkeypatch, **splits)
   config = DataConfig(source='tfds:verses', data_dir=str(tmp_path), **keys)
   with pytest.raises(ConfigError, match=message) as e:
-    lm.build_corpus(config)
+    build_corpus(config)
   assert '\n' not in str(e.value)
 
 
@@ -181,7 +182,7 @@ def test_unprepared_sets_say_how_to_prepare_them(tmp_path, name):
   ],
 )
 def test_legacy_names_are_known(tmp_path, name):
-  builder = prepared.find_builder(name, tmp_path)
+  builder = tfds_sets.find_builder(name, tmp_path)
   assert builder.name == name.split('/')[0]
 
 
@@ -211,7 +212,7 @@ def test_pg19_from_mock_data(tmp_path):
     config = DataConfig(
       source='tfds:pg19', text_key='book_text', data_dir=str(tmp_path / 'c')
     )
-    corpus = lm.build_corpus(config)
+    corpus = build_corpus(config)
   assert corpus.train.tokens.tobytes() == b''.join(
     b'\0' + book for book in [*books, b'']
   )

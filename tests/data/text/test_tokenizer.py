@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from psa_jax.data.tokenizer import BpeTokenizer, ByteTokenizer
 
 from psa_jax.config import ConfigError, DataConfig
-from psa_jax.data import tokenizer
+from psa_jax.data.text import tokenizer
+from psa_jax.data.text.tokenizer import BpeTokenizer, ByteTokenizer
 
 TEXT = (
   'The committee, in 1776 and 12345678, considered the considerable '
@@ -51,6 +51,7 @@ def test_bpe_round_trips_any_bytes(bpe, data):
   assert bpe.decode(ids) == data
 
 
+@pytest.mark.tier('default')
 @given(data=st.text())
 def test_bpe_round_trips_any_text(bpe, data):
   assert bpe.decode(bpe.encode(data.encode())) == data.encode()
