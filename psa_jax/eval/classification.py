@@ -45,16 +45,16 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  found = totals.add_up(
+  tally = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is nothing to judge in the split eval.split',
+    hint='there is nothing to judge in the split eval.split',
   )
   return {
-    **metrics(found.total, float(found.sums['hits']), found.weight),
-    **found.means,
-    'items': int(found.weight),
+    **metrics(tally.total, float(tally.sums['hits']), tally.weight),
+    **tally.means,
+    'items': int(tally.weight),
   }

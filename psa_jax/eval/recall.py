@@ -129,19 +129,19 @@ def evaluate_recall(
   Raises:
     RunError: no question counts.
   """
-  found = totals.add_up(
+  judged = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is no question to evaluate; raise eval.windows',
+    hint='there is no question to evaluate; raise eval.windows',
   )
-  sums = found.sums
+  sums = judged.sums
   return {
-    'loss': found.total / found.weight,
+    'loss': judged.total / judged.weight,
     'accuracy': float(sums['hits'] / sums['questions']),
-    **found.means,
+    **judged.means,
     'questions': int(sums['questions']),
     'by': {
       kind: [
@@ -160,14 +160,14 @@ def table(validation: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     validation: what `evaluate_recall` found, by mechanism; other findings
       give no rows.
   """
-  found = {m: v['by'] for m, v in validation.items() if 'by' in v}
-  if not found:
+  tallies = {m: v['by'] for m, v in validation.items() if 'by' in v}
+  if not tallies:
     return []
   rows = []
-  first = next(iter(found.values()))
+  first = next(iter(tallies.values()))
   for kind, buckets_of_kind in first.items():
     for i, (label, asked, _) in enumerate(buckets_of_kind):
       if asked:
-        scores = [f'{m} {by[kind][i][2]:6.1%}' for m, by in found.items()]
+        scores = [f'{m} {by[kind][i][2]:6.1%}' for m, by in tallies.items()]
         rows.append((f'{kind} {label}, {asked:,} questions', '  '.join(scores)))
   return rows

@@ -81,13 +81,13 @@ def _download(name: str, path: Path) -> None:
     fetch.run(name, ['apt-get', '-q', *options, 'update'])
     texts = {}
     for tongue in ('en', language):
-      found = sorted(lists.glob(f'*_Translation-{tongue}*'))
-      if not found:
+      files = sorted(lists.glob(f'*_Translation-{tongue}*'))
+      if not files:
         raise RunError(
           f'{name}: the package archive has no descriptions in {tongue!r}; '
           'choose another language'
         )
-      command = ['/usr/lib/apt/apt-helper', 'cat-file', *found]
+      command = ['/usr/lib/apt/apt-helper', 'cat-file', *files]
       texts[tongue] = fetch.run(name, command)
     lines = pairs(texts['en'], texts[language])
     with (path / PAIRS_FILE).open('wb') as f:
@@ -108,10 +108,10 @@ def pairs(english: bytes, other: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
   there = {digest: texts for _, digest, texts in _stanzas(other)}
   seen = set()
   for package, digest, texts in _stanzas(english):
-    own = there.get(digest, [])
-    if len(own) != len(texts):
-      own, texts = own[:1], texts[:1]
-    for pair in zip(texts, own, strict=True) if own else ():
+    translated = there.get(digest, [])
+    if len(translated) != len(texts):
+      translated, texts = translated[:1], texts[:1]
+    for pair in zip(texts, translated, strict=True) if translated else ():
       if all(pair) and pair[0] != pair[1] and pair not in seen:
         seen.add(pair)
         yield package, *pair
