@@ -45,7 +45,7 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  tally = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
@@ -54,7 +54,7 @@ def evaluate(
     hint='there is nothing to judge in the split eval.split',
   )
   return {
-    **metrics(tally.total, float(tally.sums['hits']), tally.weight),
-    **tally.means,
-    'items': int(tally.weight),
+    **metrics(result.total, float(result.sums['hits']), result.weight),
+    **result.means,
+    'items': int(result.weight),
   }

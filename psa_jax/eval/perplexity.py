@@ -55,7 +55,7 @@ def evaluate_lm(
   Raises:
     RunError: no validation token counts.
   """
-  tally = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
@@ -64,9 +64,9 @@ def evaluate_lm(
     hint='there is no validation token: the validation split has no window of '
     'this length; shorten eval.seq_len or use more text',
   )
-  size = float(tally.sums['bytes'])
+  size = float(result.sums['bytes'])
   return {
-    **language_metrics(tally.total, tally.weight, size),
-    **tally.means,
-    'tokens': int(tally.weight),
+    **language_metrics(result.total, result.weight, size),
+    **result.means,
+    'tokens': int(result.weight),
   }
