@@ -45,16 +45,16 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is nothing to judge in the split eval.split',
+    hint='there is nothing to judge in the split eval.split',
   )
   return {
-    **metrics(found.total, float(found.sums['hits']), found.weight),
-    **found.means,
-    'items': int(found.weight),
+    **metrics(result.total, float(result.sums['hits']), result.weight),
+    **result.means,
+    'items': int(result.weight),
   }
