@@ -105,7 +105,8 @@ def _run(argv: Sequence[str]) -> int:
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
-  # JAX is imported only here: everything refused above is refused at once.
+  # Checkpoints and data readers take seconds to import; what is refused above
+  # does not wait for them.
   from psa_jax import tasks
 
   tasks.check(config)

@@ -125,6 +125,7 @@ def on_mesh(
     of_learned = learned._replace(
       heads=jax.tree.map(lambda _: by_head, learned.heads),
       tokens=jax.tree.map(lambda _: by_row, learned.tokens),
+      weights=jax.tree.map(lambda _: P(), learned.weights),
     )
   out, aux, mass = jax.shard_map(
     local,

@@ -27,7 +27,7 @@ def dense(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Softmax attention over all visible keys; see `attend.attend`."""
+  """Softmax attention over all visible keys; see `attend`."""
   del learned  # no parameters
   segment_ids = context.segment_ids
   out, _ = dense_attention(

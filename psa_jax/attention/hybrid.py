@@ -120,7 +120,7 @@ def hybrid(
 ) -> AttnOut:
   """Attention over the window and the key blocks that a tile needs.
 
-  Args and errors as in `attend.attend`. The aux scalars are `density` and
+  Args and errors as in `attend`. The aux scalars are `density` and
   `retained_mass` as in `psa.py`, `entropy` (nats, the mean over tiles and
   heads) and `capped`, the share of tiles that asked for more than the cap.
   """

@@ -24,7 +24,7 @@ def on_demand(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Attention by bits on demand; args as in `attend.attend`.
+  """Attention by bits on demand; args as in `attend`.
 
   The aux scalars beside `density` are `refetch_rate` (share of query rows that
   read the low bits) and `key_bits` (bits read of a key channel).

@@ -123,7 +123,7 @@ def psa(
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
-  Args and errors as in `attend.attend`. The aux scalars are `density` (key
+  Args and errors as in `attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
   over a few sampled queries), and `budget`, the keep ratio (or mass) used.

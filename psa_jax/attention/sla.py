@@ -108,7 +108,7 @@ def sla(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Linear attention and a convolution of the values; see `attend.attend`.
+  """Linear attention and a convolution of the values; see `attend`.
 
   `learned` has `position` [B, P, K, H] among its heads (the same for all rows;
   the axis is there so that a mesh can split it), and `conv` [5, Hv] and

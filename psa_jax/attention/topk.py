@@ -136,7 +136,7 @@ def topk(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Attention over the best keys of every query; see `attend.attend`.
+  """Attention over the best keys of every query; see `attend`.
 
   The aux scalars are `density` (keys kept as a share of the visible ones) and
   `mix`.

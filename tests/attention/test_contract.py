@@ -243,15 +243,17 @@ attend = jax.jit(eager, static_argnames=('config', 'train'))
 
 def changed(config, **changes):
   """`config` with other settings of its own mechanism."""
-  own = config.name.removesuffix('_tile')
-  new = dataclasses.replace(getattr(config, own), **changes)
-  return dataclasses.replace(config, **{own: new})
+  section = config.mechanism.section
+  new = dataclasses.replace(config.own, **changes)
+  return dataclasses.replace(config, **{section: new})
 
 
 def scheduled(config, schedule):
   """`config` with every schedule of its own mechanism replaced."""
-  own = vars(getattr(config, config.name.removesuffix('_tile')))
+  own = vars(config.own)
   names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
+  if config.name == 'dsa':  # its other budget is a share
+    names = ['top_k']
   return changed(config, **dict.fromkeys(names, schedule))
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from psa_jax.attention import attend as library_attend
 from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.dsa import DsaConfig
 from psa_jax.attention.dsa import attention as module
@@ -301,7 +302,7 @@ def test_stage_one_teaches_the_indexer_where_the_mass_is():
 def test_a_bidirectional_model_is_refused():
   index, q, k, v = arrays()
   with pytest.raises(ValueError, match='dsa is causal'):
-    module.dsa(
+    library_attend(
       q,
       k,
       v,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from psa_jax.attention import attend as library_attend
 from psa_jax.attention import hybrid as module
 from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.hybrid import HybridConfig
@@ -225,8 +226,8 @@ def test_the_automatic_width_drops_nothing():
 def test_a_bidirectional_model_is_refused():
   config = AttentionConfig(name='hybrid', hybrid=settings())
   with pytest.raises(ConfigError, match='hybrid is causal'):
-    module.hybrid(
-      *arrays(), config=config, context=AttentionContext(step=0, causal=False)
+    library_attend(
+      *arrays(), config=config, context=AttentionContext(causal=False)
     )
 
 

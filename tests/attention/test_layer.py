@@ -73,7 +73,7 @@ def calls(monkeypatch):
     calls.append((q, k, v, kwargs))
     return AttnOut(2 * q, {'density': jnp.float32(0.25)})
 
-  monkeypatch.setattr(layer_lib.base, 'attend', attend)
+  monkeypatch.setattr(layer_lib, 'attend', attend)
   return calls
 
 
@@ -228,10 +228,13 @@ def test_head_width():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(num_kv_heads=3), 'num_heads=4 is not a multiple'),
-    (dict(head_dim=0, num_heads=10), 'd_model=24 is not a multiple'),
-    (dict(head_dim=5), 'even head width, got 5'),
-    (dict(head_dim=0, num_heads=8), 'even head width, got 3'),
+    (dict(num_kv_heads=3), 'num_heads is 4, but it must be a multiple'),
+    (dict(head_dim=0, num_heads=10), 'd_model is 24, not a multiple'),
+    (dict(head_dim=5), 'is 5, but RoPE needs an even'),
+    (
+      dict(head_dim=0, num_heads=8),
+      'is 3, but RoPE needs an even',
+    ),
   ],
 )
 def test_heads_that_do_not_fit_are_refused(change, words):

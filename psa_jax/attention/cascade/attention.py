@@ -72,7 +72,7 @@ def cascade(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Dense attention with local value pruning; see `attend.attend`.
+  """Dense attention with local value pruning; see `attend`.
 
   The aux scalars are `density`, which is 1 (every score is computed), and
   `kept_values`: the share of the visible values that is read.

@@ -68,7 +68,7 @@ from psa_jax.kernels.block_scores import Ranges
 from psa_jax.kernels.indexer import Index
 from psa_jax.types import AttnOut, Learned, Scalar
 
-HEAD_AXIS = 'tensor'  # mesh axis that splits the heads inside `attend.attend`
+HEAD_AXIS = 'tensor'  # mesh axis that splits the heads inside `attend`
 DENSE_TILE = 128, 512  # queries and keys of a tile of the dense divergence
 FIRST, LAST = 1e30, -1e30  # importance that no score can have
 
@@ -133,7 +133,7 @@ def dsa(
   context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Attention over what the indexer chose; see `attend.attend`.
+  """Attention over what the indexer chose; see `attend`.
 
   `learned.tokens` are the fields of `Index`. The aux scalars are those of
   `psa`; `budget` is in tokens or a share of the visible blocks, as the

@@ -140,7 +140,7 @@ def nsa(
 ) -> AttnOut:
   """Compressed, selected and recent keys; a selection for every token.
 
-  Args and errors as in `attend.attend`; `learned` as `NsaParameters` returns
+  Args and errors as in `attend`; `learned` as `NsaParameters` returns
   it. The aux scalars are `density` (rows of keys read by all branches as a
   share of the visible ones; a query that reads as many as it sees, or more,
   counts as 1) and `selected_blocks` (the mean a query).
