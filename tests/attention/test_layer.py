@@ -140,15 +140,10 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   assert q.shape == (2, 9, 4, 6)
   assert k.shape == v.shape == (2, 9, 2, 6)
   assert kwargs.pop('config') == CONFIG.attention
-  assert kwargs.pop('step') == 3
-  np.testing.assert_array_equal(kwargs.pop('segment_ids'), SEGMENTS)
-  assert kwargs == {
-    'train': False,
-    'causal': True,
-    'learned': None,
-    'mechanism': 'dense',
-    'budget': None,
-  }
+  context = kwargs.pop('context')
+  assert (context.step, context.train, context.causal) == (3, False, True)
+  np.testing.assert_array_equal(context.segment_ids, SEGMENTS)
+  assert context.budget is None and kwargs == {'learned': None}
   w = {n: np.asarray(getattr(layer, n)[...], np.float64) for n in KERNELS}
   want_q = turn(np.einsum('btd,dnh->btnh', x, w['wq']), POSITIONS)
   want_k = turn(np.einsum('btd,dkh->btkh', x, w['wk']), POSITIONS)

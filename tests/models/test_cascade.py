@@ -102,6 +102,7 @@ def forward_of(cfg, train=True):
   """
 
   def run(state, batch, step, companions):
+    companions = dict(companions)
     sets, prune = [], cascade_lib.Cascade._prune
 
     def spy(self, *args):
@@ -111,8 +112,9 @@ def forward_of(cfg, train=True):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(cascade_lib.Cascade, '_prune', spy)
       model = nnx.merge(structure(cfg)[0], *state)
+      positions = companions.pop('positions', None)
       context = AttentionContext(step=step, train=train, **companions)
-      out = model(batch, context=context)
+      out = model(batch, context=context, positions=positions)
     one_rung = len(cascade_lib.rungs(cfg.attention.cascade)) == 1
     moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
     return out, moved, [(r.place, r.alive) for r in sets] if one_rung else []
@@ -142,7 +144,7 @@ def oracle_rows(cfg, state, batch, segments):
   causal = cfg.kind == 'decoder_lm'
   statistics = None
   if causal:
-    statistics = stats['layers']['attention']['head_importance']
+    statistics = stats['layers']['attention']['mechanism']['head_importance']
   own = cfg.attention.cascade
   return [
     cascade_oracle.row(
@@ -427,24 +429,30 @@ def test_heads_of_a_causal_model_come_from_earlier_batches():
   """This batch moves the statistics and has no say in its own pruning."""
   cfg = config('decoder_lm')
   params, stats = arrays(cfg)
-  old = np.asarray(stats['layers']['attention']['head_importance'])
+  old = np.asarray(stats['layers']['attention']['mechanism']['head_importance'])
   _, moved, _ = forward(cfg, tokens())
-  new = np.asarray(moved['layers']['attention']['head_importance'])
+  new = np.asarray(moved['layers']['attention']['mechanism']['head_importance'])
   # Heads that a layer lacks are not seen there, and keep what they had.
   assert [int((new[l] != old[l]).sum()) for l in range(L)] == list(HEADS)
   _, same, _ = forward(cfg, tokens(), train=False)
   np.testing.assert_array_equal(
-    same['layers']['attention']['head_importance'], old
+    same['layers']['attention']['mechanism']['head_importance'], old
   )
   # What remains is chosen by the sum over the layers so far.
   ranked = np.argsort(-(old[0] + old[1]), kind='stable')
   assert set(np.flatnonzero(new[2] != old[2])) == set(ranked[:3])
   lifted = np.array(old)
   lifted[:2, ranked[3]] += 10
-  stats = {'layers': {'attention': {'head_importance': jnp.asarray(lifted)}}}
-  run = forward_of(cfg, True, None)
+  stats = {
+    'layers': {
+      'attention': {'mechanism': {'head_importance': jnp.asarray(lifted)}}
+    }
+  }
+  run = forward_of(cfg, True)
   _, moved, _ = run((params, stats), tokens(), jnp.int32(0), {})
-  after = np.asarray(moved['layers']['attention']['head_importance'])
+  after = np.asarray(
+    moved['layers']['attention']['mechanism']['head_importance']
+  )
   assert after[2, ranked[3]] != lifted[2, ranked[3]]
 
 

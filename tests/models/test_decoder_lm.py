@@ -93,6 +93,7 @@ def forward_of(cfg, train):
   @jax.jit
   def run(params, stats, batch, step, companions):
     model = nnx.merge(graphdef, params, stats)
+    companions = dict(companions)
     positions = companions.pop('positions', None)
     context = AttentionContext(step=step, train=train, **companions)
     out = model(batch, context=context, positions=positions)
@@ -305,7 +306,7 @@ def test_one_compilation_serves_every_step():
   for step in (0, 1, 4, 7, 8, 9):
     aux = forward(cfg, tokens(), step=step, train=True)[0].aux
     seen.append((float(aux['gamma']), float(aux['density'])))
-  assert forward_of(cfg, True, None)._cache_size() == 1
+  assert forward_of(cfg, True)._cache_size() == 1
   assert seen[0] == (1, 1) and seen[-1] == seen[-2]
   assert all(a >= b for a, b in zip(seen, seen[1:], strict=False))
 
@@ -463,8 +464,8 @@ def test_vocabulary_of_the_recipe_may_be_larger_but_not_smaller():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(kind='decoder'), 'unknown model.kind'),
-    (dict(num_kv_heads=3), 'not a multiple'),
+    (dict(kind='decoder'), "kind: unknown 'decoder'"),
+    (dict(num_kv_heads=3), 'must be a multiple'),
   ],
 )
 def test_an_impossible_model_is_refused(change, words):
@@ -473,7 +474,7 @@ def test_an_impossible_model_is_refused(change, words):
 
 
 def test_an_unknown_remat_is_refused():
-  with pytest.raises(ConfigError, match='unknown model.remat'):
+  with pytest.raises(ConfigError, match="remat: unknown 'some'"):
     forward(config(remat='some'), tokens(), step=0, train=True)
 
 

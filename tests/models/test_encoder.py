@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
   num_heads=4,
   num_kv_heads=2,
   mlp_dim=24,
-  attention=AttentionConfig(implementation='reference'),
+  attention=AttentionConfig('dense', implementation='reference'),
 )
 SEGMENTS = jnp.asarray([[1] * T, [1] * 8 + [0] * 4], jnp.int32)
 

@@ -68,7 +68,8 @@ def read_densely(model):
   """The model of the same weights with dense attention."""
   attention = model.config.attention.read_by('dense')
   cfg = dataclasses.replace(model.config, attention=attention)
-  return nnx.merge(nnx.graphdef(build(cfg)), nnx.state(model))
+  params = nnx.state(model, lambda path, _: 'mechanism' not in path)
+  return nnx.merge(nnx.graphdef(build(cfg)), params)
 
 
 def oracle(model, source, tokens):
@@ -178,10 +179,13 @@ def test_decoding_a_token_at_a_time_is_reading_all(name, norm):
       run(cfg, model, tokens=tokens[:, w], step=9).hidden
     ) for w in range(width)
   ], 1)  # fmt: skip
-  decoding = model.start(source, ids, hypotheses=width, length=T, step=9)
+  context = AttentionContext(step=9, train=False)
+  decoding = model.start(
+    source, ids, hypotheses=width, length=T, context=context
+  )
   for t in range(T):
     logits, decoding = model.advance(
-      decoding, tokens[:, :, t], jnp.int32(t), step=9
+      decoding, tokens[:, :, t], jnp.int32(t), context=context
     )
     np.testing.assert_allclose(logits, want[:, :, t], atol=3e-5)
 

@@ -196,20 +196,22 @@ def test_an_encoder_decoder_reads_and_writes_the_same(attention, biases):
     graphdef, *arrays = parts
 
     def run(arrays, source, ids, tokens):
-      model, given = nnx.merge(graphdef, *arrays), {'step': STEP}
+      model = nnx.merge(graphdef, *arrays)
+      context = AttentionContext(step=STEP, train=False)
       out = model(
         tokens,
         source=source,
         source_ids=ids,
-        **given,
-        context=AttentionContext(train=False),
+        context=context,
       )
       # Decoding takes another way through the same arrays.
-      decoding = model.start(source, ids, hypotheses=1, length=4, **given)
+      decoding = model.start(
+        source, ids, hypotheses=1, length=4, context=context
+      )
 
       def write(decoding, at):
         row = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
-        one, decoding = model.advance(decoding, row, at, **given)
+        one, decoding = model.advance(decoding, row, at, context=context)
         return decoding, one
 
       written = jax.lax.scan(write, decoding, jnp.arange(3))[1]

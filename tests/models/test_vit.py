@@ -133,4 +133,4 @@ def test_other_attention_runs_and_learns(attention):
 
 def test_pictures_of_another_shape_are_refused():
   with pytest.raises(ValueError, match=r'must be \[B, 6, 6, 3\]'):
-    build()(jnp.zeros((1, 8, 8, 3)), step=0, train=False)
+    build()(jnp.zeros((1, 8, 8, 3)), context=AttentionContext())
