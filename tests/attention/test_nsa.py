@@ -437,7 +437,7 @@ def test_what_cannot_be_is_refused():
     match='tile is 3, but it must divide',
   ):
     attend(x, config(dataclasses.replace(SMALL, tile=3)))
-  with pytest.raises(ConfigError, match='goes down to 2, but .* are 3 together'):
+  with pytest.raises(ConfigError, match='goes down to 2, but'):
     attend(x, config(dataclasses.replace(SMALL, n=2)))
   with pytest.raises(ValueError, match='multiple of stride=4'):
     attend(x, config(dataclasses.replace(SMALL, d=4)))
