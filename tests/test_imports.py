@@ -16,6 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A package may import those of its own number and below.
 LAYER = {
   'types': 0,
+  'extras': 0,
+  'compile_cache': 0,
   'config': 0,
   'config_attention': 0,
   'config_fields': 0,
@@ -36,14 +38,18 @@ LAYER = {
   'eval': 5,
   'sweep': 6,
   'report': 6,
+  # The public names: psa_jax/__init__.py and its modules.
+  'nnx': 3,
+  '': 6,
 }
 # Data stands beside the layers: it uses these, and only LAYER 5 up uses it.
-DATA_USES = {'types', 'config', 'data'}
+DATA_USES = {'types', 'config', 'data', 'extras'}
 DATA_USED_FROM = 5
 
 # What a command's mistakes pass through: no array library, so they show at
 # once. The last two read ConfigDicts, which no other module may see.
 LIGHT = {'config', 'config_attention', 'config_fields', 'validate'}
+LIGHT |= {'extras', 'compile_cache'}
 LIGHT |= {'validate_attention', 'workdir', 'config_dict', 'recipe'}
 READS_CONFIG_DICTS = {'config_dict', 'recipe'}
 

@@ -4,3 +4,7 @@
 `pipeline.eval_batches` come after it. TFDS, grain and tokenizers are imported
 by the function that first needs them.
 """
+
+from psa_jax import extras
+
+extras.require('data')
