@@ -77,6 +77,7 @@ def launched(folder, *words):
   return int(done.stdout), [*folder.glob('compiled-*/*-cache')]
 
 
+@pytest.mark.tier('default')
 def test_launch_keeps_programs_unless_it_is_told_not_to(tmp_path):
   size, files = launched(tmp_path, '--nocompile_cache')
   assert size != compile_cache.MAX_BYTES and not files

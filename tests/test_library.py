@@ -17,6 +17,8 @@ from tests import oracles
 # Its overloads want each argument by itself.
 of_jax: Any = jax.nn.dot_product_attention
 
+slow = pytest.mark.tier('default')
+
 B, T, N, K, H = 2, 48, 4, 2, 16
 # Restricts on 48 tokens: sink, own tile and a short window are less than all.
 PSA = dict(block_q=8, block_k=4, window=4, is_causal=True)
@@ -40,6 +42,7 @@ def close(got, want):
 # The dense limit, against a definition that shares no code.
 
 
+@slow
 @pytest.mark.parametrize('kind', ['psa', 'topk', 'hybrid', 'dense'])
 @pytest.mark.parametrize('documents', [False, True])
 def test_with_everything_kept_it_is_dense(kind, documents):
@@ -61,6 +64,7 @@ def test_with_everything_kept_it_is_dense(kind, documents):
   assert aux['density'] == 1
 
 
+@slow
 def test_a_scale_is_a_scale_on_the_scores():
   q, k, v = arrays()
   mask = oracles.causal_mask(B, K, T, T)
@@ -93,6 +97,7 @@ FORMS = {
 }
 
 
+@slow
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('array', [np.asarray, jnp.asarray])
 def test_dense_equals_jax(form, array):
@@ -104,6 +109,7 @@ def test_dense_equals_jax(form, array):
   close(got, want)
 
 
+@slow
 def test_dense_equals_jax_without_a_batch_axis():
   q, k, v = (x[0] for x in arrays())
   for options in (dict(is_causal=True), dict(mask=np.tri(T, dtype=bool)[None])):
@@ -111,6 +117,7 @@ def test_dense_equals_jax_without_a_batch_axis():
     close(psa_jax.attention(q, k, v, kind='dense', **options), want)
 
 
+@slow
 def test_dense_equals_jax_across_sequences():
   q, k, v = arrays(t=5, s=9)
   for causal in (False, True):
@@ -118,6 +125,7 @@ def test_dense_equals_jax_across_sequences():
     close(psa_jax.attention(q, k, v, kind='dense', is_causal=causal), want)
 
 
+@slow
 @pytest.mark.parametrize('masked', [False, True])
 def test_dense_returns_jax_residual(masked):
   q, k, v = arrays()
@@ -129,6 +137,7 @@ def test_dense_returns_jax_residual(masked):
   close(lse, want_lse)
 
 
+@slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_sparse_kind_takes_the_same_forms(dtype):
   args = [jnp.asarray(x, dtype) for x in arrays()]
@@ -144,6 +153,7 @@ def test_a_sparse_kind_takes_the_same_forms(dtype):
 # The name is a package as well.
 
 
+@slow
 def test_the_package_is_called_and_imported_from():
   from psa_jax.attention.psa import psa
 
@@ -153,6 +163,7 @@ def test_the_package_is_called_and_imported_from():
   assert psa_jax.attention.psa.psa is psa
 
 
+@slow
 def test_jit_vmap_and_grad_take_it_as_a_function():
   args = as_jax(*arrays())
   want = psa_jax.attention(*args, **PSA, keep=0.3)
@@ -175,6 +186,7 @@ def test_every_public_name_is_there():
 # Options and schedules.
 
 
+@slow
 def test_a_config_and_its_fields_say_the_same():
   from psa_jax.attention.call import kinds
   from psa_jax.config import AttentionConfig
@@ -199,11 +211,13 @@ def density(step=None, **options):
   return float(aux['density'])
 
 
+@slow
 def test_a_schedule_follows_the_step():
   assert density(step=0) == 1
   assert density(step=10) < density(step=5) < 1
 
 
+@slow
 def test_a_schedule_follows_at_step_inside_jit():
   traces = []
 
@@ -221,6 +235,7 @@ def test_a_schedule_follows_at_step_inside_jit():
   assert len(traces) == 1
 
 
+@slow
 def test_a_schedule_without_a_step_is_refused():
   with pytest.raises(ConfigError, match='keep is a schedule.*step='):
     density()
@@ -275,6 +290,7 @@ def mask_of(ids, causal=True):
   return same & np.tri(T, dtype=bool) if causal else same
 
 
+@slow
 @pytest.mark.parametrize('is_causal', [False, True])
 @pytest.mark.parametrize('jit', [False, True])
 def test_a_mask_of_documents_is_obeyed(is_causal, jit):
@@ -294,6 +310,7 @@ def test_a_mask_of_documents_is_obeyed(is_causal, jit):
   assert (np.asarray(got)[~real] == 0).all()
 
 
+@slow
 def test_a_padding_mask_equals_jax_where_there_are_tokens():
   q, k, v = arrays()
   mask = (np.arange(T) < 30).reshape(1, 1, 1, T)
@@ -315,6 +332,7 @@ def holes():
   return np.broadcast_to(np.arange(T) % 5 > 0, (T, T))
 
 
+@slow
 @pytest.mark.parametrize('make', [band, holes])
 def test_a_mask_that_says_more_is_refused_or_nan(make):
   args = arrays()
@@ -338,6 +356,7 @@ def test_a_mask_that_is_not_causal_is_refused():
     psa_jax.attention(*args, mask=np.ones((1, N, T, T), bool), **PSA)
 
 
+@slow
 def test_lengths_of_padded_rows():
   q, k, v = arrays()
   lengths = np.array([T, 11], np.int32)
@@ -352,6 +371,7 @@ def test_lengths_of_padded_rows():
       close(psa_jax.attention(q, k, v, kind=kind, keep=1.0, **kw), want)
 
 
+@slow
 def test_lengths_that_differ_are_refused_or_nan():
   args = arrays()
 
@@ -478,6 +498,7 @@ def test_what_is_wrong_is_named(case):
   assert '\n' not in str(error.value)
 
 
+@slow
 @pytest.mark.parametrize('kind', ['psa', 'topk', 'dense', 'hybrid', 'auto'])
 @pytest.mark.parametrize('empty', ['batch', 'length'])
 def test_nothing_gives_nothing(kind, empty):
@@ -498,6 +519,7 @@ def said(monkeypatch, caplog):
   return caplog
 
 
+@slow
 def test_auto_is_dense_below_the_crossover_and_says_so_once(said):
   args = arrays()
   want = psa_jax.attention(*args, kind='dense', is_causal=True)
@@ -508,6 +530,7 @@ def test_auto_is_dense_below_the_crossover_and_says_so_once(said):
   assert 'length 48 is below the 4096 measured on cpu' in said.messages[0]
 
 
+@slow
 def test_auto_is_psa_from_the_crossover_on(said, monkeypatch):
   monkeypatch.setattr(dense_call, 'CROSSOVER', {'cpu': T})
   args = arrays()
@@ -525,6 +548,7 @@ def test_auto_is_psa_from_the_crossover_on(said, monkeypatch):
 # The operations.
 
 
+@slow
 def test_top_k_takes_numpy():
   x = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
   got = jax.jit(lambda: psa_jax.top_k(x, 5))()
@@ -536,6 +560,7 @@ def test_top_k_takes_numpy():
   np.testing.assert_array_equal(got.count, counts)
 
 
+@slow
 def test_sparse_poly_softmax_takes_numpy():
   x = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
   cubic = (0.1, 0.9, 0.05, 0.01)

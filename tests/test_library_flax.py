@@ -9,6 +9,8 @@ from flax import linen, nnx
 import psa_jax
 from psa_jax.config import ConfigError
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, D = 2, 48, 2, 16
 PSA = dict(block_q=8, block_k=4, window=4)
 

@@ -243,6 +243,7 @@ print(psa_jax.attention(q, q, q, kind='dense').shape)
 """
 
 
+@pytest.mark.tier('default')
 def test_the_public_names_need_no_extra():
   """In a process in which our modules can import nothing but the core."""
   core = {'psa_jax', *CORE}
@@ -277,6 +278,7 @@ def test_a_missing_extra_is_one_line(name, monkeypatch):
   )
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('package', ['psa_jax.train', 'psa_jax.data'])
 def test_a_package_that_needs_an_extra_asks_for_it(package):
   program = (
