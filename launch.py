@@ -115,6 +115,9 @@ def _run(argv: Sequence[str]) -> int:
   if _COMPILE_CACHE.value:
     compile_cache.turn_on()
   # JAX is imported only here: everything refused above is refused at once.
+  from psa_jax import tasks
+
+  tasks.check(config)
   from psa_jax.train import loop
 
   if _MODE.value == 'eval':

@@ -59,6 +59,12 @@ def project():
   return tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 
 
+@functools.cache
+def _providers():
+  """Module -> distributions; it reads every file list, so it is made once."""
+  return importlib.metadata.packages_distributions()
+
+
 def declared(group):
   return {canonicalize_name(r.name): r for r in map(Requirement, group)}
 
@@ -78,7 +84,7 @@ def imported(*folders):
 def distributions(*folders, own_environment=frozenset()):
   """Distributions that provide each module that `folders` import."""
   ours = {'psa_jax', 'configs', 'experiments', 'tests', 'launch'}
-  providers = importlib.metadata.packages_distributions()
+  providers = _providers()
   modules = set(imported(*folders)) - ours - sys.stdlib_module_names
   modules -= own_environment
   missing = {m for m in modules if m not in providers}
@@ -177,7 +183,7 @@ def test_train_brings_all_that_a_run_needs():
 
 @pytest.mark.parametrize('name', PINNED_EXTRAS)
 def test_an_extra_brings_the_modules_that_are_asked_for(name):
-  providers = importlib.metadata.packages_distributions()
+  providers = _providers()
   brought = {
     canonicalize_name(d)
     for module in extras.MODULES[name]
@@ -198,7 +204,7 @@ def test_an_extra_brings_the_modules_that_are_asked_for(name):
 
 
 def _provided(module, distributions_by_name):
-  providers = importlib.metadata.packages_distributions()[module]
+  providers = _providers()[module]
   return {canonicalize_name(d) for d in providers} & distributions_by_name
 
 
@@ -248,7 +254,7 @@ def test_the_public_names_need_no_extra():
   """In a process in which our modules can import nothing but the core."""
   core = {'psa_jax', *CORE}
   closure = _closure(CORE)
-  providers = importlib.metadata.packages_distributions()
+  providers = _providers()
   tops = {top for tops in extras.MODULES.values() for top in tops}
   outside = {
     top
