@@ -13,6 +13,9 @@ ARGS =
 VENV := .venv
 SIZE := 1.1 GB
 BIN = $(VENV)/bin
+# Half the files to each worker, in their order, so that tests which share
+# programs and fixtures meet; one that is done takes from the other.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist=worksteal
 # No bytecode at install: most files of a wheel are never imported.
 PIP = $(BIN)/python -m pip install -qq --no-input --no-compile \
   --disable-pip-version-check --progress-bar off
@@ -27,13 +30,20 @@ AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
 aot $(AOT_STAMP): VENV := .venv-aot
 aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test lint format tables aot bench-peers clean help
+.PHONY: train test test-quick test-all lint format tables aot bench-peers clean \
+  help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
 
-test: $(DEV_STAMP) ## run the whole test suite, on the CPU
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: $(DEV_STAMP) ## run the test suite, on the CPU: 12 minutes on two cores
+	$(PYTEST) $(ARGS)
+
+test-quick: $(DEV_STAMP) ## run what one runs between two edits: 2 minutes
+	$(PYTEST) --tier=quick $(ARGS)
+
+test-all: $(DEV_STAMP) ## run every shape and simulator, compiled as in training
+	PSA_JAX_TEST_OPTIMIZED=1 $(PYTEST) --tier=all $(ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and types
 	@code=0; $(BIN)/ruff check || code=1; $(BIN)/ruff format --check || code=1; \

@@ -9,6 +9,10 @@
 * Shapes and types of psa_jax's annotations are checked at run time by
   jaxtyping and beartype; `PSA_JAX_TYPECHECK=0` turns that off.
 * A broadcast between arrays of different rank is an error.
+* XLA compiles without LLVM's optimisation, which took most of the suite's
+  time. PSA_JAX_TEST_OPTIMIZED=1 compiles as `make train` does. A flag that
+  XLA_FLAGS already names is left as it is.
+* `tests/tiers.py` says which tests run.
 * A process that has compiled so much that it nears the kernel's limit on
   memory mappings drops its programs: beyond it JAX ends with a fault.
 """
@@ -24,11 +28,17 @@ DEVICES = 8
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['PJRT_NPROC'] = str(2 * DEVICES)
-DEVICE_FLAG = '--xla_force_host_platform_device_count'
-if DEVICE_FLAG not in os.environ.get('XLA_FLAGS', ''):  # workers inherit it
-  os.environ['XLA_FLAGS'] = ' '.join(
-    filter(None, [os.environ.get('XLA_FLAGS'), f'{DEVICE_FLAG}={DEVICES}'])
-  )
+XLA_FLAGS = {'xla_force_host_platform_device_count': DEVICES}
+if os.environ.get('PSA_JAX_TEST_OPTIMIZED') != '1':
+  XLA_FLAGS |= {
+    'xla_backend_optimization_level': 0,
+    'xla_cpu_use_fusion_emitters': 'false',
+    'xla_cpu_parallel_codegen_split_count': 1,
+  }
+given = os.environ.get('XLA_FLAGS', '')  # workers inherit it
+os.environ['XLA_FLAGS'] = ' '.join(
+  [given, *(f'--{k}={v}' for k, v in XLA_FLAGS.items() if k not in given)]
+).strip()
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.jax_cache')
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
@@ -47,6 +57,17 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+from tests.tiers import (  # noqa: E402, F401
+  pytest_addoption,
+  pytest_collection_modifyitems,
+  pytest_configure,
+  pytest_runtest_logreport,
+  pytest_runtest_logstart,
+  pytest_runtest_makereport,
+  pytest_sessionfinish,
+  pytest_terminal_summary,
+)
 
 flags.FLAGS.mark_as_parsed()
 

@@ -98,6 +98,15 @@ def test_test_and_train_share_an_environment(project):
   assert installs(make(project, 'test')[2]) == []
 
 
+@pytest.mark.parametrize(
+  'target, tier', [('test-quick', 'quick'), ('test-all', 'all')]
+)
+def test_a_tier_has_a_target(project, target, tier):
+  _, _, log = make(project, target, 'ARGS=-x')
+  assert log[-1].startswith('-m pytest')
+  assert log[-1].endswith(f' --tier={tier} -x')
+
+
 def test_aot_has_an_environment_of_its_own(project):
   code, _, log = make(project, 'aot', 'ARGS=--set update=true')
   assert code == 0

@@ -395,7 +395,7 @@ class Listed(NamedTuple):
     """Chunks to read."""
     return lax.div(self.count + (chunk - 1), chunk)
 
-  def left(self, c, chunk: int):
+  def blocks_in(self, c, chunk: int):
     """Blocks of chunk c."""
     return jnp.minimum(self.count - c * chunk, chunk)
 

@@ -38,14 +38,14 @@ class Products(NamedTuple):
   Attributes:
     sizes: see `Sizes`.
     scored: tensor memory of `scores`.
-    left: where a left operand goes that is in registers.
+    lhs: where a left operand goes that is in registers.
     sums: tensor memory by name.
     done: barriers at which scores and products into sums arrive.
   """
 
   sizes: wg.Sizes
   scored: Any
-  left: Any
+  lhs: Any
   sums: dict[str, Any]
   done: Any
 
@@ -54,15 +54,15 @@ class Products(NamedTuple):
     """What to allocate for all warpgroups of a block of threads."""
     cores, width = sizes.cores, sizes.columns
     if cores.rows == nvidia.ROWS:
-      left = wg.tile_memory(
+      lhs = wg.tile_memory(
         (cores.computing, cores.rows, width), sizes.dtype, sizes.elements
       )
     else:
       shape = (cores.rows, cores.computing * width)
-      left = plgpu.TMEM(shape, sizes.dtype, packed=True)
+      lhs = plgpu.TMEM(shape, sizes.dtype, packed=True)
     return dict(
       scored=_memory(cores, width),
-      left=left,
+      lhs=lhs,
       sums={name: _memory(cores, n) for name, n in sizes.sums.items()},
       done=tuple(
         plgpu.Barrier(num_barriers=cores.computing, orders_tensor_core=True)
@@ -78,11 +78,11 @@ class Products(NamedTuple):
       return ref.at[:, pl.ds(me * width, width)]
 
     in_shared = sizes.cores.rows == nvidia.ROWS
-    left = scratch['left']
+    lhs = scratch['lhs']
     return cls(
       sizes,
       mine(scratch['scored'], sizes.columns),
-      left.at[me] if in_shared else mine(left, sizes.columns),
+      lhs.at[me] if in_shared else mine(lhs, sizes.columns),
       {name: mine(scratch['sums'][name], n) for name, n in sizes.sums.items()},
       tuple(x.at[me] for x in scratch['done']),
     )
@@ -92,10 +92,10 @@ class Products(NamedTuple):
     """Whether to begin scores before they are needed."""
     return self.sizes.ahead
 
-  def begin(self, wanted, a, b) -> None:
+  def begin(self, condition, a, b) -> None:
     """Starts the f32 product a @ b.T of tiles in shared memory, if wanted."""
 
-    @pl.when(wanted)
+    @pl.when(condition)
     def _():
       self._begin(a, b)
 
@@ -113,9 +113,9 @@ class Products(NamedTuple):
     plgpu.wait_load_tmem()
     return scores
 
-  def meanwhile(self, wanted, a, b, work):
+  def meanwhile(self, condition, a, b, work):
     """What `work()` returns; begins another product before it."""
-    self.begin(wanted, a, b)
+    self.begin(condition, a, b)
     return work(), None
 
   def scores(self, a, b) -> jax.Array:
@@ -152,12 +152,12 @@ class Products(NamedTuple):
   def plus(self, name: str, total, a, b) -> None:
     """The sum and a @ b, with `a` in registers and `b` in shared memory."""
     if self.sizes.cores.rows == nvidia.ROWS:
-      self.left[...] = a
+      self.lhs[...] = a
       plgpu.commit_smem()
     else:
-      plgpu.async_store_tmem(self.left, a)
+      plgpu.async_store_tmem(self.lhs, a)
       plgpu.commit_tmem()
-    plgpu.tcgen05_mma(self.sums[name], self.left, b, self.done[1])
+    plgpu.tcgen05_mma(self.sums[name], self.lhs, b, self.done[1])
     plgpu.barrier_wait(self.done[1])
 
   def plus_both(self, names, totals, first, second):
@@ -168,9 +168,9 @@ class Products(NamedTuple):
   def read(self, name: str, total) -> jax.Array:
     """The sum as an array."""
     del total
-    found = plgpu.async_load_tmem(self.sums[name])
+    sums = plgpu.async_load_tmem(self.sums[name])
     plgpu.wait_load_tmem()
-    return found
+    return sums
 
 
 def _memory(cores: nvidia.Cores, width: int):

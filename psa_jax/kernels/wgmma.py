@@ -42,12 +42,12 @@ class Products(NamedTuple):
     """Whether to begin scores before they are needed."""
     return self.sizes.ahead
 
-  def begin(self, wanted, a, b) -> jax.Array:
+  def begin(self, condition, a, b) -> jax.Array:
     """The f32 product a @ b.T of tiles in shared memory; anything if not."""
     if self.sizes.cores.hardware:
       return self.scores(a, b)
     return jax.lax.cond(
-      wanted,
+      condition,
       lambda: self.scores(a, b),
       lambda: jnp.zeros((a.shape[0], b.shape[0]), jnp.float32),
     )
@@ -56,10 +56,10 @@ class Products(NamedTuple):
     """What was begun."""
     return begun
 
-  def meanwhile(self, wanted, a, b, work):
+  def meanwhile(self, condition, a, b, work):
     """What `work()` returns, and a product that is made in the meantime."""
     if not self.sizes.cores.hardware:
-      return work(), self.begin(wanted, a, b)
+      return work(), self.begin(condition, a, b)
 
     def run(sums):
       plgpu.wgmma(sums, a, b.transpose((1, 0)))

@@ -35,6 +35,7 @@ def _more_cases(monkeypatch):
     monkeypatch.setitem(test_block_sparse.CASES, name, shape)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   'name, window',
   [
@@ -55,6 +56,7 @@ def test_lowers(name, window):
     assert f'block_sparse_{kernel}' in text
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('block_k, T, H', [(64, 1, 128), (16, 3, 128)])
 def test_decoding_lowers(block_k, T, H):
   args, call, _ = decode_on_hopper.make_case(
@@ -64,6 +66,7 @@ def test_decoding_lowers(block_k, T, H):
   assert 'block_sparse_forward' in text
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize(
   'name, seed, window', [('wide tile', 0, 20), ('two heads', 0, None)]
 )
@@ -80,6 +83,7 @@ def test_value_and_gradients_simulated(name, seed, window):
   on_hopper.check(got, args, mask, d_out, d_lse)
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize('name, seed', [('long lists', 8), ('large tile', 0)])
 def test_value_simulated(name, seed):
   args, call, mask, _ = on_hopper.make_case(name, seed)
@@ -90,6 +94,7 @@ def test_value_simulated(name, seed):
   np.testing.assert_array_equal(np.isfinite(lse), np.isfinite(want_lse))
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize(
   'shape, window, starts',
   [
@@ -111,6 +116,7 @@ def test_decoding_simulated(shape, window, starts, monkeypatch):
   oracles.check_close(np.asarray(lse)[read], want_lse[read], 'bfloat16')
 
 
+@pytest.mark.tier('default')
 def test_auto_takes_them():
   args, call, _, _ = on_hopper.make_case('two heads')
   call = functools.partial(call, implementation='auto')

@@ -79,6 +79,7 @@ def test_value_and_gradients(name, implementation):
   check_value_and_gradients(name, implementation=implementation)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   ('name', 'chunk'), [*((x, 8) for x in CASES), ('prefill chunk', 3072)]
 )
@@ -92,6 +93,7 @@ def test_many_tiles_at_once(name, chunk, monkeypatch):
     check_value_and_gradients(name, implementation='xla')
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('kind', ['polynomial', 'sas'])
 def test_many_tiles_at_once_with_other_kinds(kind, monkeypatch):
   monkeypatch.setattr(xla_module, 'SCORES_ON_GPU', 2**12)
@@ -139,6 +141,7 @@ def check_value_and_gradients(name, **how):
     oracles.check_close(got, grad, gradient=True, what=f'd{what}')
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('chunks', [(8,), (24,), (32, 16, 8), (10_000,)])
 def test_chunking_changes_nothing(chunks, monkeypatch):
   """The online softmax over chunks, masked or not, the last one partial."""

@@ -62,6 +62,7 @@ def gradients(call, d_out, d_lse=0.0):
   return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   'name', ['realistic', 'wide blocks', 'H = 72', 'narrow values']
 )
@@ -75,6 +76,7 @@ def test_lowers_for_hopper(name):
     assert f'block_sparse_{kernel}' in text
 
 
+@pytest.mark.tier('default')
 def test_lowers_with_a_window():
   args, call, _, d_out = make_case('realistic', dtype=jnp.float16)
   call = functools.partial(call, window=100)
@@ -100,6 +102,7 @@ def check(got, args, mask, d_out, d_lse, dtype='bfloat16'):
     oracles.check_close(grad, wanted, dtype, gradient=True, what=f'd{what}')
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize(
   'name, seed, window',
   [
@@ -121,6 +124,7 @@ def test_value_and_gradients_simulated(name, seed, window):
   check(got, args, mask, d_out, d_lse)
 
 
+@pytest.mark.tier('ci')
 def test_blocks_with_many_readers_are_dealt_out_simulated(monkeypatch):
   monkeypatch.setattr(pallas_gpu_backward, 'FEWEST_READERS', 2)
   args, call, mask, d_out = make_case('whole tiles', 10)
@@ -133,6 +137,7 @@ def test_blocks_with_many_readers_are_dealt_out_simulated(monkeypatch):
   check(got, args, mask, d_out, 0.0)
 
 
+@pytest.mark.tier('ci')
 def test_long_and_empty_lists_simulated():
   args, call, mask, _ = make_case('long lists', 8)
   assert sorted(call.keywords['block_counts'].reshape(-1)) == [0, 5]
@@ -176,6 +181,7 @@ def test_refusals_name_the_reason(target, change, reason):
       )
 
 
+@pytest.mark.tier('default')
 def test_auto_takes_it_on_hopper_and_says_why_not_before(caplog):
   args, call, mask, _ = test_block_sparse.make_case('plain')
   half = [x.astype(jnp.bfloat16) for x in args]

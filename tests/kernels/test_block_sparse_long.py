@@ -13,6 +13,8 @@ import pytest
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 T, H, BLOCK_Q, BLOCK_K, M = 65_536, 16, 256, 64, 24
 
 

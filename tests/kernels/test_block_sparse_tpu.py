@@ -19,6 +19,8 @@ from psa_jax.kernels.block_sparse.api import Spec
 from tests import oracles
 from tests.kernels.test_block_sparse import CASES, make_case
 
+pytestmark = pytest.mark.tier('default')
+
 
 def step_of(call, d_out, d_lse):
   """Jitted gradients, output and log-sum-exp."""
@@ -140,6 +142,7 @@ def test_only_chunks_read_whole_have_no_mask(
   assert cuts.any() and (window is not None or not cuts.all())
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize('name', ['narrow values', 'shorter than a block'])
 def test_no_races(name):
   """Reads of memory that nothing wrote give NaN here; too long ones raise."""

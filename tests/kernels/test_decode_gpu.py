@@ -48,6 +48,7 @@ def make_case(lengths, T, S, N, K, H, Hv, block_k, window=None, starts=None):
   return args, call, mask
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('block_k, T', [(64, 1), (16, 3), (128, 20)])
 def test_lowers_for_hopper(block_k, T):
   args, call, _ = make_case([700, 9], T, 1000, 16, 4, 128, 64, block_k)
@@ -55,6 +56,7 @@ def test_lowers_for_hopper(block_k, T):
   assert 'block_sparse_forward' in text
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize(
   'shape, window, starts',
   [

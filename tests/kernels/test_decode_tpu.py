@@ -17,6 +17,8 @@ from psa_jax.kernels.mosaic import Shape
 from psa_jax.kernels.tiles import Tiles
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 # name: B, T, S, N, K, H, Hv, block_k, M, window, whether starts are given
 CASES = {
   'one token': (3, 1, 64, 4, 2, 16, 16, 8, 8, None, False),
@@ -120,6 +122,7 @@ def test_an_odd_head_is_copied():
   assert stored('one token', jnp.dtype('float32')) == (False, False)
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize('name', ['one token', 'several chunks', 'in place'])
 def test_no_races(name):
   """Reads of memory that nothing wrote give NaN here; too long ones raise."""

@@ -18,6 +18,8 @@ from psa_jax.kernels import platform
 from psa_jax.kernels.dense import cudnn, dense_attention, pallas_tpu, reference
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 # name: B, T, S, N, K, H, Hv, segments, q_offset, causal
 CASES = {
   'odd lengths': (1, 300, 300, 4, 2, 16, 24, False, 0, True),

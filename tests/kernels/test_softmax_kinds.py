@@ -106,6 +106,7 @@ def test_value_and_gradients(case, name, implementation):
   check(case, name, implementation)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('name', ['polynomial', 'sas'])
 @pytest.mark.parametrize(
   'case', ['odd lengths', 'wide values', 'prefill chunk', 'bidirectional']
@@ -115,6 +116,7 @@ def test_on_a_tpu(case, name):
     check(case, name, 'pallas_tpu')
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('name', ['polynomial', 'sas'])
 def test_on_a_tpu_in_many_chunks(name, monkeypatch):
   """The passes over a list are of several chunks, and pieces of rows."""
@@ -128,6 +130,7 @@ def test_on_a_tpu_in_many_chunks(name, monkeypatch):
     check('many', name, 'pallas_tpu')
 
 
+@pytest.mark.tier('ci')
 @pytest.mark.parametrize('name', ['polynomial', 'sas'])
 def test_on_a_tpu_without_races(name):
   """Reads of memory that nothing wrote give NaN here."""
@@ -137,6 +140,7 @@ def test_on_a_tpu_without_races(name):
   assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', ['polynomial', 'sas'])
 def test_lowers_for_tpu(name, dtype):

@@ -11,6 +11,8 @@ from psa_jax.kernels import platform
 from psa_jax.kernels import warpgroups as wg
 from tests.kernels import gpu_simulator
 
+pytestmark = pytest.mark.tier('ci')
+
 ROWS, N = 128, 16
 STEPS = ('commit_smem', 'barrier_wait', 'wait_load', 'commit_tmem')
 

@@ -248,6 +248,7 @@ def test_under_vmap():
   jax.tree.map(np.testing.assert_array_equal, got, jax.jit(whole)(x))
 
 
+@pytest.mark.tier('ci')
 def test_kernel_races_and_bounds():
   """Pallas's TPU simulator: out-of-bounds and uninitialised reads, races."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call

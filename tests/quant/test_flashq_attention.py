@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from psa_jax.quant.flashq_attention import flashq_attention
-from psa_jax.quant.flashq_cache import prefill, read, read_recent
 from tests import oracles
 from tests.quant.test_flashq_cache import (
   BLOCK,
@@ -18,14 +17,15 @@ from tests.quant.test_flashq_cache import (
   jitted,
   new_cache,
   normal,
+  read_all,
   sample,
 )
 
 
 def filled(lengths, low_heads=1, heads=K, seed=1):
   arrays = sample(seed, ROOM, heads)
-  cache = new_cache(low_heads, heads=heads)
-  return prefill(cache, *map(jnp.asarray, arrays), jnp.asarray(lengths)), arrays
+  cache, (_, fill) = new_cache(low_heads, heads=heads), jitted()
+  return fill(cache, *map(jnp.asarray, arrays), jnp.asarray(lengths)), arrays
 
 
 def floats(cache):
@@ -33,8 +33,8 @@ def floats(cache):
   found = []
   for store in (cache.keys, cache.values):
     ids = jnp.broadcast_to(jnp.arange(ROOM // BLOCK)[None, None], (B, K, 4))
-    ints, scale = (np.asarray(x) for x in read(store, ids))
-    recent, recent_scale = (np.asarray(x) for x in read_recent(store))
+    both = read_all(store, ids)
+    (ints, scale), (recent, recent_scale) = jax.tree.map(np.asarray, both)
     x = ints * np.float64(scale)[..., None, None]
     for b in range(B):
       last = int(cache.lengths[b]) // BLOCK

@@ -35,14 +35,16 @@ def sample(seed=0, length=24, heads=K):
 
 
 def new_cache(low_heads=1, room=ROOM, heads=K):
-  keys, values = (
-    flashq.calibrate(jnp.asarray(x)) for x in sample(9, 99, heads)
-  )
+  return _new_cache(*sample(9, 99, heads), low_heads, room)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _new_cache(k, v, low_heads, room):
   return empty(
     B,
     room,
-    keys=keys,
-    values=values,
+    keys=flashq.calibrate(k),
+    values=flashq.calibrate(v),
     head_dim=H,
     value_dim=HV,
     low_heads=low_heads,
@@ -97,8 +99,8 @@ def check(store, oracle, lengths):
   """Every token of the store is the oracle's, integer for integer."""
   blocks = ROOM // BLOCK
   ids = jnp.broadcast_to(jnp.arange(blocks)[None, None], (B, K, blocks))
-  ints, scale = (np.asarray(x) for x in read(store, ids))
-  recent, recent_scale = (np.asarray(x) for x in read_recent(store))
+  both = read_all(store, ids)
+  (ints, scale), (recent, recent_scale) = jax.tree.map(np.asarray, both)
   for b, h in np.ndindex(B, K):
     T = lengths[b]
     assert T == len(oracle.rows[b][h])
@@ -118,6 +120,12 @@ def check(store, oracle, lengths):
 @functools.cache
 def jitted():
   return jax.jit(append), jax.jit(prefill)
+
+
+@jax.jit
+def read_all(store, ids):
+  """Integers and scale of the blocks, and of what is not packed yet."""
+  return read(store, ids), read_recent(store)
 
 
 @pytest.mark.parametrize('low_heads', [0, 1, 3])
@@ -194,7 +202,7 @@ def test_bytes_of_the_buffers_against_fp16(width, room):
   assert used == by_hand
   assert fp16 / used >= 4.4
   x = jnp.asarray(normal(1, room, 4, width))
-  assert nbytes(prefill(cache, x, x)) == used
+  assert nbytes(jitted()[1](cache, x, x)) == used
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -33,8 +33,8 @@ def top_blocks(queries, pooled, ranges, *, spec):
   if group == tiles:
     return _rank(queries, ranges, pooled, spec)
   chunks = jax.tree.map(split, (queries, ranges))
-  found = lax.map(lambda chunk: _rank(*chunk, pooled, spec), chunks)
-  return jax.tree.map(join, found)
+  lists = lax.map(lambda chunk: _rank(*chunk, pooled, spec), chunks)
+  return jax.tree.map(join, lists)
 
 
 def _tiles_at_once(scores: int) -> int:

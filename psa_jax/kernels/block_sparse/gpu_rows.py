@@ -100,10 +100,10 @@ class QueryRows(NamedTuple):
     batch, head = lax.div(head, K), lax.rem(head, K)
     n = self.copies(size)
     step = size // n
-    found = []
+    pairs = []
     for at in range(0, size, step):
       g = lax.div(first + at, block_q)
       t = i * block_q + lax.rem(first + at, block_q)
       source = array.at[batch, pl.ds(t, step), head * G + g]
-      found.append((source, shared if n == 1 else shared.at[pl.ds(at, step)]))
-    return found
+      pairs.append((source, shared if n == 1 else shared.at[pl.ds(at, step)]))
+    return pairs

@@ -56,6 +56,7 @@ def _attention(spec, q, k, v, ids, counts, segments):
 
 
 def _forward(spec, q, k, v, ids, counts, segments):
+  # Loads Mosaic GPU, which other machines never need.
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)

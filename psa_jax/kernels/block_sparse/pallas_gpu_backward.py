@@ -64,10 +64,10 @@ class Inputs(NamedTuple):
 
   def arrays(self):
     """By name, without those that are not there; lse for powers of two."""
-    given = self._asdict()
-    del given['queries']
-    given |= given.pop('rows')._asdict() | dict(lse=self.lse * forward.LOG2E)
-    return {name: x for name, x in given.items() if x is not None}
+    arrays = self._asdict()
+    del arrays['queries']
+    arrays |= arrays.pop('rows')._asdict() | dict(lse=self.lse * forward.LOG2E)
+    return {name: x for name, x in arrays.items() if x is not None}
 
 
 def query_gradient(
@@ -330,7 +330,7 @@ def key_gradients(
     tiles=readers.tiles,
   )
   tables = {x: y.reshape(plan.heads, -1) for x, y in tables.items()}
-  found = kernel(inputs.arrays() | tables)
+  outputs = kernel(inputs.arrays() | tables)
 
   def finish(whole, partial):
     whole = whole.reshape(tiles.B, tiles.nk, size, *whole.shape[2:])
@@ -341,12 +341,12 @@ def key_gradients(
     whole = whole[:, :, : plan.block_k]
     return whole.reshape(tiles.B, -1, *whole.shape[3:])
 
-  partial = found[2:] if shares.extra else (None, None)
-  return finish(found[0], partial[0]), finish(found[1], partial[1])
+  partial = outputs[2:] if shares.extra else (None, None)
+  return finish(outputs[0], partial[0]), finish(outputs[1], partial[1])
 
 
 def _key_kernel(plan, inputs, dk_ref, dv_ref, *partial):
-  def body(own, segment, exchange, scratch, ready, handed, ring):
+  def body(block_kv, segment, exchange, scratch, ready, handed, ring):
     me = lax.axis_index(wg.AXIS)
     row, share, part = plan.where()
     K = jnp.int32(plan.tiles.K)
@@ -361,17 +361,17 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref, *partial):
       plgpu.set_max_registers(wg.COMPUTE_REGISTERS, action='increase')
       plgpu.barrier_wait(ready)
       made = products.of(plan.sizes, scratch, me)
-      sums = _key_walk(plan, count, block, first, own, segment, ring, made)
+      sums = _key_walk(plan, count, block, first, block_kv, segment, ring, made)
       at = share * plan.parts * ROWS + first
       rest = [ref.at[row, pl.ds(at, ROWS)] for ref in partial]
-      _join(plan, sums, exchange, handed, own, share < plan.extra, rest)
+      _join(plan, sums, exchange, handed, block_kv, share < plan.extra, rest)
 
       @pl.when((me == 0) & (share >= plan.extra))
       def _store():
         out = pl.ds((block * plan.parts) * ROWS + first, ROWS)
         plgpu.commit_smem()
         for name, ref in (('k', dk_ref), ('v', dv_ref)):
-          plgpu.copy_smem_to_gmem(own[name], ref.at[batch, out, head])
+          plgpu.copy_smem_to_gmem(block_kv[name], ref.at[batch, out, head])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(me == plan.cores.computing)
@@ -379,21 +379,21 @@ def _key_kernel(plan, inputs, dk_ref, dv_ref, *partial):
       plgpu.set_max_registers(wg.COPY_REGISTERS, action='decrease')
       for name in ('k', 'v'):
         source = inputs[name].at[batch, keys, head]
-        plgpu.copy_gmem_to_smem(source, own[name], ready)
+        plgpu.copy_gmem_to_smem(source, block_kv[name], ready)
       if plan.segmented:
         source = inputs['kv_segment'].at[batch, keys]
         plgpu.copy_gmem_to_smem(source, segment, ready)
       begin = inputs['first'][row, share]
       _copy_rows(plan, inputs, batch, row, begin, count, ring)
 
-  own = dict(k=plan.tile(ROWS, plan.H), v=plan.tile(ROWS, plan.Hv))
+  block_kv = dict(k=plan.tile(ROWS, plan.H), v=plan.tile(ROWS, plan.Hv))
   wg.scoped(
     body,
-    own,
+    block_kv,
     plgpu.SMEM((ROWS,), jnp.int32) if plan.segmented else None,
     plan.exchange(),
     products.scratch(plan.sizes),
-    plgpu.Barrier(num_arrivals=len(own) + plan.segmented),
+    plgpu.Barrier(num_arrivals=len(block_kv) + plan.segmented),
     (plgpu.Barrier(), plgpu.Barrier()),
     plan.ring(),
   )
@@ -419,7 +419,7 @@ def _copy_rows(plan, inputs, batch, row, begin, count, ring):
   wg.copy_loop(count, STAGES, copy, free)
 
 
-def _key_walk(plan, count, block, first, own, segment, ring, made):
+def _key_walk(plan, count, block, first, block_kv, segment, ring, made):
   """(dk, dv) of every other piece, f32; keys are rows here, rows columns.
 
   They are returned as functions, so that not both have to be in registers.
@@ -443,7 +443,9 @@ def _key_walk(plan, count, block, first, own, segment, ring, made):
       may = _read_by(plan, column, block, first, segment)
       return jnp.where(may, p, 0.0)
 
-    p, dp = made.both_scores((own['k'], q), (own['v'], d_out), probabilities)
+    p, dp = made.both_scores(
+      (block_kv['k'], q), (block_kv['v'], d_out), probabilities
+    )
     ds = (p * (dp - column('delta'))).astype(plan.dtype)
     dk, dv = made.plus_both(
       ('dk', 'dv'), (dk, dv), (ds, q), (p.astype(plan.dtype), d_out)
@@ -473,7 +475,7 @@ def _read_by(plan, column, block, first, segment) -> jax.Array:
   return may
 
 
-def _join(plan, sums, exchange, handed, own, extra, partial):
+def _join(plan, sums, exchange, handed, block_kv, extra, partial):
   """Adds the second warpgroup's sums to the first's; stores the results.
 
   Args:
@@ -481,23 +483,23 @@ def _join(plan, sums, exchange, handed, own, extra, partial):
     sums: this warpgroup's, as functions.
     exchange: shared memory for the second one's, by width.
     handed: barriers.
-    own: keys and values, which the results replace.
+    block_kv: keys and values, which the results replace.
     extra: whether this is an extra share.
     partial: where its results go instead; empty if there are none.
   """
-  given, taken = handed
+  sent, received = handed
   me = lax.axis_index(wg.AXIS)
   dk, dv = sums
   at_k, at_v = exchange[plan.H], exchange[plan.Hv]
 
   def store(result, buffer, to):
     if not partial:
-      own[to][...] = result.astype(plan.dtype)
+      block_kv[to][...] = result.astype(plan.dtype)
       return
 
     @pl.when(jnp.logical_not(extra))
-    def _own():
-      own[to][...] = result.astype(plan.dtype)
+    def _result():
+      block_kv[to][...] = result.astype(plan.dtype)
 
     @pl.when(extra)
     def _partial():
@@ -509,15 +511,15 @@ def _join(plan, sums, exchange, handed, own, extra, partial):
   @pl.when(me == 1)
   def _give():
     at_k[...] = dk()
-    plgpu.barrier_arrive(given)
-    plgpu.barrier_wait(taken)
+    plgpu.barrier_arrive(sent)
+    plgpu.barrier_wait(received)
     at_v[...] = dv()
-    plgpu.barrier_arrive(given)
+    plgpu.barrier_arrive(sent)
 
   @pl.when(me == 0)
   def _take():
-    plgpu.barrier_wait(given)
+    plgpu.barrier_wait(sent)
     store((dk() + at_k[...]) * plan.scale, at_k, 'k')
-    plgpu.barrier_arrive(taken)
-    plgpu.barrier_wait(given)
+    plgpu.barrier_arrive(received)
+    plgpu.barrier_wait(sent)
     store(dv() + at_v[...], at_v, 'v')

@@ -190,8 +190,8 @@ class Plan(NamedTuple):
 
   def optional(self, rows, kv_segment):
     """The inputs that say what a row may read."""
-    given = dict(rows._asdict(), kv_segment=kv_segment)
-    return {name: x for name, x in given.items() if x is not None}
+    arrays = dict(rows._asdict(), kv_segment=kv_segment)
+    return {name: x for name, x in arrays.items() if x is not None}
 
   def tile(self, *shape, dtype=None):
     """Shared memory for a tile that products read."""
@@ -419,9 +419,9 @@ def _walk_ahead(plan, inputs, where, count, ring, made, q, step, carry):
   """`walk`, with the scores of the next block begun before a step."""
   buffers, full, free = ring
 
-  def arrive(i, wanted):
+  def arrive(i, condition):
     slot = lax.rem(i, jnp.int32(plan.stages))
-    pl.when(wanted)(lambda: plgpu.barrier_wait(full.at[slot]))
+    pl.when(condition)(lambda: plgpu.barrier_wait(full.at[slot]))
     return buffers['k'].at[slot]
 
   def body(i, carry):
@@ -475,15 +475,17 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
 
   start = made.zero('out'), rows(softmax.MASKED / 2), rows(0.0)
   if made.ahead:
-    found = _walk_ahead(plan, inputs, where, count, ring, made, q, step, start)
+    results = _walk_ahead(
+      plan, inputs, where, count, ring, made, q, step, start
+    )
   else:
 
     def plain(slot, block, carry):
       scores = made.scores(q, buffers['k'].at[slot])
       return step(scores, slot, block, carry)
 
-    found = walk(plan, inputs, where, count, ring, plain, start)
-  out, *rest = found
+    results = walk(plan, inputs, where, count, ring, plain, start)
+  out, *rest = results
   return made.read('out', out), *rest
 
 

@@ -53,9 +53,9 @@ def backward(spec, interpret, saved, grads):
   kv_seg = None
   if segments is not None:
     kv_seg = shape.pack_segments(*segments)[1]
-  given = ids, counts, known, qd, kv, kv_seg, cubic
-  dq, d_cubic = _queries(call, *given)
-  d_kv = _keys(call, *given)
+  inputs = ids, counts, known, qd, kv, kv_seg, cubic
+  dq, d_cubic = _queries(call, *inputs)
+  d_kv = _keys(call, *inputs)
   if cubic is not None:
     d_cubic = d_cubic.sum((0, 2))[: len(cubic)].astype(cubic.dtype)
   return shape.unpack_q(dq), *shape.unpack_kv(d_kv), None, None, None, d_cubic
@@ -186,7 +186,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg, cubic):
   seg_spec = None
   if kv_seg is not None:
     seg_spec = pl.BlockSpec((None, *kv_seg.shape[1:]), segments)
-  moved = call.tile_count * call.M * (qd[0].nbytes + known[0].nbytes)
+  traffic = call.tile_count * call.M * (qd[0].nbytes + known[0].nbytes)
   return pl.pallas_call(
     functools.partial(_keys_kernel, call, chunk),
     grid=(tiles.B * tiles.K, tiles.nk),
@@ -213,7 +213,7 @@ def _keys(call, ids, counts, known, qd, kv, kv_seg, cubic):
       pltpu.VMEM((shape.keys, shape.q_width), jnp.float32),
       pltpu.VMEM((shape.keys, shape.v_width), jnp.float32),
     ),
-    cost_estimate=call.cost(2 * (shape.H + shape.Hv), moved, (kv, kv)),
+    cost_estimate=call.cost(2 * (shape.H + shape.Hv), traffic, (kv, kv)),
     compiler_params=mosaic.compiler_params(),
     interpret=call.interpret,
     name='block_sparse_dkv',
@@ -364,8 +364,8 @@ def _keys_kernel(
   _write_keys(call, dk, dv, d_kv)
 
 
-def _add_keys(call, form, j, cut, left, kv, kv_seg, qd, known, dk, dv):
-  """Adds what a chunk of query tiles, `left` of them real, gives."""
+def _add_keys(call, form, j, cut, count, kv, kv_seg, qd, known, dk, dv):
+  """Adds what a chunk of query tiles, `count` of them real, gives."""
   shape = call.shape
 
   def masked():
@@ -381,7 +381,7 @@ def _add_keys(call, form, j, cut, left, kv, kv_seg, qd, known, dk, dv):
         same = segment == row[SEGMENT : SEGMENT + 1]
       return call.mask(position, row[POSITION : POSITION + 1], same)
 
-    _add_pieces(call, form, left, kv, qd, known, dk, dv, mask)
+    _add_pieces(call, form, count, kv, qd, known, dk, dv, mask)
 
   if call.always_cut:
     masked()
@@ -390,10 +390,10 @@ def _add_keys(call, form, j, cut, left, kv, kv_seg, qd, known, dk, dv):
 
   @pl.when(~cut)
   def _():
-    _add_pieces(call, form, left, kv, qd, known, dk, dv, None)
+    _add_pieces(call, form, count, kv, qd, known, dk, dv, None)
 
 
-def _add_pieces(call, form, left, kv, qd, known, dk, dv, mask):
+def _add_pieces(call, form, count, kv, qd, known, dk, dv, mask):
   """Adds a chunk; `mask` gives that of a piece, and is None for none."""
   shape = call.shape
   every = mosaic.side_by_side(known[...], shape.rows)
@@ -414,7 +414,7 @@ def _add_pieces(call, form, left, kv, qd, known, dk, dv, mask):
     if mask is not None:
       # Tiles that are not real have a probability of 0 whatever their scores.
       lane = lax.broadcasted_iota(jnp.int32, (1, piece), 1) + at
-      lse = jnp.where(lane < left * shape.rows, lse, jnp.inf)
+      lse = jnp.where(lane < count * shape.rows, lse, jnp.inf)
     p, slope = form.probabilities(
       s, lse, top[0] if top else None, None if mask is None else mask(row)
     )

@@ -85,12 +85,12 @@ class Call(NamedTuple):
     once = self.dtype != jnp.float32 or self.shape.rows % (2 * self.piece)
     return 1 if once else 2
 
-  def cost(self, widths: int, moved: int, inputs) -> pl.CostEstimate:
+  def cost(self, widths: int, traffic: int, inputs) -> pl.CostEstimate:
     """An estimate from full lists: counts are not known when compiling.
 
     Args:
       widths: sum of the widths of the products of queries and keys.
-      moved: bytes that are gathered.
+      traffic: bytes that are gathered.
       inputs: arrays that are read or written once.
     """
     pairs = self.tile_count * self.shape.tiles.rows * self.M * self.spec.block_k
@@ -98,7 +98,7 @@ class Call(NamedTuple):
     return pl.CostEstimate(
       flops=2 * pairs * widths,
       transcendentals=pairs,
-      bytes_accessed=moved + once,
+      bytes_accessed=traffic + once,
     )
 
   def gathered_keys(self, dtype) -> int:

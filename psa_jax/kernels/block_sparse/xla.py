@@ -71,6 +71,8 @@ def _pack_lists(tiles, ids, counts, segments):
   counts = jnp.clip(counts, 0, ids.shape[-1]).reshape(-1)
   # Room for a chunk that the end of a list does not fill.
   pad = _chunk_sizes(tiles, ids.shape[-1])[0]
+  # Entries past the count may hold anything: clipped, they name some block,
+  # which the mask drops.
   ids = jnp.pad(jnp.clip(ids, 0, tiles.nk - 1), [(0, 0)] * 3 + [(0, pad)])
   ids = ids.reshape(len(counts), -1)
   if segments is None:
@@ -105,6 +107,8 @@ def _walk(spec, tiles, lists, sizes, tile, step, carry):
 
   done = jnp.int32(0)
   for size in sizes:
+    # The last size reads the rest of the list; a larger one stops where less
+    # than three quarters of a chunk are left.
     spare = size - 1 if size == sizes[-1] else size // 4
     trips = jnp.maximum(lists.counts[tile] - done + spare, 0) // size
 
@@ -159,10 +163,10 @@ class _Together(NamedTuple):
 
     return lax.fori_loop(0, trips, one, carry)
 
-  def join(self, found):
+  def join(self, parts):
     """[groups, n, *] -> [tiles, *]."""
     return jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[: self.count], found
+      lambda x: x.reshape(-1, *x.shape[2:])[: self.count], parts
     )
 
 
@@ -223,16 +227,16 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
   together = _Together.of(tiles, sizes, count)
   if together is None:
     walk = functools.partial(_walk, spec, tiles, lists, sizes)
-    found = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
-    return jax.tree.map(tiles.unpack_q, found)
+    outputs = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
+    return jax.tree.map(tiles.unpack_q, outputs)
 
   def group(tile):
     trips = together.trips(lists, tile)
     walk = functools.partial(together.walk, spec, tiles, lists, trips)
     return jax.vmap(functools.partial(tile_out, walk))(tile)
 
-  found = together.join(lax.map(group, together.tile))
-  return jax.tree.map(tiles.unpack_q, found)
+  outputs = together.join(lax.map(group, together.tile))
+  return jax.tree.map(tiles.unpack_q, outputs)
 
 
 def _read(blocks, at):
@@ -288,10 +292,10 @@ def _backward_rule(spec, saved, grads):
     blocks = [x.reshape(len(ids), -1, x.shape[-1]) for x in (dk_c, dv_c)]
     return dq, at, *blocks, more
 
-  def add(carry, found):
+  def add(carry, parts):
     """Also of many tiles at once, whose results lie along a first axis."""
     dq, dk, dv, d_cubic = carry
-    more, at, dk_c, dv_c, d_cubic_c = found
+    more, at, dk_c, dv_c, d_cubic_c = parts
     dk, dv = dk.at[at].add(dk_c), dv.at[at].add(dv_c)
     if cubic is not None:
       d_cubic = d_cubic + d_cubic_c.reshape(-1, *cubic.shape).sum(0)
@@ -328,6 +332,8 @@ def _backward_rule(spec, saved, grads):
     dq = together.join(dq)
   dk, dv, d_cubic = carry
   dq = tiles.unpack_q(dq)
+  # The queries in dk carry the scale where `factor` is 1 (`prescale`); the keys
+  # in dq never do.
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   dv = tiles.unpack_k(dv.astype(v.dtype))
   d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)

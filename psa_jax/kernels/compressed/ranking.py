@@ -21,6 +21,7 @@ def rank(scores, ranges, width):
   """
   blocks = scores.shape[-1]
   _, forced, visible = ranges.masks(blocks)
+  # Distinct scores: of the forced blocks the last comes first.
   place = jnp.arange(blocks, dtype=scores.dtype).reshape(1, 1, 1, -1)
   scores = jnp.where(forced, FIRST + place, scores)
   scores = jnp.where(visible, scores, -1)

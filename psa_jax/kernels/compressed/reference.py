@@ -14,12 +14,12 @@ def compressed_attention(q, k, v, starts, *, spec):
   """See `api.compressed_attention`."""
   B, T, _, _ = q.shape
   t = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-  mask = seen(t, starts, k.shape[1], spec)[:, None]
+  mask = visible(t, starts, k.shape[1], spec)[:, None]
   mask = jnp.broadcast_to(mask, (B, k.shape[2], T, k.shape[1]))
   return masked_attention(q, k, v, mask, spec.scale)
 
 
-def seen(t, starts, blocks, spec):
+def visible(t, starts, blocks, spec):
   """[B, T, C] bool: which compressed keys a query at position t sees."""
   first = jnp.arange(blocks).reshape(1, 1, -1) * spec.stride
   mask = first + spec.block - 1 <= t[..., None]
@@ -34,7 +34,7 @@ def top_blocks(q, k, lse, positions, starts, ranges, *, blocks, spec):
   q = q.reshape(B, T, K, N // K, H).astype(acc)
   s = jnp.einsum('btkgh,bckh->bktgc', q, k.astype(acc)) * spec.scale
   lse = jnp.moveaxis(lse.reshape(B, T, K, -1), 1, 2)[..., None]
-  mask = seen(positions, starts, C, spec)[:, None, :, None]
+  mask = visible(positions, starts, C, spec)[:, None, :, None]
   p = jnp.where(mask, jnp.exp(jnp.where(mask, s - lse, 0)), 0).sum(-2)
   first = jnp.arange(C)[:, None] * spec.stride
   begin = jnp.arange(blocks)[None] * spec.select_block

@@ -69,17 +69,17 @@ def _probabilities(q, k, lse, positions, starts, factor, spec):
   rows, lse = q.reshape(n * G, H), lse.reshape(n * G, 1)
   last = newest(positions, spec.block, spec.stride)[:, None]
 
-  def step(j, found):
+  def step(j, probabilities):
     s = softmax.dot('rh,sh->rs', rows, k[j], lse.dtype) * factor
     p = jnp.exp(s - lse).reshape(n, G, keys).sum(1)
     m = j * keys + jnp.arange(keys)[None]
-    seen = (m <= last) & (m * spec.stride >= starts[:, None])
-    p = jnp.where(seen, p, 0)
-    return lax.dynamic_update_slice(found, p, (0, j * keys))
+    mask = (m <= last) & (m * spec.stride >= starts[:, None])
+    p = jnp.where(mask, p, 0)
+    return lax.dynamic_update_slice(probabilities, p, (0, j * keys))
 
   stop = jnp.clip(last[-1, 0] // keys + 1, 0, k.shape[0])
-  found = jnp.zeros((n, k.shape[0] * keys), lse.dtype)
-  return lax.fori_loop(0, stop, step, found)
+  probabilities = jnp.zeros((n, k.shape[0] * keys), lse.dtype)
+  return lax.fori_loop(0, stop, step, probabilities)
 
 
 def block_scores(p, blocks, spec):

@@ -50,8 +50,10 @@ def compressed_attention(q, k, v, starts, *, spec):
   first = jnp.repeat(_at_ends(starts, k.shape[1], spec), spec.stride, axis=1)
   T, skipped = q.shape[1], spec.block - 1
   first = jnp.pad(first, ((0, 0), (skipped, 0)))[:, :T]
-  own = (first == starts)[..., None]
-  return jnp.where(own[..., None], out, 0), jnp.where(own, lse, -jnp.inf)
+  in_document = (first == starts)[..., None]
+  return jnp.where(in_document[..., None], out, 0), jnp.where(
+    in_document, lse, -jnp.inf
+  )
 
 
 def _dense(spec):

@@ -148,6 +148,7 @@ def _backward_rule(spec, saved, grads):
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  # As in `block_sparse/xla.py`: the queries in dk may carry the scale already.
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   return tiles.unpack_q(dq), dk, tiles.unpack_k(dv.astype(v.dtype)), None
 

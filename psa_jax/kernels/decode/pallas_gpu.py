@@ -29,6 +29,7 @@ def refusal(where, q, k, v, *lists, spec) -> str | None:
 
 def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   """See `api.decode_attention`."""
+  # Loads Mosaic GPU, which other machines never need.
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
   tiles = Tiles.of(q, k, q.shape[1], spec.block_k)

@@ -221,7 +221,7 @@ def _kernel(
     gather.start(
       half,
       lambda n: (stored.row(shape, b, h, listed.block(c * chunk + n)),) * 2,
-      listed.left(c, chunk),
+      listed.blocks_in(c, chunk),
     )
 
   def start_next(half):
@@ -243,7 +243,7 @@ def _kernel(
     listed.trips(chunk),
     lambda c, half: start(listed, c, half, h),
     start_next,
-    lambda c, half: gather.wait(half, listed.left(c, chunk)),
+    lambda c, half: gather.wait(half, listed.blocks_in(c, chunk)),
     add,
   )
   run.finish(out, lse)

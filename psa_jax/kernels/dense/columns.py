@@ -77,8 +77,8 @@ def column_mass(
     """[S] of one tile."""
     s = softmax.dot('rh,sh->rs', q, kb[head], jnp.float32) * factor
     p = jnp.exp(s - lse.astype(jnp.float32)[:, None])
-    seen = visible(tiles, head, i, causal, q_offset, segments)
-    return (p if seen is None else jnp.where(seen, p, 0)).sum(0)
+    mask = visible(tiles, head, i, causal, q_offset, segments)
+    return (p if mask is None else jnp.where(mask, p, 0)).sum(0)
 
   def of_head(head):
     if not streamed:
@@ -92,8 +92,8 @@ def column_mass(
     return lax.scan(step, start, xs)[0]
 
   every = functools.partial(lax.map, of_head) if streamed else jax.vmap(of_head)
-  found = every(jnp.arange(B * K))
-  return found.reshape(B, K, -1).sum(1)
+  sums = every(jnp.arange(B * K))
+  return sums.reshape(B, K, -1).sum(1)
 
 
 def visible(tiles, head, i, causal, q_offset, segments):
@@ -108,15 +108,15 @@ def visible(tiles, head, i, causal, q_offset, segments):
     segments: packed ids of queries and keys, or None.
   """
   tile = head * tiles.nq + i
-  seen = None
+  mask = None
   if causal:
     t = tiles.q_positions(tile, q_offset)
-    seen = jnp.arange(tiles.S)[None] <= t[:, None]
+    mask = jnp.arange(tiles.S)[None] <= t[:, None]
   if segments is not None:
     q_seg, kv_seg = tiles.q_segments(segments[0], tile), segments[1]
-    own = q_seg[:, None] == kv_seg[head // tiles.K][None]
-    seen = own if seen is None else seen & own
-  return seen
+    segment = q_seg[:, None] == kv_seg[head // tiles.K][None]
+    mask = segment if mask is None else mask & segment
+  return mask
 
 
 def self_mass(

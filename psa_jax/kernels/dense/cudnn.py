@@ -50,6 +50,7 @@ def refusal(where, q, k, v, segments, *, spec) -> str | None:
 
 def _missing() -> str | None:
   """Why there is no cuDNN here, or None."""
+  # Private to JAX, so imported only where cuDNN is asked for.
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
   try:

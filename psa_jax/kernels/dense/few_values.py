@@ -101,9 +101,9 @@ def few_values_attention(
 def _tile(tiles, causal, scale, segments, head, k, v, i, q, counts):
   """Output and log-sum-exp of the rows of one tile."""
   s = softmax.dot('rh,sh->rs', q, k, jnp.float32) * scale
-  seen = visible(tiles, head, i, causal, 0, segments)
-  if seen is not None:
-    s = jnp.where(seen, s, -jnp.inf)
+  mask = visible(tiles, head, i, causal, 0, segments)
+  if mask is not None:
+    s = jnp.where(mask, s, -jnp.inf)
   kept = topk.select(s, counts)
   kept = kept & (s > -jnp.inf)
   top = lax.stop_gradient(s.max(-1, keepdims=True))

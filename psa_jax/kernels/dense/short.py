@@ -77,9 +77,9 @@ def backward(spec, saved, grads):
   of_rows = (tiles.pack_q(x) for x in (d_out, known.lse, known.delta))
   packed = qt, tiles.pack_k(k), tiles.pack_k(v), *of_rows
   dq, dk, dv = _rows(tiles, row, packed, segments)
-  found = tiles.unpack_q(dq), tiles.unpack_k(dk), tiles.unpack_k(dv)
+  results = tiles.unpack_q(dq), tiles.unpack_k(dk), tiles.unpack_k(dv)
   return tuple(
-    x.astype(like.dtype) for x, like in zip(found, (q, k, v), strict=True)
+    x.astype(like.dtype) for x, like in zip(results, (q, k, v), strict=True)
   )
 
 
@@ -117,7 +117,7 @@ def _rows(tiles, row, packed, segments):
   scores = SCORES if _on_cpu() else SCORES_ACCELERATOR
   size = max(1, scores // max(1, tiles.K * tiles.rows * tiles.S))
   if size >= tiles.B:
-    found = jax.vmap(row)(*packed, segments)
+    outputs = jax.vmap(row)(*packed, segments)
   else:
-    found = lax.map(lambda xs: row(*xs), (*packed, segments), batch_size=size)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    outputs = lax.map(lambda xs: row(*xs), (*packed, segments), batch_size=size)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)

@@ -53,6 +53,7 @@ def _ranges(spec, tiles, tile, segments):
     stop = (first + tiles.block_q - 1) // tiles.block_k + 1
   else:
     plain, stop = tiles.S // tiles.block_k, tiles.nk
+  # A partial last block needs a mask for its padding.
   plain = jnp.minimum(plain, tiles.S // tiles.block_k)
   if segments is not None:
     plain = 0
@@ -177,6 +178,7 @@ def _backward_rule(spec, saved, grads):
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   (dk, dv), dq = lax.scan(tile_grads, init, jnp.arange(qt.shape[0]))
+  # As in `block_sparse/xla.py`: the queries in dk may carry the scale already.
   dk = tiles.unpack_k((dk * factor).astype(k.dtype))
   return tiles.unpack_q(dq), dk, tiles.unpack_k(dv.astype(v.dtype)), None
 

@@ -175,11 +175,11 @@ def _read(spec, T, index, data: _Data, tile, c):
   slot = c * len(ids) + jnp.arange(len(ids))
   used = (slot < data.counts[tile])[:, None] & (pos < T)
   t = tile % nq * spec.block_q + jnp.arange(spec.block_q)[:, None]
-  seen = used.reshape(1, -1) & (pos.reshape(1, -1) <= t) & (t < T)
+  mask = used.reshape(1, -1) & (pos.reshape(1, -1) <= t) & (t < T)
   segment = data.kv_seg[at].reshape(1, -1)
-  seen = seen & (data.q_seg[tile][:, None] == segment)
-  p = jnp.where(seen, p / count, 0)
-  return at, p, jnp.where(seen, i, softmax.MASKED), raw, ik
+  mask = mask & (data.q_seg[tile][:, None] == segment)
+  p = jnp.where(mask, p / count, 0)
+  return at, p, jnp.where(mask, i, softmax.MASKED), raw, ik
 
 
 def _trips(data, tile):

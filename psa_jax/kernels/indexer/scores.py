@@ -83,14 +83,15 @@ def block_importance(
     scores = _pool(scores, starts, block_k, pooling)
     return then(scores, number)
 
+  # `then` indexes by these numbers; padded queries repeat the last one.
   number = jnp.minimum(jnp.arange(n + -n % group), n - 1).reshape(-1, group)
   pieces = (split(index.q), split(index.weights), split(starts), number)
-  found = lax.map(one, pieces)
+  lists = lax.map(one, pieces)
 
   def join(x):
     return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :n]
 
-  return jax.tree.map(join, found)
+  return jax.tree.map(join, lists)
 
 
 def _pool(scores, starts, block_k, pooling):
@@ -98,10 +99,11 @@ def _pool(scores, starts, block_k, pooling):
   B, m, S = scores.shape
   pad = -S % block_k
   at = jnp.arange(S + pad)[None, None]
-  seen = (at >= starts[..., None]) & (at < S)
+  mask = (at >= starts[..., None]) & (at < S)
   scores = jnp.pad(scores, ((0, 0), (0, 0), (0, pad)))
+  # What changes neither a sum nor a maximum.
   empty = 0 if pooling == 'sum' else -jnp.inf
-  scores = jnp.where(seen, scores, empty).reshape(B, m, -1, block_k)
+  scores = jnp.where(mask, scores, empty).reshape(B, m, -1, block_k)
   if pooling == 'sum':
     return scores.sum(-1)
   if pooling == 'max':

@@ -10,12 +10,12 @@ def linear_attention(q, k, v, segment_ids, *, spec):
   acc = jnp.promote_types(q.dtype, jnp.float32)
   q, k, x = (a.astype(acc) for a in (q, k, v))
   weight = jnp.einsum('btkgh,bskh->bkgts', q.reshape(B, T, K, N // K, H), k)
-  seen = jnp.ones((1, T, T), bool)
+  mask = jnp.ones((1, T, T), bool)
   if spec.causal:
-    seen = jnp.tril(seen)
+    mask = jnp.tril(mask)
   if segment_ids is not None:
-    seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-  weight = jnp.where(seen[:, None, None], weight, 0)
+    mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+  weight = jnp.where(mask[:, None, None], weight, 0)
   out = jnp.einsum('bkgts,bskv->btkgv', weight, x)
   total = jnp.moveaxis(weight.sum(-1), 3, 1)[..., None]
   return (out / (total + spec.eps)).reshape(B, T, N, -1).astype(v.dtype)

@@ -30,19 +30,19 @@ def linear_attention(q, k, v, segment_ids, *, spec):
   k, x = k.astype(acc), v.astype(acc)
   x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), acc)], -1)
   if spec.causal:
-    sums = _scan(q, k, x, segment_ids, own=True)
+    sums = _scan(q, k, x, segment_ids, diagonal=True)
   elif segment_ids is None:
     state = jnp.einsum('bskh,bskv->bkhv', k, x)
     sums = jnp.einsum('btkgh,bkhv->btkgv', q, state)
   else:
     ends = (jnp.flip(a, 1) for a in (q, k, x, segment_ids))
-    sums = _scan(q, k, x, segment_ids, own=True)
-    sums = sums + jnp.flip(_scan(*ends, own=False), 1)
+    sums = _scan(q, k, x, segment_ids, diagonal=True)
+    sums = sums + jnp.flip(_scan(*ends, diagonal=False), 1)
   out = sums[..., :-1] / (sums[..., -1:] + spec.eps)
   return out.reshape(B, T, N, -1).astype(v.dtype)
 
 
-def _scan(q, k, x, segment_ids, *, own):
+def _scan(q, k, x, segment_ids, *, diagonal):
   """[B, T, K, G, V]: for each query the sum over keys before it, and itself.
 
   Args:
@@ -50,7 +50,7 @@ def _scan(q, k, x, segment_ids, *, own):
     k: [B, T, K, H].
     x: [B, T, K, V].
     segment_ids: [B, T], or None.
-    own: whether a query reads the key at its own position.
+    diagonal: whether a query reads the key at its own position.
   """
   B, T = q.shape[:2]
   size = min(CHUNK, T)
@@ -63,25 +63,26 @@ def _scan(q, k, x, segment_ids, *, own):
 
   chunks = tuple(map(split, (q, k, x, segment_ids)))
   state = jnp.zeros((B, *k.shape[2:], x.shape[-1]), x.dtype)
-  body = jax.checkpoint(functools.partial(_chunk, own), prevent_cse=False)
+  body = jax.checkpoint(functools.partial(_chunk, diagonal), prevent_cse=False)
   _, sums = lax.scan(body, (state, segment_ids[:, 0]), chunks)
   return jnp.moveaxis(sums, 0, 1).reshape(B, -1, *sums.shape[3:])[:, :T]
 
 
-def _chunk(own, carry, chunk):
+def _chunk(diagonal, carry, chunk):
   """Reads one chunk; the state holds keys of the last token's segment."""
   state, held = carry
   q, k, x, segment = chunk
   size = q.shape[1]
-  before = jnp.tril(jnp.ones((1, size, size), bool), 0 if own else -1)
-  seen = before & (segment[:, :, None] == segment[:, None, :])
+  before = jnp.tril(jnp.ones((1, size, size), bool), 0 if diagonal else -1)
+  mask = before & (segment[:, :, None] == segment[:, None, :])
   weight = jnp.einsum('btkgh,bskh->bkgts', q, k)
-  weight = jnp.where(seen[:, None, None], weight, 0)
+  weight = jnp.where(mask[:, None, None], weight, 0)
   near = jnp.einsum('bkgts,bskv->btkgv', weight, x)
   goes_on = (segment == held[:, None])[..., None, None]
   far = jnp.einsum('btkgh,bkhv->btkgv', q, state)
   last = segment[:, -1]
   kept = jnp.where((segment == last[:, None])[..., None, None], k, 0)
+  # A chunk that ends in another document starts the state from zero.
   state = jnp.where((last == held).reshape(-1, 1, 1, 1), state, 0)
   state = state + jnp.einsum('bskh,bskv->bkhv', kept, x)
   return (state, last), near + jnp.where(goes_on[..., None], far, 0)

@@ -90,7 +90,7 @@ def _kernel(k_ref, keys_ref, at_ref, last_ref, *, chunk):
     bound = _wide(bound)
     return count(lambda x, _: x >= bound)
 
-  low, found = _bisect(reach, k, low, high, jnp.full_like(k, keys_ref.shape[1]))
+  low, total = _bisect(reach, k, low, high, jnp.full_like(k, keys_ref.shape[1]))
   bound, largest = _wide(low), jnp.iinfo(jnp.int32).max
   at = _lanes(
     jnp.min,
@@ -99,31 +99,31 @@ def _kernel(k_ref, keys_ref, at_ref, last_ref, *, chunk):
   at_ref[...] = at
   last_ref[...] = jnp.full_like(k, keys_ref.shape[1])
 
-  @pl.when(_any(found > k))
+  @pl.when(_any(total > k))
   def _():
     wide = _wide(at)
     room = k - count(lambda x, _: x > wide)
     last_ref[...] = _nth_equal(count, wide, room, keys_ref.shape[1])
 
 
-def _bisect(reach, k, low, high, found):
+def _bisect(reach, k, low, high, count):
   """The bound that k entries reach, or the largest that more do; its count."""
 
   def unfinished(state):
-    low, high, found = state
-    return _any((found > k) & (low < high))
+    low, high, count = state
+    return _any((count > k) & (low < high))
 
   def halve(state):
-    low, high, found = state
+    low, high, count = state
     middle = image.middle(low, high)
     trial = reach(middle)
     up = trial >= k
     low = jnp.where(up, middle, low)
     high = jnp.where(up, high, middle - 1)
-    return low, high, jnp.where(up, trial, found)
+    return low, high, jnp.where(up, trial, count)
 
-  low, _, found = lax.while_loop(unfinished, halve, (low, high, found))
-  return low, found
+  low, _, count = lax.while_loop(unfinished, halve, (low, high, count))
+  return low, count
 
 
 def _nth_equal(count, wide, room, n):

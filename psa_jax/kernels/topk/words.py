@@ -134,6 +134,7 @@ def _find_by_product(words, end, width):
   """
   R = len(words)
   words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % 4)))
+  # By the last end: below, a group ends where its fourth word does.
   end = jnp.pad(end, ((0, 0), (0, -end.shape[1] % 4)), mode='edge')
   words, end = words.reshape(R, -1, 4), end.reshape(R, -1, 4)
   start = end - sizes(words)

@@ -14,13 +14,13 @@ def topk_attention(q, k, v, coeffs, rows, *, spec):
   s = jnp.einsum('btkgh,bskh->btkgs', q, k.astype(acc))
   begin, end, counts = (x[:, :, None, None, None] for x in rows)
   pos = jnp.arange(S).reshape(1, 1, 1, 1, S)
-  seen = (pos >= begin) & (pos < end)
+  mask = (pos >= begin) & (pos < end)
   kept = topk.select(
-    jnp.where(seen, s, -jnp.inf).astype(jnp.float32),
+    jnp.where(mask, s, -jnp.inf).astype(jnp.float32),
     jnp.broadcast_to(counts[..., 0], s.shape[:-1]),
     implementation='reference',
   )
-  kept = kept & seen
+  kept = kept & mask
   e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
   e = jnp.where(kept, e, -jnp.inf)
   top = jnp.max(e, -1, keepdims=True)

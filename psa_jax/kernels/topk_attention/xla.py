@@ -68,18 +68,18 @@ def _parts(spec, q, k):
   block_q = max(1, max(MIN_ROWS, TILE_SCORES // S) // G)
   size = -(-T // PARTS) if spec.causal else T
   size = -(-size // block_q) * block_q
-  found = []
+  parts = []
   for first in range(0, T, size):
     stop = min(first + size, T)
     keys = stop if spec.causal else S
-    found.append(
+    parts.append(
       (
         first,
         stop,
         Tiles.of(q[:, first:stop], k[:, :keys], min(block_q, T), keys),
       )
     )
-  return found
+  return parts
 
 
 def _pack_rows(tiles, rows, first, stop):
@@ -92,7 +92,7 @@ def _pack_rows(tiles, rows, first, stop):
   return _Rows(*map(pack, rows))
 
 
-def _seen(row, keys):
+def _visible(row, keys):
   """[rows, keys] bool."""
   pos = jnp.arange(keys)[None]
   return (pos >= row.begin[:, None]) & (pos < row.end[:, None])
@@ -101,7 +101,7 @@ def _seen(row, keys):
 def _forward(spec, q, k, v, coeffs, rows):
   """The output, the log-sum-exp of e, and the cut of every row."""
   acc = jnp.promote_types(q.dtype, jnp.float32)
-  found = []
+  outputs = []
   for first, stop, tiles in _parts(spec, q, k):
     packed = _pack_rows(tiles, rows, first, stop)
     qt, factor = softmax.prescale(
@@ -116,15 +116,15 @@ def _forward(spec, q, k, v, coeffs, rows):
       return _weigh(spec, s, vb[head], coeffs, row)
 
     part = lax.map(tile_out, jnp.arange(qt.shape[0]))
-    found.append(jax.tree.map(tiles.unpack_q, part))
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *found)
+    outputs.append(jax.tree.map(tiles.unpack_q, part))
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *outputs)
 
 
 def _weigh(spec, s, values, coeffs, row):
   """Output, lse and cut of a tile's rows, from their scores."""
-  seen = _seen(row, s.shape[1])
-  s = jnp.where(seen, s, -jnp.inf)
-  kept = seen & topk.select(
+  mask = _visible(row, s.shape[1])
+  s = jnp.where(mask, s, -jnp.inf)
+  kept = mask & topk.select(
     s.astype(jnp.float32),
     row.counts,
     max_k=min(spec.max_count, s.shape[1]),
@@ -132,6 +132,7 @@ def _weigh(spec, s, values, coeffs, row):
   score = jnp.where(kept, s, jnp.inf).min(-1)
   pos = jnp.arange(s.shape[1])[None]
   last = jnp.where(kept & (s == score[:, None]), pos, -1).max(-1)
+  # Not of -inf: a cubic of it is NaN, and so is its gradient.
   e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
   e = jnp.where(kept, e, softmax.MASKED)
   run = softmax.start(len(s), values.shape[-1], s.dtype)
@@ -192,7 +193,7 @@ def _part_grads(
     s = softmax.dot('rh,sh->rs', qt[i], kb[head], acc) * factor
     score, last = mine.score[:, None], mine.last[:, None]
     kept = (s > score) | (pos == last) | ((s == score) & (pos < last))
-    kept = kept & _seen(row, tiles.S)
+    kept = kept & _visible(row, tiles.S)
     s = jnp.where(kept, s, 0)
     e = spec.kind.scores(s, coeffs)
     p = jnp.where(kept, jnp.exp(e - top.lse[:, None]), 0)
