@@ -17,7 +17,7 @@ import sys
 import jax
 
 from experiments.bench import attention as lib
-from experiments.bench import cli, memory, passes, peers, timing, training
+from experiments.bench import cli, memory, passes, peers, timing
 from experiments.bench.rows import ROOT, Book
 from experiments.bench.settings import Settings, option
 from experiments.speed_64k import contenders
@@ -204,6 +204,8 @@ def attention(settings, book):
 
 def step(settings, book):
   """The whole train step of the recipe, at its final density and dense."""
+  from experiments.bench import training  # the trainer: seconds of imports
+
   config, which = load_recipe(str(ROOT / settings.recipe)), 'whole train step'
   about = {'what': 'step', 'length': settings.length}
   with jax.set_mesh(training.mesh(config)):
@@ -230,6 +232,8 @@ def step_memory(settings, book):
 
 def temporaries(settings):
   """Temporary bytes at the length, in a process of its own; see `memory`."""
+  from experiments.bench import training
+
   return training.temporaries(
     load_recipe(str(ROOT / settings.recipe)), settings.length
   )

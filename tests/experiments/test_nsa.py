@@ -48,7 +48,7 @@ def test_targets_are_against_the_fastest_dense_at_the_longest_length():
     assert line in text['targets']
   assert text['targets'].count('against pip') == 1
   assert f'| {NAMES["nsa"]} | backward | out of memory |' in text['module']
-  assert '| nsa | forward | 250 ms | 2.00 s |' in text['attention']
+  assert '| nsa | forward | 250 ms | 2 s |' in text['attention']
 
 
 @pytest.mark.parametrize('branch', lib.BRANCHES)

@@ -199,14 +199,14 @@ def commands():
   """(file, name, words) of `python -m experiments.NAME`, pages and code."""
   folder = rows.ROOT / 'experiments'
   for path in sorted([*folder.rglob('*.md'), *folder.rglob('*.py')]):
-    pattern = r'python -m experiments\.(\w+)([^\n`]*)'
+    pattern = r'python -m experiments\.(\w+)(?!\.)\b([^\n`]*)'
     for name, words in re.findall(pattern, path.read_text()):
       if name != 'NAME' and path.name != 'LOG.md':
         words = re.split(r' {2,}|#|,', words)[0]
         yield str(path.relative_to(folder)), name, words.split()
 
 
-@pytest.mark.parametrize(('file', 'name', 'words'), commands())
+@pytest.mark.parametrize(('file', 'name', 'words'), [*commands()])
 def test_commands_on_pages_are_understood(file, name, words):
   one = experiment.find(name)
   flags = cli.parser(one).parse_args(words)

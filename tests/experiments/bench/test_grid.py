@@ -114,7 +114,7 @@ def test_missing_runs_are_made_and_others_are_not(
   started.clear()
   assert fill() == ['--child=,b,0', '--child=,b,1']
   started.clear()
-  assert fill(arms=('a',), changes=(('train.steps', '9'),)) == [
+  assert fill(arms=('a',), changes=(('train.steps', '99'),)) == [
     '--child=,a,0',
     '--child=,a,1',
   ]
@@ -124,9 +124,9 @@ def test_a_child_makes_one_run():
   def train(run, config):
     return {'steps': list(config.train.steps), 'run': list(run)}
 
-  settings = GridSettings(changes=(('train.steps', '7'),))
+  settings = GridSettings(changes=(('train.steps', '77'),))
   found = made(train).child(settings, ',a,4')
-  assert found == {'steps': [7], 'run': ['', 'a', 4]}
+  assert found == {'steps': [77], 'run': ['', 'a', 4]}
 
 
 def test_seeds_come_last_and_parts_are_chosen():
