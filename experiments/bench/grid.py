@@ -171,7 +171,8 @@ def trained(config: Config) -> Generator[tuple[dict[str, Any], pathlib.Path]]:
 def digest(config: Config) -> str:
   """A hash of all that is configured, but the seed and what is default.
 
-  A key that the project gains later leaves it as it is.
+  A key that the project gains later leaves it as it is. So does the task: it
+  goes with the model and the source, and rows of before it had a name stay.
   """
   values, usual = (
     config_dict.flatten(config_dict.to_dict(x)) for x in (config, Config())
@@ -179,7 +180,7 @@ def digest(config: Config) -> str:
   own = {
     path: value
     for path, value in values.items()
-    if path != 'seed' and value != usual[path]
+    if path not in ('seed', 'task') and value != usual[path]
   }
   text = json.dumps(own, sort_keys=True, default=list)
   return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from experiments.bench import memory
 from experiments.bench.timing import Call, timed
-from psa_jax import sharding
-from psa_jax.data import lm
+from psa_jax import sharding, tasks
+from psa_jax.data.text.corpus import build_corpus
+from psa_jax.data.text.windows import windows
 from psa_jax.train import state as state_lib
 from psa_jax.train import step as step_lib
-from psa_jax.train import tasks
 
 
 class TrainStep:
@@ -74,10 +74,10 @@ def mesh(config):
 
 def parts(config, length):
   """Task, program, jitted train step and one window of the recipe's text."""
-  corpus = lm.build_corpus(config.data)
+  corpus = build_corpus(config.data)
   task = tasks.LanguageModel(config, corpus, mesh(config))
   program = state_lib.make_program(config, task.vocab_size, mesh(config))
-  source = lm.windows(
+  source = windows(
     corpus.train, seq_len=length, cut_documents=config.data.cut_documents
   )
   batch = jax.tree.map(lambda x: x[None], source[0])

@@ -32,7 +32,7 @@ def evaluate(
   """Adds what all batches count, in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `hits` in its sums.
+    eval_step: `(state, batch)` to a `tasks.Loss` with `hits` in its sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
     mesh: devices that share the rows.

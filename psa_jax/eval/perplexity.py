@@ -41,7 +41,7 @@ def evaluate_lm(
   """Adds the losses of all batches in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `bytes` in its
+    eval_step: `(state, batch)` to a `tasks.Loss` with `bytes` in its
       sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.

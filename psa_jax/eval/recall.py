@@ -113,7 +113,7 @@ def evaluate_recall(
   """Adds what all batches count, in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `hits`,
+    eval_step: `(state, batch)` to a `tasks.Loss` with `hits`,
       `questions` and a `tally` in its sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.

@@ -38,7 +38,7 @@ def add_up(
   """Adds the losses of all batches.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss`.
+    eval_step: `(state, batch)` to a `tasks.Loss`.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
     mesh: devices that share the rows.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.tasks import Data, make_task
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
@@ -31,7 +32,6 @@ from psa_jax.train.console import Console
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Interrupt
 from psa_jax.train.metrics import Log
-from psa_jax.train.tasks import Data, make_task
 
 CHECKPOINTS = 'checkpoints'
 

@@ -8,7 +8,7 @@ import pytest
 from psa_jax import sharding
 from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import perplexity as lib
-from psa_jax.train.tasks import Loss
+from psa_jax.tasks import Loss
 
 BATCHES = [
   {'nats': 3.0, 'tokens': 2, 'bytes': 4, 'density': 0.5},

@@ -8,7 +8,7 @@ import pytest
 from psa_jax import sharding
 from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import recall as lib
-from psa_jax.train.tasks import Loss
+from psa_jax.tasks import Loss
 
 B, Q = 6, 4
 BY = lib.buckets(seq_len=100, needles=(4, 1, 2, 2))
