@@ -45,7 +45,7 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
@@ -54,7 +54,7 @@ def evaluate(
     mend='there is nothing to judge in the split eval.split',
   )
   return {
-    **metrics(found.total, float(found.sums['hits']), found.weight),
-    **found.means,
-    'items': int(found.weight),
+    **metrics(result.total, float(result.sums['hits']), result.weight),
+    **result.means,
+    'items': int(result.weight),
   }

@@ -55,7 +55,7 @@ def evaluate_lm(
   Raises:
     RunError: no validation token counts.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
@@ -64,9 +64,9 @@ def evaluate_lm(
     mend='there is no validation token: the validation split has no window of '
     'this length; shorten eval.seq_len or use more text',
   )
-  size = float(found.sums['bytes'])
+  size = float(result.sums['bytes'])
   return {
-    **language_metrics(found.total, found.weight, size),
-    **found.means,
-    'tokens': int(found.weight),
+    **language_metrics(result.total, result.weight, size),
+    **result.means,
+    'tokens': int(result.weight),
   }

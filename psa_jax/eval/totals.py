@@ -54,12 +54,12 @@ def add_up(
   for batch in batches:
     before_batch()
     loss = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
-    own = float(loss.weight)
-    total, weight = total + float(loss.total), weight + own
+    weight_of_batch = float(loss.weight)
+    total, weight = total + float(loss.total), weight + weight_of_batch
     for name, value in loss.sums.items():
       sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
     for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + own * float(value)
+      means[name] = means.get(name, 0.0) + weight_of_batch * float(value)
   if not weight:
     raise RunError(mend)
   means = {name: value / weight for name, value in means.items()}

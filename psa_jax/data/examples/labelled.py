@@ -59,7 +59,7 @@ def check(example: Labelled, classes: int, where: str, i: int) -> Labelled:
     raise ConfigError(
       f'{where}: record {i} has label {example.label}, but there are {classes} '
       f'classes, 0 to {classes - 1}; choose a split with labels (eval.split) '
-      'or mend the record'
+      'or fix the record'
     )
   return example
 

@@ -43,14 +43,14 @@ class Examples:
     Raises:
       ConfigError: it is not there.
     """
-    found = getattr(self, name)
-    if found is None or not len(found):
+    examples = getattr(self, name)
+    if examples is None or not len(examples):
       source, secret = self.manifest['source'], name == 'test' and self.secret
       what = 'public labels in its test' if secret else name
       raise ConfigError(
         f'{source} has no {what} split; set eval.split to another one'
       )
-    return found
+    return examples
 
 
 class Mapped(Sequence):

@@ -76,11 +76,11 @@ class ImageSet:
     """
     del crop, train
     pictures = getattr(self, split)
-    found = pictures.pixels.shape[1:]
-    if found != shape:
+    size = pictures.pixels.shape[1:]
+    if size != shape:
       raise ConfigError(
-        f'the pictures of {self.manifest["source"]} are {found[0]} x '
-        f'{found[1]} with {found[2]} channels; set model.image.size and '
+        f'the pictures of {self.manifest["source"]} are {size[0]} x '
+        f'{size[1]} with {size[2]} channels; set model.image.size and '
         f'channels to that, not {shape[0]} and {shape[2]}'
       )
     return ArrayRows(pictures)
@@ -132,15 +132,15 @@ def from_arrays(
   rng = np.random.default_rng(_SEED)
   parts: list[list[np.ndarray]] = [[], [], []]
   for label in range(count):
-    own = rng.permutation(np.flatnonzero(labels == label))
-    test = max(1, round(_TEST * len(own)))
-    held_out = test + max(1, round(_VALIDATION * len(own)))
-    if held_out >= len(own):
+    members = rng.permutation(np.flatnonzero(labels == label))
+    test = max(1, round(_TEST * len(members)))
+    held_out = test + max(1, round(_VALIDATION * len(members)))
+    if held_out >= len(members):
       raise ConfigError(
-        f'class {label} has {len(own)} pictures, too few for a training, a '
+        f'class {label} has {len(members)} pictures, too few for a training, a '
         'validation and a test split'
       )
-    pieces = own[held_out:], own[test:held_out], own[:test]
+    pieces = members[held_out:], members[test:held_out], members[:test]
     for part, piece in zip(parts, pieces, strict=True):
       part.append(piece)
 

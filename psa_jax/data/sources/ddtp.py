@@ -81,13 +81,13 @@ def _download(name: str, path: Path) -> None:
     fetch.run(name, ['apt-get', '-q', *options, 'update'])
     texts = {}
     for tongue in ('en', language):
-      found = sorted(lists.glob(f'*_Translation-{tongue}*'))
-      if not found:
+      paths = sorted(lists.glob(f'*_Translation-{tongue}*'))
+      if not paths:
         raise RunError(
           f'{name}: the package archive has no descriptions in {tongue!r}; '
           'choose another language'
         )
-      command = ['/usr/lib/apt/apt-helper', 'cat-file', *found]
+      command = ['/usr/lib/apt/apt-helper', 'cat-file', *paths]
       texts[tongue] = fetch.run(name, command)
     lines = pairs(texts['en'], texts[language])
     with (path / PAIRS_FILE).open('wb') as f:
@@ -105,15 +105,15 @@ def pairs(english: bytes, other: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
   Args:
     english, other: stanzas of apt's `Translation-<language>` files.
   """
-  there = {digest: texts for _, digest, texts in _stanzas(other)}
-  seen = set()
+  by_digest = {digest: texts for _, digest, texts in _stanzas(other)}
+  written = set()
   for package, digest, texts in _stanzas(english):
-    own = there.get(digest, [])
-    if len(own) != len(texts):
-      own, texts = own[:1], texts[:1]
-    for pair in zip(texts, own, strict=True) if own else ():
-      if all(pair) and pair[0] != pair[1] and pair not in seen:
-        seen.add(pair)
+    translations = by_digest.get(digest, [])
+    if len(translations) != len(texts):
+      translations, texts = translations[:1], texts[:1]
+    for pair in zip(texts, translations, strict=True) if translations else ():
+      if all(pair) and pair[0] != pair[1] and pair not in written:
+        written.add(pair)
         yield package, *pair
 
 

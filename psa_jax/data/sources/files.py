@@ -72,7 +72,7 @@ def _readable(path: str):
     yield
   except OSError as e:
     raise ConfigError(
-      f'data.source: cannot read {path}: {e.strerror}; mend the file or leave '
+      f'data.source: cannot read {path}: {e.strerror}; fix the file or leave '
       'it out of the pattern'
     ) from e
 

@@ -45,14 +45,14 @@ _SILENT = {
 def load(config: DataConfig) -> TaggedSet:
   """Every one-file module of the standard library."""
   del config
-  digest, found = hashlib.sha256(), []
+  digest, sentences = hashlib.sha256(), []
   modules = stdlib.find()
   paths = [path for name, path in modules if '/' not in name]
   for number, path in enumerate(paths):
     source = _read(path)
     digest.update(source.encode())
     joined = passages(python_sentences(source), most=_PASSAGE)
-    found += [(number, passage) for passage in joined]
+    sentences += [(number, passage) for passage in joined]
   manifest = {
     'source': 'stdlib_tags',
     'package': 'python',
@@ -60,7 +60,7 @@ def load(config: DataConfig) -> TaggedSet:
     'license': 'PSF-2.0',
     'sha256': digest.hexdigest(),
   }
-  return from_sentences(found, TAGS, manifest)
+  return from_sentences(sentences, TAGS, manifest)
 
 
 def _read(path: Path) -> str:
@@ -123,7 +123,7 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
   """(line, column) of a token -> (kind, number of its span)."""
   at = {token.start: i for i, token in enumerate(tokens)}
   lines = source.splitlines(keepends=True)
-  found: dict[tuple[int, int], tuple] = {}
+  names: dict[tuple[int, int], tuple] = {}
 
   def place(line, column) -> int | None:
     """The token there; `ast` counts columns in UTF-8 bytes."""
@@ -133,7 +133,7 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
   def mark(kind: str, first: int | None, count: int, number: int) -> None:
     if first is not None:
       for token in tokens[first : first + count]:
-        found.setdefault(token.start, (kind, number))
+        names.setdefault(token.start, (kind, number))
 
   def after(first: int | None, *skipped: str) -> int | None:
     """The first token from there on that is none of `skipped`."""
@@ -163,7 +163,7 @@ def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
           base, depth = base.value, depth + 1
         first = place(base.end_lineno, base.end_col_offset)
         mark('attr', first, 2 * depth, number)
-  return found
+  return names
 
 
 register(Source('stdlib_tags', yields={TAGGED: load}))

@@ -295,8 +295,8 @@ def _examples(
 def _secret(records: Any, key: str) -> bool:
   """Whether labels are below 0, in a few records from all over a split."""
   count = len(records)
-  places = {i * count // 5 for i in range(5)} if count else set()
-  some = [records[i][key] for i in sorted(places)]
+  sampled = {i * count // 5 for i in range(5)} if count else set()
+  some = [records[i][key] for i in sorted(sampled)]
   return bool(some) and all(
     isinstance(x, int | np.integer) and x < 0 for x in some
   )

@@ -120,13 +120,13 @@ def open_split(name: str, builder: Any, split: str, config: DataConfig) -> Any:
     path = Path(builder.data_path)
     if path.exists():
       reason = f'is in {path}, but not as readable array_record files'
-      mend = 'move it away and prepare it again'
+      hint = 'move it away and prepare it again'
     else:
       places = ' or '.join(map(str, _roots(cache.data_dir(config))))
-      reason, mend = f'is not prepared in {places}', 'prepare it once'
+      reason, hint = f'is not prepared in {places}', 'prepare it once'
     option = f' --data_dir={config.data_dir}' if config.data_dir else ''
     raise ConfigError(
-      f'tfds:{name} {reason}; {mend}: python -m psa_jax.data.prepare '
+      f'tfds:{name} {reason}; {hint}: python -m psa_jax.data.prepare '
       f'--name={name}{option}'
     ) from e
 

@@ -53,14 +53,14 @@ def _download(path: Path) -> None:
 
 def _archive(config: DataConfig) -> Path:
   where = cache.data_dir(config) / 'vader3'
-  found = sorted(where.glob('vader*entiment-*.tar.gz'))
-  if not found:
+  archives = sorted(where.glob('vader*entiment-*.tar.gz'))
+  if not archives:
     option = f' --data_dir={config.data_dir}' if config.data_dir else ''
     raise ConfigError(
       f'data.source vader3 is not in {where}; fetch it once: python -m '
       f'psa_jax.data.prepare --name=vader3{option}'
     )
-  return found[-1]
+  return archives[-1]
 
 
 def _sentences(path: Path) -> Iterator[tuple[str, Labelled]]:

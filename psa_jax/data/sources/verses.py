@@ -58,7 +58,7 @@ def read(edition: str) -> dict[int, str]:
     if max(ends.values()) > len(text):
       # bbe counts every backslash of its marks twice, as its source writes it.
       text = text.replace('\\', '\\\\')
-    found = {
+    verses = {
       i: _MARK.sub(' ', text[begins[i] : ends[i]]).replace('\\', '').strip()
       for i in sorted(begins)
     }
@@ -70,7 +70,7 @@ def read(edition: str) -> dict[int, str]:
     raise ConfigError(
       f'{package} holds no verses as version 0.0.2 does ({e}); reinstall it'
     ) from e
-  return {number: verse for number, verse in found.items() if verse}
+  return {number: verse for number, verse in verses.items() if verse}
 
 
 def manifest(*editions: str) -> dict:

@@ -96,7 +96,7 @@ class Rows(Sequence[dict[str, np.ndarray]]):
   A row is a dict of
 
     inputs     int32 [T]
-    answers    int32 [Q, L]: places whose logits are judged
+    answers    int32 [Q, L]: positions whose logits are judged
     targets    int32 [Q, L]: the tokens that should follow there
     weights    f32 [Q]: 1, or 0 where the row asks less than Q questions
     distances  int32 [Q]: from the first answer back to the fact asked for

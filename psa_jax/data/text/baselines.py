@@ -51,8 +51,8 @@ def unigram_bits_per_byte(
   train: Int64[np.ndarray, 'V V'], validation: Int64[np.ndarray, 'V V']
 ) -> float:
   """Bits a symbol of `validation` under symbol frequencies of `train`."""
-  seen, scored = train.sum(0), validation.sum(0)
-  bits = np.log2(seen.sum() + len(seen)) - np.log2(seen + 1)
+  counts, scored = train.sum(0), validation.sum(0)
+  bits = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1)
   return float((scored * bits).sum() / scored.sum())
 
 

@@ -23,7 +23,7 @@ class Packed:
 
   Attributes:
     tokens: ids, of the smallest unsigned type that holds the vocabulary.
-    doc_starts: ascending places of the separators that open a document.
+    doc_starts: ascending positions of the separators that open a document.
     split: `train` or `validation`.
   """
 
@@ -65,14 +65,14 @@ class Windows:
 
   def _segments(self, begin: int) -> tuple[np.ndarray, np.ndarray]:
     """Which document each token belongs to, and its place therein."""
-    places = np.arange(self._seq_len, dtype=np.int32)
+    positions = np.arange(self._seq_len, dtype=np.int32)
     starts = np.zeros(self._seq_len, np.int32)
     if self._cut_documents:
       all_starts, end = self._packed.doc_starts, begin + self._seq_len
       first, last = np.searchsorted(all_starts, [begin + 1, end])
       starts[all_starts[first:last] - begin] = 1
     segment_ids = 1 + np.cumsum(starts, dtype=np.int32)
-    return segment_ids, places - np.maximum.accumulate(places * starts)
+    return segment_ids, positions - np.maximum.accumulate(positions * starts)
 
 
 def windows(packed: Packed, *, seq_len: int, cut_documents: bool) -> Windows:
