@@ -118,6 +118,7 @@ def test_a_picture_is_drawn():
   assert [len(axis.containers) for axis in figure.axes] == [1, 1, 0]
 
 
+@pytest.mark.tier('default')
 def test_a_run_of_the_grid_is_a_run_of_the_trainer():
   small = [('train.steps', '2,2'), ('optim.warmup_steps', '1')]
   small += [('train.batch_size', '8,8'), ('eval.windows', '8')]
@@ -129,6 +130,7 @@ def test_a_run_of_the_grid_is_a_run_of_the_trainer():
   assert found['length'] == 128 and found['by']['distance']
 
 
+@pytest.mark.tier('default')
 def test_costs_are_measured_in_turn(monkeypatch):
   monkeypatch.setattr(cost, 'ROUNDS', 1)
   small = (('train.seq_len', '64,128'), ('train.steps', '2,2'))
@@ -138,12 +140,12 @@ def test_costs_are_measured_in_turn(monkeypatch):
   small += (('model.attention.psa.block_k', '16'),)
   small += (('model.attention.psa.keep.begin', '0'),)
   small += (('model.attention.psa.keep.length', '2'),)
-  dense, psa = cost.measure(('dense', 'psa'), small)
-  assert dense['density'] == 1 and 0 < psa['density'] < 1
-  for found in (dense, psa):
+  arms = ('psa', 'psa_bounds')
+  measured = list(cost.measure(arms, small))
+  assert tuple(row['arm'] for row in measured) == arms
+  for found in measured:
+    assert 0 < found['density'] < 1
     assert found['length'] == 128
     assert found['keys'] == found['density'] * 129 / 2
     assert 0 < found['forward'] and 0 < found['both']
     assert found['temporary_bytes'] > 2**16
-  text = tables.sections([{**row, **STAMP} for row in (dense, psa)])['cost']
-  assert '| psa |' in text

@@ -58,6 +58,7 @@ def test_seeds_come_last():
   assert {x.seed for x in cells[: len(grid.ARMS)]} == {0}
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('arm', ['layernorm', 'prepbn_80'])
 def test_a_run_looks_at_the_test_split_once_it_has_ended(arm, monkeypatch):
   seen, whole = [], loop.evaluate_checkpoint

@@ -29,6 +29,7 @@ def here(monkeypatch):
   peers.find.cache_clear()
 
 
+@pytest.mark.tier('default')
 def test_every_measurement_of_lists_runs(here, capsys):
   """Without PyTorch, which costs one line however often it is asked for."""
   assert cli.main(EXPERIMENT, ['--quick']) == 0
@@ -43,6 +44,7 @@ def test_every_measurement_of_lists_runs(here, capsys):
   assert shown.err.count('make bench-peers') == 1
 
 
+@pytest.mark.tier('default')
 def test_every_measurement_of_the_recipe_runs(here, capsys, monkeypatch):
   monkeypatch.setattr(training, 'temporaries', lambda config, length: length)
   flags = ['--quick', '--set', 'what=attention,step,memory']

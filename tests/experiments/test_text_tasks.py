@@ -57,6 +57,7 @@ def test_seeds_come_last():
   assert len(set(cells)) == 2 * half
 
 
+@pytest.mark.tier('default')
 def test_a_run_keeps_half_of_the_tokens_and_ends_with_the_test_split(
   monkeypatch,
 ):
