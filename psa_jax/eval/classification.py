@@ -51,7 +51,7 @@ def evaluate(
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is nothing to judge in the split eval.split',
+    hint='there is nothing to judge in the split eval.split',
   )
   return {
     **metrics(result.total, float(result.sums['hits']), result.weight),

@@ -61,7 +61,7 @@ def evaluate_lm(
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is no validation token: the validation split has no window of '
+    hint='there is no validation token: the validation split has no window of '
     'this length; shorten eval.seq_len or use more text',
   )
   size = float(result.sums['bytes'])

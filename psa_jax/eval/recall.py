@@ -135,7 +135,7 @@ def evaluate_recall(
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is no question to evaluate; raise eval.windows',
+    hint='there is no question to evaluate; raise eval.windows',
   )
   sums = result.sums
   return {

@@ -33,7 +33,7 @@ def add_up(
   *,
   mesh: jax.sharding.Mesh,
   before_batch: Callable[[], None] = lambda: None,
-  mend: str,
+  hint: str,
 ) -> Totals:
   """Adds the losses of all batches.
 
@@ -43,7 +43,7 @@ def add_up(
     batches: this process's rows of every batch.
     mesh: devices that share the rows.
     before_batch: may raise, to stop here.
-    mend: what to do where nothing counts.
+    hint: what to do where nothing counts.
 
   Raises:
     RunError: nothing counts.
@@ -61,6 +61,6 @@ def add_up(
     for name, value in loss.means.items():
       means[name] = means.get(name, 0.0) + weight_of_batch * float(value)
   if not weight:
-    raise RunError(mend)
+    raise RunError(hint)
   means = {name: value / weight for name, value in means.items()}
   return Totals(total, weight, sums, means)

@@ -58,13 +58,13 @@ class TextClassification(encoding.Encoding):
 
   def evaluate(self, eval_step, state, *, before_batch):
     """Loss, accuracy and macro-F1 on `eval.windows` texts of `eval.split`."""
-    sums, count = self.add_up(eval_step, state, before_batch)
+    tally, count = self.add_up(eval_step, state, before_batch)
     return {
-      'loss': sums.total / sums.weight,
-      'accuracy': float(sums.sums['hits']) / sums.weight,
-      'macro_f1': float(f1.macro_f1(sums.sums['confusion'])),
-      **sums.means,
-      'items': int(sums.weight),
+      'loss': tally.total / tally.weight,
+      'accuracy': float(tally.sums['hits']) / tally.weight,
+      'macro_f1': float(f1.macro_f1(tally.sums['confusion'])),
+      **tally.means,
+      'items': int(tally.weight),
       'windows': count,
     }
 

@@ -90,15 +90,15 @@ class Encoding:
     config = self.config
     length = config.eval.seq_len or config.train.seq_len[-1]
     source = self._rows(config.eval.split, length)
-    sums = totals.add_up(
+    tally = totals.add_up(
       eval_step,
       state,
       eval_batches(config, source, self.mesh),
       mesh=self.mesh,
       before_batch=before_batch,
-      mend='there is nothing to judge in the split eval.split',
+      hint='there is nothing to judge in the split eval.split',
     )
-    return sums, min(config.eval.windows, len(source))
+    return tally, min(config.eval.windows, len(source))
 
   def _rows(self, split: str, length: int):
     examples = self.data.examples.split(split)

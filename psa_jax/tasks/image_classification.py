@@ -75,9 +75,9 @@ class ImageClassification:
     key = jax.random.fold_in(jax.random.key(self._config.seed), step)
     if train and data.shift:
       pixels = shift(pixels, key, most=data.shift)
-    images, own = self._data.normalize(pixels), None
+    images, share = self._data.normalize(pixels), None
     if train and (data.augment.mixup or data.augment.cutmix):
-      images, own = mixing.mix(
+      images, share = mixing.mix(
         images,
         jax.random.fold_in(key, 1),
         mixup=data.augment.mixup,
@@ -92,11 +92,11 @@ class ImageClassification:
       label_loss, logits, weights=weights, smoothing=smoothing
     )
     total, hits = judge(labels)
-    if own is not None:
+    if share is not None:
       # The loss is linear in the label, so that of a mixed one is a mixture.
       others, other_hits = judge(mixing.partner(labels))
-      total = own * total + (1 - own) * others
-      hits = jnp.where(own >= 0.5, hits, other_hits)
+      total = share * total + (1 - share) * others
+      hits = jnp.where(share >= 0.5, hits, other_hits)
     weight = jnp.sum(weights)
     return Loss(
       total, weight, {'hits': hits}, out.aux, auxiliary(out.aux, weight)
@@ -120,14 +120,14 @@ class ImageClassification:
   def evaluate(self, eval_step, state, *, before_batch):
     """Accuracy and loss on `eval.windows` pictures of `eval.split`."""
     source = self._rows(self._config.eval.split)
-    found = classification.evaluate(
+    scores = classification.evaluate(
       eval_step,
       state,
       eval_batches(self._config, source, self._mesh),
       mesh=self._mesh,
       before_batch=before_batch,
     )
-    return {**found, 'windows': min(self._config.eval.windows, len(source))}
+    return {**scores, 'windows': min(self._config.eval.windows, len(source))}
 
   def baselines(self) -> dict[str, float]:
     """Accuracy of a constant answer on the judged split."""

@@ -96,10 +96,10 @@ class LanguageModel:
     seq_len = config.eval.seq_len or config.train.seq_len[-1]
     source = self._windows(self._corpus.validation, seq_len)
     batches = eval_batches(config, source, self._mesh)
-    found = perplexity.evaluate_lm(
+    scores = perplexity.evaluate_lm(
       eval_step, state, batches, mesh=self._mesh, before_batch=before_batch
     )
-    return {**found, 'windows': min(config.eval.windows, len(source))}
+    return {**scores, 'windows': min(config.eval.windows, len(source))}
 
   def baselines(self) -> dict[str, float]:
     """Bits per byte of the unigram and the bigram of the training text."""

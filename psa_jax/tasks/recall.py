@@ -100,7 +100,7 @@ class Recall:
       seq_len=config.eval.seq_len or config.train.seq_len[-1],
       rows=config.eval.windows,
     )
-    found = recall.evaluate_recall(
+    scores = recall.evaluate_recall(
       eval_step,
       state,
       eval_batches(config, rows, self._mesh),
@@ -108,7 +108,7 @@ class Recall:
       by=self._buckets,
       before_batch=before_batch,
     )
-    return {**found, 'windows': config.eval.windows}
+    return {**scores, 'windows': config.eval.windows}
 
   def baselines(self) -> dict[str, float]:
     """Accuracy of guessing."""

@@ -65,15 +65,15 @@ class Tagging(encoding.Encoding):
 
   def evaluate(self, eval_step, state, *, before_batch):
     """Loss and F1 on `eval.windows` sentences of `eval.split`."""
-    sums, count = self.add_up(eval_step, state, before_batch)
-    spans = sums.sums['spans']
+    tally, count = self.add_up(eval_step, state, before_batch)
+    spans = tally.sums['spans']
     return {
-      'loss': sums.total / sums.weight,
-      'accuracy': float(sums.sums['hits']) / sums.weight,
+      'loss': tally.total / tally.weight,
+      'accuracy': float(tally.sums['hits']) / tally.weight,
       'span_f1': float(f1.span_f1(spans)),
       'by_kind': f1.span_f1_by_kind(spans, self._scheme),
-      **sums.means,
-      'items': int(sums.weight),
+      **tally.means,
+      'items': int(tally.weight),
       'windows': count,
     }
 

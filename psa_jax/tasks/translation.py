@@ -103,18 +103,18 @@ class Translation:
 
   def evaluate(self, eval_step, state, *, before_batch):
     """Loss on `eval.windows` pairs of `eval.split`."""
-    found = totals.add_up(
+    tally = totals.add_up(
       eval_step,
       state,
       self._batches(),
       mesh=self._mesh,
       before_batch=before_batch,
-      mend='there is nothing to judge in the split eval.split',
+      hint='there is nothing to judge in the split eval.split',
     )
     return {
-      'loss': found.total / found.weight,
-      **found.means,
-      'tokens': int(found.weight),
+      'loss': tally.total / tally.weight,
+      **tally.means,
+      'tokens': int(tally.weight),
       'windows': self._count(),
     }
 

@@ -22,11 +22,11 @@ class Mixed(NamedTuple):
 
   Attributes:
     images: [B, S, S, C] f32.
-    own: share of the row's own label; the rest is that of the partner.
+    share: of the row's own label; the rest is that of the partner's.
   """
 
   images: Float[Array, 'B S S C']
-  own: Float[Array, '']
+  share: Float[Array, '']
 
 
 def mix(
@@ -61,8 +61,8 @@ def partner(x: jax.Array) -> jax.Array:
 
 
 def _mixup(images, key, alpha) -> Mixed:
-  own = jax.random.beta(key, alpha, alpha)
-  return Mixed(own * images + (1 - own) * partner(images), own)
+  share = jax.random.beta(key, alpha, alpha)
+  return Mixed(share * images + (1 - share) * partner(images), share)
 
 
 def _cutmix(images, key, alpha) -> Mixed:
@@ -75,5 +75,5 @@ def _cutmix(images, key, alpha) -> Mixed:
   at = jnp.arange(size)
   rows, columns = ((at >= low[i]) & (at < high[i]) for i in range(2))
   box = (rows[:, None] & columns[None])[None, :, :, None]
-  own = 1 - box.mean(dtype=jnp.float32)
-  return Mixed(jnp.where(box, partner(images), images), own)
+  share = 1 - box.mean(dtype=jnp.float32)
+  return Mixed(jnp.where(box, partner(images), images), share)

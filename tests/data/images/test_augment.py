@@ -54,8 +54,8 @@ def test_augmentation_is_its_random_numbers():
 def test_crops():
   rng = np.random.default_rng(0)
   flat = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
-  seen = {np.asarray(augment.padded_crop(flat, rng)).mean() for _ in range(20)}
-  assert max(seen) <= 200 and len(seen) > 5
+  means = {np.asarray(augment.padded_crop(flat, rng)).mean() for _ in range(20)}
+  assert max(means) <= 200 and len(means) > 5
   for _ in range(20):
     crop = np.asarray(augment.resized_crop(flat, rng, size=8))
     assert crop.shape == (8, 8, 3) and (crop == 200).all()

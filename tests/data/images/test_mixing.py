@@ -19,19 +19,21 @@ def test_mixing_is_that_of_the_papers(kind):
   run = jax.jit(functools.partial(mixing.mix, **alphas))
   shares = []
   for seed in range(12):
-    images_, own = run(jnp.asarray(x), jax.random.key(seed))
-    got, own = np.asarray(images_), float(own)
+    images_, share = run(jnp.asarray(x), jax.random.key(seed))
+    got, share = np.asarray(images_), float(share)
     if kind == 'mixup':
-      np.testing.assert_allclose(got, own * x + (1 - own) * x[::-1], atol=1e-6)
+      np.testing.assert_allclose(
+        got, share * x + (1 - share) * x[::-1], atol=1e-6
+      )
     else:
       theirs = (got == x[::-1]).all(-1)
       assert ((got == x).all(-1) | theirs).all()
       # The same box in every row, and its area is the partner's share.
       assert (theirs == theirs[:1]).all()
-      assert theirs[0].mean() == pytest.approx(1 - own, abs=1e-6)
+      assert theirs[0].mean() == pytest.approx(1 - share, abs=1e-6)
       rows, columns = theirs[0].any(1), theirs[0].any(0)
       np.testing.assert_array_equal(theirs[0], rows[:, None] & columns[None])
-    shares.append(own)
+    shares.append(share)
   assert 0 <= min(shares) < 0.4 and 0.6 < max(shares) <= 1
 
 

@@ -19,26 +19,26 @@ def arrays(per_class=10, classes=3):
 def test_splits_are_disjoint_complete_and_the_same_every_time():
   pixels, labels = arrays()
   pixels[:, 0, 0, 0] = np.arange(len(labels))  # a name for each
-  found, again = (
+  images, again = (
     sets.from_arrays(pixels, labels, manifest={}) for _ in range(2)
   )
   names = []
   for split in ('train', 'validation', 'test'):
-    one, two = getattr(found, split), getattr(again, split)
+    one, two = getattr(images, split), getattr(again, split)
     np.testing.assert_array_equal(one.pixels, two.pixels)
     names += [*one.pixels[:, 0, 0, 0]]
     np.testing.assert_array_equal(one.labels, labels[one.pixels[:, 0, 0, 0]])
   assert sorted(names) == list(range(len(labels)))
-  counts = [np.bincount(x.labels) for x in (found.validation, found.test)]
+  counts = [np.bincount(x.labels) for x in (images.validation, images.test)]
   np.testing.assert_array_equal(counts, [[1] * 3, [2] * 3])
 
 
 def test_the_majority_is_that_of_training():
   pixels, labels = arrays()
   keep = np.concatenate([np.arange(30), np.full(60, 29)])  # class 2 is large
-  found = sets.from_arrays(pixels[keep], labels[keep], manifest={})
-  share = (found.test.labels == 2).mean()
-  assert share > 0.6 and found.baselines('test') == {'majority': share}
+  images = sets.from_arrays(pixels[keep], labels[keep], manifest={})
+  share = (images.test.labels == 2).mean()
+  assert share > 0.6 and images.baselines('test') == {'majority': share}
 
 
 def test_rows():
@@ -63,6 +63,6 @@ def test_bad_labels_are_refused():
 
 
 def test_the_set_is_immutable():
-  found = sets.from_arrays(*arrays(), manifest={})
+  images = sets.from_arrays(*arrays(), manifest={})
   with pytest.raises(dataclasses.FrozenInstanceError):
-    found.classes = ()
+    images.classes = ()

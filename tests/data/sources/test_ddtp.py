@@ -62,9 +62,9 @@ def test_descriptions_from_the_prepared_file(tmp_path):
   path = tmp_path / 'ddtp_en_fr' / ddtp.PAIRS_FILE
   path.parent.mkdir()
   path.write_text(''.join(f'p{i}\tthe {i}\tle {i}\n' for i in range(99)))
-  found = load(tmp_path)
-  assert found.manifest['train'] + found.manifest['test'] < 99
-  assert found.examples.train[0].target.startswith(b'le')
+  pairs = load(tmp_path)
+  assert pairs.manifest['train'] + pairs.manifest['test'] < 99
+  assert pairs.examples.train[0].target.startswith(b'le')
   path.write_text('p\tno translation\n')
   with pytest.raises(
     ConfigError, match='line 1 has 2 fields.*prepare it again'

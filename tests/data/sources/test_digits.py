@@ -20,30 +20,30 @@ def load(source):
   [('mnist5k', 28, (3500, 500, 1000)), ('digits', 8, (1259, 179, 359))],
 )
 def test_packaged_sets(source, size, counts):
-  found = load(source)
-  splits = found.train, found.validation, found.test
+  images = load(source)
+  splits = images.train, images.validation, images.test
   got = tuple(len(x.labels) for x in splits)
   assert got == counts
-  assert [found.manifest[x] for x in ('train', 'validation', 'test')] == [*got]
+  assert [images.manifest[x] for x in ('train', 'validation', 'test')] == [*got]
   for split in splits:
     assert split.pixels.shape[1:] == (size, size, 1)
     assert split.pixels.dtype == np.uint8 and split.pixels.max() == 255
     assert set(split.labels) == set(range(10))
   every = np.concatenate([x.pixels for x in splits]).reshape(sum(got), -1)
   assert len(np.unique(every, axis=0)) > 0.99 * len(every)
-  x = found.normalize(jnp.asarray(found.train.pixels))
+  x = images.normalize(jnp.asarray(images.train.pixels))
   np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=1e-3)
 
 
 def test_labels_belong_to_their_pictures():
   """The nearest mean of a class knows most of the test split."""
-  found = load('digits')
+  images = load('digits')
   means = np.stack(
-    [found.train.pixels[found.train.labels == c].mean(0) for c in range(10)]
+    [images.train.pixels[images.train.labels == c].mean(0) for c in range(10)]
   )
-  apart = found.test.pixels[:, None].astype(float) - means[None]
+  apart = images.test.pixels[:, None].astype(float) - means[None]
   nearest = (apart**2).sum((2, 3, 4)).argmin(1)
-  assert (nearest == found.test.labels).mean() > 0.85
+  assert (nearest == images.test.labels).mean() > 0.85
 
 
 def packaged(monkeypatch, tmp_path, text, **changes):

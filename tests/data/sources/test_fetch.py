@@ -58,11 +58,11 @@ def test_descriptions_are_fetched_once(tmp_path, commands, capsys):
   assert 'Acquire::Languages=en,fr' in commands[0]
   assert prepare.main(arguments) == 0 and len(commands) == 3
   config = DataConfig(source='ddtp_en_fr', data_dir=str(tmp_path))
-  found = sources.load(config, sources.PAIRS).examples
+  examples = sources.load(config, sources.PAIRS).examples
   assert (
-    sum(len(found.split(s)) for s in ('train', 'test', 'validation')) == 120
+    sum(len(examples.split(s)) for s in ('train', 'test', 'validation')) == 120
   )
-  assert b'en' in found.train[0].source and b'fr' in found.train[0].target
+  assert b'en' in examples.train[0].source and b'fr' in examples.train[0].target
 
 
 def test_a_language_without_descriptions(tmp_path, commands, capsys):

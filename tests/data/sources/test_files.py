@@ -67,8 +67,8 @@ def test_hash_depends_on_content_and_borders_only(tmp_path):
   (tmp_path / 'moved').mkdir()
   for path in tmp_path.glob('*.txt'):
     os.rename(path, tmp_path / 'moved' / path.name)
-  moved = load_files(f'files:{tmp_path}/moved/*')
-  assert moved.manifest['sha256'] == first.manifest['sha256']
+  copies = load_files(f'files:{tmp_path}/moved/*')
+  assert copies.manifest['sha256'] == first.manifest['sha256']
   write(tmp_path / 'moved', b=b'twot', c=b'hree')
   shifted = load_files(f'files:{tmp_path}/moved/*')
   assert shifted.manifest['sha256'] != first.manifest['sha256']

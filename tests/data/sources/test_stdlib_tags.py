@@ -21,10 +21,10 @@ class Q(f):
 
 
 def test_tags_of_a_program_are_those_of_its_syntax_tree():
-  found = list(stdlib_tags.python_sentences(CODE))
+  sentences = list(stdlib_tags.python_sentences(CODE))
   spans = [
     (word, stdlib_tags.TAGS[tag])
-    for words, tags in found
+    for words, tags in sentences
     for word, tag in zip(words, tags, strict=True)
     if tag
   ]
@@ -37,7 +37,7 @@ def test_tags_of_a_program_are_those_of_its_syntax_tree():
     ('join', 'I-attr'), ('.', 'B-attr'), ('strip', 'I-attr'), ('.', 'B-attr'),
     ('z', 'I-attr'), ('Q', 'B-class'), ('w', 'B-param'),
   ]  # fmt: skip
-  assert found[4].words == ("'...'",)  # of a string only that it is one
+  assert sentences[4].words == ("'...'",)  # of a string only that it is one
 
 
 def test_passages_join_lines_and_cut_long_ones_between_spans():
@@ -55,7 +55,7 @@ def test_passages_join_lines_and_cut_long_ones_between_spans():
 
 @pytest.mark.tier('default')
 def test_the_library_is_tagged():
-  found = sources.load(DataConfig(source='stdlib_tags'), sources.TAGGED)
-  tags = np.concatenate([e.tags for e in found.examples.validation])
-  seen = np.bincount(tags, minlength=len(stdlib_tags.TAGS))
-  assert seen[0] > seen[1:].sum() / 2 > 0 and (seen[1::2] > 10).all()
+  data = sources.load(DataConfig(source='stdlib_tags'), sources.TAGGED)
+  tags = np.concatenate([e.tags for e in data.examples.validation])
+  counts = np.bincount(tags, minlength=len(stdlib_tags.TAGS))
+  assert counts[0] > counts[1:].sum() / 2 > 0 and (counts[1::2] > 10).all()

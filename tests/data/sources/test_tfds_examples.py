@@ -76,15 +76,15 @@ def prepared(tmp_path_factory):
 
 
 def test_prepared_sets_of_all_three_kinds(prepared):
-  found = load(LABELLED, 'tfds:small', prepared)
-  assert found.classes == ('bad', 'good')
-  assert found.examples.train[0] == (b'text 1', 1)  # 0 and 20 are held out
-  assert [e.text for e in found.examples.validation] == [b'text 0', b'text 20']
-  assert found.manifest['train'] == 38
+  data = load(LABELLED, 'tfds:small', prepared)
+  assert data.classes == ('bad', 'good')
+  assert data.examples.train[0] == (b'text 1', 1)  # 0 and 20 are held out
+  assert [e.text for e in data.examples.validation] == [b'text 0', b'text 20']
+  assert data.manifest['train'] == 38
   with pytest.raises(ConfigError, match='has no test split'):
-    found.examples.split('test')
+    data.examples.split('test')
   with pytest.raises(ConfigError, match='train: record 30 has label -1'):
-    list(found.examples.train)
+    list(data.examples.train)
   keys = dict(words_key='tokens', label_key='ner')
   words = load(TAGGED, 'tfds:small', prepared, **keys)
   assert words.tags == ('O', 'B-x', 'I-x')
@@ -95,11 +95,11 @@ def test_prepared_sets_of_all_three_kinds(prepared):
 
 
 def test_a_test_split_with_secret_labels_is_none(prepared):
-  found = load(LABELLED, 'tfds:secret', prepared).examples
-  assert found.test is None and len(found.validation) == 4
+  examples = load(LABELLED, 'tfds:secret', prepared).examples
+  assert examples.test is None and len(examples.validation) == 4
   words = 'has no public labels in its test split; set eval.split'
   with pytest.raises(ConfigError, match=words):
-    found.split('test')
+    examples.split('test')
   # Its translations are there to be judged.
   keys = dict(source_key='text', target_key='de')
   pairs = load(PAIRS, 'tfds:secret', prepared, **keys)
@@ -140,16 +140,16 @@ def test_wrong_keys_are_named(prepared, kind, keys, words):
 )  # fmt: skip
 def test_the_papers_sets_from_mock_data(tmp_path, name, kind, keys):
   with tfds.testing.mock_data(num_examples=30):
-    found = load(kind, f'tfds:{name}', tmp_path, **keys)
-    first = found.examples.train[0]
+    data = load(kind, f'tfds:{name}', tmp_path, **keys)
+    first = data.examples.train[0]
   assert all(part != b'' for part in first)
 
 
 def test_conll2003_from_mock_data(tmp_path):
   keys = dict(words_key='tokens', label_key='ner')
   with tfds.testing.mock_data(num_examples=30):
-    found = load(TAGGED, 'tfds:conll2003', tmp_path, **keys)
-    assert found.tags[:3] == ('O', 'B-PER', 'I-PER')
+    data = load(TAGGED, 'tfds:conll2003', tmp_path, **keys)
+    assert data.tags[:3] == ('O', 'B-PER', 'I-PER')
     # The mock draws the lengths of words and tags apart, which no set does.
     with pytest.raises(ConfigError, match='train: record 0 has .* words and'):
-      found.examples.train[0]
+      data.examples.train[0]

