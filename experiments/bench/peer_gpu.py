@@ -1,14 +1,14 @@
-"""PyTorch on the same GPU: the other end of `peers.py`; imports no JAX.
+"""PyTorch contenders on a GPU; imports no JAX and runs on JAX's GPU.
 
-Prints one JSON line with the version, then reads one JSON request a line,
+Started by `peers.py`. Prints one JSON line with the version, then reads one
+JSON request a line,
 
-  {"what": "lengths", "length": 65536, "heads": 16, "kv_heads": 4,
-   "head_dim": 128, "batch": 8, "lists": "FILE.npz"}
+  {"what": "lengths", "contender": "PyTorch SDPA, flash", "length": 65536,
+   "heads": 16, "kv_heads": 4, "head_dim": 128, "batch": 8, "lists": "FILE.npz"}
 
-and answers with one line a measurement (`contender`, `pass`, and `seconds` of
-every round or an `error`) and, after the last, `{"done": true}`. `lists` has
-block ids and counts for FlexAttention and may be left out; `what` may also be
-`decode`. Times are those of CUDA events.
+and answers with one line: `rows`, a measurement each (`pass`, and `seconds` of
+every round or an `error`). `what` may also be `decode`. `lists` has block ids
+and counts for FlexAttention. Times are those of CUDA events.
 """
 
 import functools
@@ -76,22 +76,24 @@ def three_passes(attend, inputs, grad):
   return {'forward': forward, 'backward': backward, 'forward+backward': both}
 
 
-def say(fields, name, make):
-  """Prints the times of the passes that `make` returns."""
+def measured(build):
+  """Rows of the passes that `build` returns."""
   try:
-    made = make()
+    functions = build()
   except Exception as error:  # whatever it is, the others go on
-    reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-    row = {**fields, 'contender': name, 'pass': 'every pass', 'error': reason}
-    print(json.dumps(row), flush=True)
-    return
-  for which, function in made.items():
-    row = {**fields, 'contender': name, 'pass': which}
+    return [{'pass': 'every pass', 'error': reason(error)}]
+  rows = []
+  for which, function in functions.items():
     try:
-      row['seconds'] = rounds(function)
+      rows.append({'pass': which, 'seconds': rounds(function)})
     except Exception as error:
-      row['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-    print(json.dumps(row), flush=True)
+      rows.append({'pass': which, 'error': reason(error)})
+  return rows
+
+
+def reason(error):
+  """An error in one line."""
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
 
 
 def sdpa(backend, inputs, grad):
@@ -162,20 +164,17 @@ def decode_graph(backend, inputs):
 
 
 def answer(request):
-  """Measures what a request asks for."""
+  """The rows of one contender."""
   shape = [request[x] for x in ('length', 'heads', 'kv_heads', 'head_dim')]
-  fields = {'length': shape[0], 'head_dim': shape[3], 'what': request['what']}
+  backend = BACKENDS.get(request['contender'])
   if request['what'] == 'decode':
     inputs = cache(request['batch'], *shape)
-    for name, backend in BACKENDS.items():
-      say(fields, name, functools.partial(decode_graph, backend, inputs))
-    return
-  inputs, grad = tensors(*shape)
-  for name, backend in BACKENDS.items():
-    say(fields, name, functools.partial(sdpa, backend, inputs, grad))
-  if 'lists' in request:
-    made = functools.partial(flex, request['lists'], inputs, grad)
-    say(fields, 'FlexAttention, same lists', made)
+    build = functools.partial(decode_graph, backend, inputs)
+  elif backend is None:
+    build = functools.partial(flex, request['lists'], *tensors(*shape))
+  else:
+    build = functools.partial(sdpa, backend, *tensors(*shape))
+  return {'rows': measured(build)}
 
 
 def cache(batch, length, heads, kv_heads, head_dim):
@@ -192,9 +191,8 @@ def main():
   """Reads requests, one JSON object a line, until the input ends."""
   print(json.dumps({'version': f'PyTorch {torch.__version__}'}), flush=True)
   for line in sys.stdin:
-    answer(json.loads(line))
+    print(json.dumps(answer(json.loads(line))), flush=True)
     torch.cuda.empty_cache()
-    print(json.dumps({'done': True}), flush=True)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,15 @@
 """PyTorch contenders as a timing server; runs in its own environment.
 
-Started as `peer.py NAME THREADS GIB`, where NAME is a key of `CONTENDERS` and
-GIB the memory that the process may take. Prints one JSON line with the
+Started by `peers.py` with three words: NAME, a key of `CONTENDERS`, THREADS,
+and GIB, the memory that the process may take. Prints one JSON line with the
 version, then reads one JSON request a line on standard input,
 
-  {"what": "forward", "T": 65536, "H": 64, "calls": 1, "threads": 2}
+  {"what": "forward", "T": 65536, "calls": 1, "threads": 2}
 
 and answers with the seconds of one call, or with an error if it cannot be
-made. `threads` may be left out for THREADS; `heads` are query heads that share
-one of keys and values, 1 if left out; `what` is `forward`, `backward`,
+made. `threads` may be left out for THREADS, `H`, the width of a head, for 64;
+`heads` are query heads that share one of keys and values, 1 if left out; `what`
+is `forward`, `backward`,
 `forward+backward`, `decode` or `peak` (bytes of memory that the process has
 had at most). Inputs stay between requests, so that another program can
 interleave several of these.
@@ -22,6 +23,8 @@ import time
 
 import torch
 from torch.nn import functional as F
+
+from experiments.bench import memory
 
 
 class Sdpa:
@@ -159,27 +162,13 @@ def seconds(contender, what, calls):
   return total / calls
 
 
-def peak_bytes():
-  """Most memory this process has had.
-
-  Not `getrusage`: its number is inherited from the process that started this
-  one.
-  """
-  try:
-    with open('/proc/self/status') as file:
-      lines = [s for s in file if s.startswith('VmHWM')]
-    return int(lines[0].split()[1]) * 1024
-  except (OSError, IndexError):
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def answer(kept, request, make):
   """The reply to a request; `kept` holds the contender of the last length."""
   if torch.get_num_threads() != request['threads']:
     torch.set_num_threads(request['threads'])
   if request['what'] == 'peak':
-    return {'bytes': peak_bytes()}
-  shape = request['T'], request['H'], request.get('heads', 1)
+    return {'bytes': memory.peak_bytes()}
+  shape = request['T'], request.get('H', 64), request.get('heads', 1)
   try:
     if shape not in kept:
       kept.clear()

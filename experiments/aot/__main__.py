@@ -1,8 +1,8 @@
 """Compiles the kernels for real TPUs and GPUs, none of which has to be there.
 
   make aot                                      compare with golden.json
-  make aot ARGS=--update                        rewrite it and the tables
-  make aot ARGS='--machines=v5e --only=dense'   a part
+  make aot ARGS='--set update=true'             rewrite it and the tables
+  make aot ARGS='--set machines=v5e --set only=dense'    a part
 
 `make aot` sets up an environment of its own with the compilers: libtpu, the
 CUDA plugin and ptxas. The table of kernels and machines is `cases.py`. What is
@@ -11,6 +11,8 @@ the exit code is 1 if there is one.
 """
 
 import concurrent.futures
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,23 +21,15 @@ import subprocess
 import sys
 import tempfile
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+from experiments.aot import cases, child, compare, table
+from experiments.bench import cli
+from experiments.bench.experiment import Experiment
+from experiments.bench.rows import ROOT
+from experiments.bench.settings import Settings, option
+from psa_jax.config import ConfigError
 
-from absl import app, flags  # noqa: E402
-
-from experiments.aot import cases, child, compare, table  # noqa: E402
-
-_UPDATE = flags.DEFINE_bool('update', False, 'Record what is found.')
-_MACHINES = flags.DEFINE_list(
-  'machines', list(cases.MACHINES), 'Machines to compile for.'
-)
-_ONLY = flags.DEFINE_string('only', '', 'Part of the names of cases to try.')
-_JOBS = flags.DEFINE_integer('jobs', 2, 'Machines at a time.', lower_bound=1)
-
-GOLDEN = HERE / 'golden.json'
-PAGES = (HERE / 'README.md', ROOT / 'psa_jax' / 'kernels' / 'README.md')
+GOLDEN = ROOT / 'experiments' / 'aot' / 'golden.json'
+PAGES = ('experiments/aot/README.md', 'psa_jax/kernels/README.md')
 COMPILERS = (
   'jax',
   'jaxlib',
@@ -48,45 +42,59 @@ COMPILERS = (
 )
 
 
-def main(argv):
+@dataclasses.dataclass(frozen=True)
+class AotSettings(Settings):
+  """What `--set` changes."""
+
+  update: bool = option(False, 'Record what is found.')
+  machines: tuple[str, ...] = option(
+    tuple(cases.MACHINES), 'Machines.', choices=tuple(cases.MACHINES)
+  )
+  only: str = option('', 'Part of the names of cases to try.')
+  jobs: int = option(2, 'Machines at a time.', least=1)
+
+
+def run(settings, book) -> int:
   """Compiles, then compares or records; returns the exit code."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}')
-  unknown = set(_MACHINES.value) - set(cases.MACHINES)
-  if unknown:
-    raise app.UsageError(
-      f'unknown machines {sorted(unknown)}; choose from {[*cases.MACHINES]}'
-    )
+  del book  # one file of golden numbers takes the place of rows
   golden = {'versions': versions(), 'results': {}}
   if GOLDEN.exists():
-    golden = json.loads(GOLDEN.read_text())
-  whole = not _ONLY.value and set(_MACHINES.value) == set(cases.MACHINES)
-  if _UPDATE.value and not whole and golden['versions'] != versions():
-    raise app.UsageError('these are other versions: record all, not a part')
-  now = {'versions': versions(), 'results': compile_all()}
-  return update(golden, now) if _UPDATE.value else check(golden, now)
+    golden = read()
+  whole = not settings.only and set(settings.machines) == set(cases.MACHINES)
+  if settings.update and not whole and golden['versions'] != versions():
+    raise ConfigError('these are other versions: record all, not a part')
+  now = {'versions': versions(), 'results': compile_all(settings)}
+  if settings.update:
+    return update(settings, golden, now)
+  return check(settings, golden, now)
+
+
+def read():
+  """What is recorded."""
+  return json.loads(GOLDEN.read_text())
 
 
 def versions() -> dict[str, str]:
   """Of everything that the numbers depend on.
 
   Raises:
-    SystemExit: a compiler is missing.
+    ConfigError: a compiler is missing.
   """
   try:
     return {name: importlib.metadata.version(name) for name in COMPILERS}
   except importlib.metadata.PackageNotFoundError as error:
-    raise SystemExit(f'{error.name} is missing; run `make aot`') from error
+    raise ConfigError(f'{error.name} is missing; run `make aot`') from error
 
 
-def compile_all() -> compare.Results:
+def compile_all(settings) -> compare.Results:
   """Machine -> case -> what was found."""
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    found = pool.map(compile_for, _MACHINES.value)
-    return dict(zip(_MACHINES.value, found, strict=True))
+  compile_one = functools.partial(compile_for, only=settings.only)
+  with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
+    rows = pool.map(compile_one, settings.machines)
+    return dict(zip(settings.machines, rows, strict=True))
 
 
-def compile_for(name: str) -> dict[str, dict]:
+def compile_for(name: str, only: str) -> dict[str, dict]:
   """What is found for one machine, in as many processes as it takes.
 
   Raises:
@@ -101,8 +109,9 @@ def compile_for(name: str) -> dict[str, dict]:
     while len(rows) > done:
       done = len(rows)
       ended = subprocess.run(
-        [sys.executable, HERE / 'child.py', name, folder, _ONLY.value],
+        [sys.executable, '-m', 'experiments.aot.child', name, folder, only],
         env=env,
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -114,16 +123,16 @@ def compile_for(name: str) -> dict[str, dict]:
   raise RuntimeError(f'{name}: the compiler ended:\n{ended.stderr[-2000:]}')
 
 
-def chosen(results: compare.Results) -> compare.Results:
+def chosen(settings, results: compare.Results) -> compare.Results:
   """The part of recorded results that this run looks at."""
   return {
-    machine: {k: v for k, v in rows.items() if _ONLY.value in k}
+    machine: {k: v for k, v in rows.items() if settings.only in k}
     for machine, rows in results.items()
-    if machine in _MACHINES.value
+    if machine in settings.machines
   }
 
 
-def check(golden, now) -> int:
+def check(settings, golden, now) -> int:
   """Prints the differences; 1 if there are any."""
   same = golden['versions'] == now['versions']
   if not same:
@@ -132,19 +141,17 @@ def check(golden, now) -> int:
       f'is compared.\n  recorded: {golden["versions"]}\n  here: '
       f'{now["versions"]}'
     )
-  old = chosen(golden['results'])
+  old = chosen(settings, golden['results'])
   lines = compare.differences(old, now['results'], numbers=same)
   print('\n'.join(lines) or 'nothing changed')
   if lines:
-    print('if that is meant: make aot ARGS=--update')
+    print("if that is meant: make aot ARGS='--set update=true'")
   return bool(lines)
 
 
-def update(golden, now) -> int:
+def update(settings, golden, now) -> int:
   """Records what was found, and renews the tables."""
-  from psa_jax import report
-
-  looked_at, results = chosen(golden['results']), {}
+  looked_at, results = chosen(settings, golden['results']), {}
   for machine in cases.MACHINES:
     old, new = (x['results'].get(machine, {}) for x in (golden, now))
     gone = looked_at.get(machine, {}).keys() - new.keys()
@@ -152,11 +159,22 @@ def update(golden, now) -> int:
     results[machine] = {k: v for k, v in old.items() if k not in gone} | new
   text = json.dumps({**now, 'results': results}, indent=1)
   GOLDEN.write_text(text + '\n')
-  shown = table.text(results, now['versions'])
-  for page in PAGES:
-    report.replace_section(page, 'aot', shown)
+  EXPERIMENT.write_pages()
   return 0
 
 
+EXPERIMENT = Experiment(
+  name='aot',
+  about='do the kernels compile for real TPUs and GPUs, and did that get worse',
+  settings=AotSettings(),
+  quick=AotSettings(machines=('v5e',), only='topk'),
+  run=run,
+  load=read,
+  sections=lambda golden: {
+    'aot': table.text(golden['results'], golden['versions'])
+  },
+  pages=PAGES,
+)
+
 if __name__ == '__main__':
-  app.run(main)
+  sys.exit(cli.main(EXPERIMENT))

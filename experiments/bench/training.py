@@ -1,68 +1,22 @@
-"""The recipe's attention and its whole train step, sparse against dense.
+"""A recipe's whole train step, as a contender.
 
 Everything here is at the setting that a recipe ends with: the schedules are
 read at its last step.
 """
 
 import dataclasses
-import functools
-import os
 import time
 
 import jax
 import jax.numpy as jnp
 
-from experiments.speed_64k.contenders import inputs
-from experiments.speed_64k.rows import ROOT
-from experiments.speed_64k.timing import timed
+from experiments.bench import memory
+from experiments.bench.timing import Call, timed
 from psa_jax import sharding, tasks
-from psa_jax.attention import base
 from psa_jax.data.text.corpus import build_corpus
 from psa_jax.data.text.windows import windows
-from psa_jax.recipe import load_recipe
 from psa_jax.train import state as state_lib
 from psa_jax.train import step as step_lib
-
-
-def recipe(path):
-  """The configuration that is measured."""
-  os.chdir(ROOT)
-  return load_recipe(path, [])
-
-
-def attention(config, T):
-  """{(name, pass): contender} of one head, selection included."""
-  final = one_head(config)
-  q, k, v, _ = inputs(T)
-
-  def attend(mechanism, q, k, v):
-    step = sum(config.train.steps)
-    return base.attend(
-      q, k, v, config=final, step=step, mechanism=mechanism
-    ).out
-
-  contenders = {}
-  for mechanism in ('psa', 'dense'):
-    forward = jax.jit(functools.partial(attend, mechanism))
-    out, pullback = jax.vjp(forward, q, k, v)
-    backward = jax.jit(lambda pullback, grad: pullback(grad))
-    contenders[f'psa_jax {mechanism}', 'forward'] = timed(forward, q, k, v)
-    contenders[f'psa_jax {mechanism}', 'backward'] = timed(
-      backward, pullback, jnp.ones_like(out)
-    )
-  return contenders
-
-
-def one_head(config):
-  """The recipe's attention for a single head.
-
-  A tile of the recipe has the queries of all G heads of a group as rows; one
-  head gets tiles of as many rows, so G times as many queries.
-  """
-  attention, model = config.model.attention, config.model
-  rows = attention.psa.block_q * model.num_heads // model.num_kv_heads
-  psa = dataclasses.replace(attention.psa, block_q=rows)
-  return dataclasses.replace(attention, name='psa', psa=psa)
 
 
 class TrainStep:
@@ -92,14 +46,18 @@ def temporaries(config, length):
   with jax.set_mesh(mesh(config)):
     _, program, step, batch = parts(config, length)
     compiled = step.lower(program.abstract, batch).compile()
-  return temporary_bytes(compiled)
+  return memory.temporary_bytes(compiled)
 
 
-def temporary_bytes(compiled):
-  """What XLA says that a compiled program needs beside inputs and outputs."""
-  analysis = compiled.memory_analysis()
-  assert analysis is not None, 'this backend gives no account of memory'
-  return analysis.temp_size_in_bytes
+def forward(step: TrainStep, length: int) -> Call:
+  """A contender: the loss of one window, as validation reads it."""
+  config = step.config
+  task, program, _, batch = parts(config, length)
+  state = state_lib.init_state(config, task.vocab_size, program)
+  state = state._replace(step=jnp.int32(sum(config.train.steps)))
+  mechanism = config.model.attention.name
+  loss = step_lib.make_eval_step(task, program, mechanism=mechanism)
+  return timed(loss, state, batch)
 
 
 def with_mechanism(config, name):
