@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # number when it comes.
 LAYER = {
   'types': 0,
+  'extras': 0,
+  'compile_cache': 0,
   'config': 0,
   'schedules': 0,
   'sharding': 0,
@@ -30,10 +32,12 @@ LAYER = {
   'tasks': 5,
   'train': 6,
   'report': 7,
-  '': 7,  # psa_jax itself: what a user imports
+  # The public names: psa_jax/__init__.py and its modules.
+  'nnx': 3,
+  '': 7,
 }
 # Data stands beside the layers: it uses these, and only LAYER 5 up uses it.
-DATA_USES = {'types', 'config', 'data'}
+DATA_USES = {'types', 'config', 'data', 'extras'}
 DATA_USED_FROM = 5
 
 # (module, module it imports in a function) -> why that may close a circle.
@@ -41,7 +45,7 @@ LATE: dict[tuple[str, str], str] = {}
 
 # Data classes and text, no arrays. Its last module reads ConfigDicts, which no
 # other may see.
-LIGHT = {'config'}
+LIGHT = {'config', 'extras', 'compile_cache'}
 READS_CONFIG_DICTS = {'psa_jax.config.recipe'}
 # Mechanisms are functions of arrays. What is learned is a module: those of the
 # layer, and those of mechanisms that have parameters.

@@ -90,6 +90,8 @@ class MechanismSpec:
     parameters: makes the module that the attention layer owns, called with the
       `ModelConfig`; None where nothing is learned.
     needs_learned: whether the function cannot do without what it makes.
+    needs_rotary: whether what it learns turns keys of its own, so that the
+      layer must have a rotary table.
     axes: names of the axes of its parameters, by their last name, as in
       `sharding.PARAMETERS`.
     causal_only: whether a bidirectional model cannot have it.
@@ -108,6 +110,7 @@ class MechanismSpec:
   section: str = ''
   parameters: Parameters | None = None
   needs_learned: bool = False
+  needs_rotary: bool = False
   axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
   causal_only: bool = False
   cross: CrossFunction | None = None

@@ -11,6 +11,7 @@ SPEC = register(
     config=DsaConfig,
     parameters=Indexer,
     needs_learned=True,
+    needs_rotary=True,
     axes={
       'index_q': ('embed', 'index_heads', 'head_dim'),
       'index_k': ('embed', 'head_dim'),

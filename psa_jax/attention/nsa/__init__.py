@@ -13,6 +13,7 @@ SPEC = MechanismSpec(
   section='nsa',
   parameters=NsaParameters,
   needs_learned=True,
+  needs_rotary=True,
   axes={
     'wk_compress': ('embed', 'kv', 'head_dim'),
     'wv_compress': ('embed', 'kv', 'head_dim'),
