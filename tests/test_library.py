@@ -191,7 +191,7 @@ def test_a_config_and_its_fields_say_the_same():
   from psa_jax.attention.call import kinds
   from psa_jax.config import AttentionConfig
 
-  settings = kinds.find('psa').settings(
+  settings = kinds.find('psa').config(
     block_q=8, block_k=4, window=4, keep=psa_jax.schedules.constant(0.3)
   )
   args = arrays()

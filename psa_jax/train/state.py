@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from psa_jax import models, sharding
-from psa_jax.config import Config, ConfigError
+from psa_jax.config import Config, ConfigError, ControllerConfig
 from psa_jax.train import controller, optim
 
 
@@ -90,7 +90,11 @@ class Program(NamedTuple):
       return self
     attention = self.config.model.attention.read_by(mechanism)
     model = dataclasses.replace(self.config.model, attention=attention)
-    config = dataclasses.replace(self.config, model=model)
+    # Nothing trains with this program, and the controller is the other one's.
+    train = dataclasses.replace(
+      self.config.train, controller=ControllerConfig()
+    )
+    config = dataclasses.replace(self.config, model=model, train=train)
     return make_program(
       config, self.vocab_size, self.mesh, classes=self.classes
     )

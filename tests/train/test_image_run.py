@@ -257,7 +257,10 @@ def test_what_does_not_export_says_why(tmp_path):
   with pytest.raises(ConfigError, match='at step 3 PRepBN is still 25%'):
     loop.export_checkpoint(early, tmp_path, corpus=pictures())
   rules = dataclasses.replace(early.train, controller=ControllerConfig('loss'))
-  controlled = dataclasses.replace(early, train=rules)
+  psa = dataclasses.replace(
+    early.model, kind='decoder_lm', attention=AttentionConfig('psa')
+  )
+  controlled = dataclasses.replace(early, model=psa, train=rules)
   with pytest.raises(ConfigError, match='controller sets the budget'):
     export.save(tmp_path, controlled, TrainState(3, {}, {}, (), 0))
   assert not (tmp_path / 'export').exists()
