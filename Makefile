@@ -7,7 +7,7 @@ CONFIG = configs/lm_64k.py
 # configs/lm_64k.py:quick.
 WORKDIR =
 # More flags: for launch.py in `make train`, for pytest in `make test`, for
-# experiments/aot/run.py in `make aot`.
+# experiments.aot in `make aot`.
 ARGS =
 
 VENV := .venv
@@ -30,7 +30,8 @@ AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
 aot $(AOT_STAMP): VENV := .venv-aot
 aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test test-quick test-all lint format aot bench-peers clean help
+.PHONY: train test test-quick test-all lint format tables aot bench-peers clean \
+  help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
@@ -52,8 +53,11 @@ format: $(DEV_STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+tables: $(TRAIN_STAMP) ## renew every table and picture, running nothing
+	$(BIN)/python -m experiments --regenerate
+
 aot: $(AOT_STAMP) ## compile the kernels for TPUs and GPUs, with none there
-	$(BIN)/python experiments/aot/run.py $(ARGS)
+	$(BIN)/python -m experiments.aot $(ARGS)
 
 bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	$(PYTHON) -m venv .venv-peers

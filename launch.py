@@ -105,6 +105,9 @@ def _run(argv: Sequence[str]) -> int:
     directory, config, allow_config_change=allow, must_exist=reading
   )
   # JAX is imported only here: everything refused above is refused at once.
+  from psa_jax import tasks
+
+  tasks.check(config)
   from psa_jax.train import loop
 
   if _MODE.value == 'eval':

@@ -130,6 +130,7 @@ ARGS = {
 
 def _base(steps):
   return {
+    'task': 'classification',
     'data': {
       'source': 'verse_genre',
       'tokenizer': 'bpe:8192',

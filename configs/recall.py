@@ -232,6 +232,7 @@ def _kernels(attention: dict) -> str:
 def _base(synthetic: dict, attention: dict) -> dict:
   """What all arms share."""
   return {
+    'task': 'recall',
     'data': {'synthetic': synthetic},
     'model': {
       'remat': 'full' if attention['name'] == 'cascade' else 'none',

@@ -77,6 +77,7 @@ ARGS = {'': dense, 'quick': quick, 'topk': topk}
 
 def _base(steps):
   return {
+    'task': 'tagging',
     'data': {
       'source': 'stdlib_tags',
       'tokenizer': 'bpe:4096',

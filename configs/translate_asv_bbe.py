@@ -81,6 +81,7 @@ ARGS = {'': dense, 'quick': quick, 'topk': topk}
 
 def _base(steps):
   return {
+    'task': 'translation',
     'data': {'source': 'asv_bbe', 'tokenizer': 'bpe:2048'},
     'model': {
       'kind': 'encoder_decoder',

@@ -131,6 +131,7 @@ ARGS = {
 
 def _base(steps):
   return {
+    'task': 'image_classification',
     'data': {
       'source': 'tfds:cifar10',
       'threads': 8,

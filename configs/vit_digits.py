@@ -45,6 +45,7 @@ ARGS = {'': prepbn, 'layernorm': layernorm}
 
 def _base(norm):
   return {
+    'task': 'image_classification',
     'data': {'source': 'digits'},
     'model': {
       'kind': 'vit',

@@ -150,6 +150,7 @@ ARGS = {
 
 def _base(steps):
   return {
+    'task': 'image_classification',
     'data': {
       'source': 'tfds:imagenet2012',
       'threads': 8,  # of a batch each, 154 MB

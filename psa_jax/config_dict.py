@@ -128,6 +128,33 @@ def diff(
   return changes
 
 
+def with_task(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """A saved configuration, with the task that its run had.
+
+  Runs of before there was a `task` had the one that followed from their model
+  and their data.
+
+  Args:
+    saved: the content of a `config.json`, or a part of it.
+  """
+  if 'task' in saved or not {'model', 'data'} <= saved.keys():
+    return dict(saved)
+  data = saved['data']
+  source, kind = data.get('source', ''), saved['model'].get('kind')
+  if kind == 'vit':
+    task = 'image_classification'
+  elif kind == 'encoder':
+    tags = source == 'stdlib_tags' or data.get('words_key')
+    task = 'tagging' if tags else 'classification'
+  elif kind == 'encoder_decoder':
+    task = 'translation'
+  elif source.startswith('synthetic:'):
+    task = 'recall'
+  else:
+    task = 'language_modeling'
+  return {**saved, 'task': task}
+
+
 @functools.cache
 def leaves() -> dict[str, Leaf]:
   """Every key of the tree by its dotted path, in the order of definition."""

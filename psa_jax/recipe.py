@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from psa_jax.config import Config, ConfigError
-from psa_jax.config_dict import from_config_dict, nearest
+from psa_jax.config_dict import from_config_dict, nearest, with_task
 
 
 def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
@@ -67,7 +67,7 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
     raise ConfigError(f'cannot read the configuration {file}: {e}') from e
   if not isinstance(values, dict):
     raise ConfigError(f'the configuration {file} is no JSON object')
-  return values
+  return with_task(values)
 
 
 def _execute(file: str) -> types.ModuleType:

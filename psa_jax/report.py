@@ -164,10 +164,10 @@ def _draw_schedules(axis, steps, train):
 
 
 def _stage_starts(train):
-  seen = set()
+  stages = set()
   for row in train:
-    if row['stage'] not in seen:
-      seen.add(row['stage'])
+    if row['stage'] not in stages:
+      stages.add(row['stage'])
       yield row['step'], row
 
 

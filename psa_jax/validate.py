@@ -11,16 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from psa_jax import validate_attention
-from psa_jax.config import (
-  LABELLED,
-  PARALLEL,
-  PICTURES,
-  SYNTHETIC_TASKS,
-  TAGGED,
-  AugmentConfig,
-  Config,
-  ConfigError,
-)
+from psa_jax.config import Config, ConfigError
 
 _SHARE = '(0, 1]'
 _COUNT = '[1, inf)'
@@ -109,14 +100,6 @@ RANGES = {
 }
 
 _MIN_BPE = 257
-_TEXTS = (*LABELLED, *TAGGED)
-_SOURCES_OF = {
-  'vit': f'{", ".join(PICTURES)} or tfds:<name>',
-  'encoder': f'{", ".join(_TEXTS)} or tfds:<name>',
-  'encoder_decoder': (
-    f'{", ".join(PARALLEL)}, ddtp_en_<language> or tfds:<name>'
-  ),
-}
 # Quotas are int32 products with 1024.
 _LONGEST_CASCADE = 2**21 - 1
 
@@ -174,34 +157,7 @@ def _check_name(config: Config) -> Iterator[str]:
 
 
 def _check_data(config: Config) -> Iterator[str]:
-  source, tokenizer = config.data.source, config.data.tokenizer
-  kind, _, rest = source.partition(':')
-  model = config.model.kind
-  own = {**dict.fromkeys(PICTURES, 'vit'), **dict.fromkeys(_TEXTS, 'encoder')}
-  own |= dict.fromkeys(PARALLEL, 'encoder_decoder')
-  needed = own.get(source, 'encoder_decoder' if _is_ddtp(source) else None)
-  named = kind in ('tfds', 'files') and rest
-  if needed and needed != model:
-    yield (
-      f'config.data.source is {source!r}, which needs config.model.kind='
-      f'{needed}, not {model}'
-    )
-  elif (
-    needed is None and model != 'decoder_lm' and not (named and kind == 'tfds')
-  ):
-    yield (
-      f'config.data.source is {source!r}, but config.model.kind={model} takes '
-      f'{_SOURCES_OF[model]}'
-    )
-  elif model == 'vit':
-    yield from _check_pictures(config)
-  elif kind == 'synthetic':
-    yield from _check_synthetic(rest, config)
-  elif not (needed or named or source in ('sotu', 'stdlib')):
-    yield (
-      f'config.data.source is {source!r}, but it must be sotu, stdlib, '
-      'tfds:<name>, files:<glob> or synthetic:<task>'
-    )
+  tokenizer = config.data.tokenizer
   if not config.data.text_key:
     yield 'config.data.text_key is empty'
   kind, _, size = tokenizer.partition(':')
@@ -213,69 +169,17 @@ def _check_data(config: Config) -> Iterator[str]:
     )
 
 
-def _is_ddtp(source: str) -> bool:
-  return re.fullmatch(r'ddtp_en_[a-z]{2,3}(_[A-Z]{2})?', source) is not None
-
-
-def _check_synthetic(task: str, config: Config) -> Iterator[str]:
-  synthetic = config.data.synthetic
-  if task not in SYNTHETIC_TASKS:
-    yield (
-      f'config.data.source is {config.data.source!r}, but the task must be one '
-      f'of {", ".join(SYNTHETIC_TASKS)}'
-    )
-  if config.data.threads:
-    yield (
-      f'config.data.threads is {config.data.threads}, but one thread makes up '
-      'the rows of synthetic tasks; set it to 0'
-    )
-  if not synthetic.needles:
-    yield 'config.data.synthetic.needles is empty'
-  if synthetic.depth_min > synthetic.depth_max:
-    yield (
-      f'config.data.synthetic.depth_min is {synthetic.depth_min}, above '
-      f'depth_max, which is {synthetic.depth_max}'
-    )
-
-
-def _check_pictures(config: Config) -> Iterator[str]:
-  image, shift = config.model.image, config.data.shift
-  if image.size % image.patch:
-    yield (
-      f'config.model.image.patch is {image.patch}, but it must divide '
-      f'config.model.image.size, which is {image.size}'
-    )
-  if shift >= image.size:
-    yield (
-      f'config.data.shift is {shift}, but it must be below '
-      f'config.model.image.size, which is {image.size}'
-    )
-
-
-def _check_others(config: Config) -> Iterator[str]:
-  """Keys that not every kind of model has."""
-  model = config.model.kind
-  labels = 'vit', 'encoder', 'encoder_decoder'
-  for path, value, default, kinds in (
-    ('data.shift', config.data.shift, 0, ('vit',)),
-    ('data.augment', config.data.augment, AugmentConfig(), ('vit',)),
-    ('data.word_dropout', config.data.word_dropout, 0.0, ('encoder',)),
-    ('data.words_key', config.data.words_key, '', ('encoder',)),
-    ('train.label_smoothing', config.train.label_smoothing, 0.0, labels),
-    ('eval.split', config.eval.split, 'validation', labels),
-  ):
-    if model not in kinds and value != default:
-      yield (
-        f'config.{path} is {value!r}, but only config.model.kind='
-        f'{" or ".join(kinds)} has it'
-      )
+def _check_encoder_decoder(config: Config) -> Iterator[str]:
+  """What an encoder_decoder does not have."""
   name = config.model.attention.name
-  if model == 'encoder_decoder' and name not in ('dense', 'topk'):
+  if config.model.kind != 'encoder_decoder':
+    return
+  if name not in ('dense', 'topk'):
     yield (
       f'config.model.attention.name is {name}, but an encoder_decoder takes '
       'dense or topk'
     )
-  if model == 'encoder_decoder' and config.model.quant.enabled:
+  if config.model.quant.enabled:
     yield 'config.model.quant.enabled is on, but an encoder_decoder has none'
 
 
@@ -362,7 +266,7 @@ def _check_mesh(config: Config) -> Iterator[str]:
 _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
   _check_name,
   _check_data,
-  _check_others,
+  _check_encoder_decoder,
   _check_heads,
   *validate_attention.RULES,
   _check_quant,

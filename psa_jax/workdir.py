@@ -226,7 +226,9 @@ def _config_changes(
 ) -> config_dict.Changes | None:
   """From the run in `path` to `config`; None where there is no run."""
   saved = _read_json(path / CONFIG)
-  return None if saved is None else config_dict.diff(saved, config)
+  if saved is None:
+    return None
+  return config_dict.diff(config_dict.with_task(saved), config)
 
 
 def _append_command(

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from psa_jax import config_dict
-from psa_jax.data import synthetic
+from psa_jax import config_dict, tasks
 from psa_jax.recipe import load_recipe
 from psa_jax.schedules import ScheduleConfig
 
@@ -64,6 +63,12 @@ def test_it_loads_and_is_valid(path, arg):
   config = load(path, arg)
   suffix = f'_{arg}' if arg else ''
   assert config.name == f'{path.stem}{suffix}'
+
+
+@each
+def test_it_names_a_task_that_fits(path, arg):
+  assert 'task' in module(path).get_config(*filter(None, [arg]))
+  tasks.check(load(path, arg))
 
 
 @each
@@ -156,7 +161,7 @@ def test_recall_joins_every_mechanism_with_every_task(mechanism, task):
   config = load(RECALL, f'{mechanism},{task}')
   assert config.data.source == f'synthetic:{task}'
   assert config.name == f'recall_{mechanism}_{task}'
-  synthetic.build(config)  # the task fits into every stage
+  tasks.load_data(config)  # the task fits into every stage
   attention = config.model.attention
   own = getattr(attention, attention.name.removesuffix('_tile'))
   schedules = [

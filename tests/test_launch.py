@@ -101,6 +101,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, text):
   assert text in refused(*words)
 
 
+def test_a_task_that_does_not_fit_is_refused_before_anything_is_read(tmp_path):
+  words = (QUICK, '--config.task=recall', f'--workdir={tmp_path}/run')
+  done = with_loop(*words)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr == (
+    'error: config.task=recall reads questions, but config.data.source=sotu '
+    'yields documents; set config.task=language_modeling\n'
+  )
+
+
 def test_the_real_script_refuses_too():
   done = subprocess.run(
     [sys.executable, 'launch.py', '--config=absent.py'],

@@ -108,13 +108,13 @@ def test_a_tier_has_a_target(project, target, tier):
 
 
 def test_aot_has_an_environment_of_its_own(project):
-  code, _, log = make(project, 'aot', 'ARGS=--update')
+  code, _, log = make(project, 'aot', 'ARGS=--set update=true')
   assert code == 0
   assert installs(log) == ['requirements-aot.txt']
-  run = 'experiments/aot/run.py --update'
+  run = '-m experiments.aot --set update=true'
   assert log[-1] == run
   assert len(stamps(project, '.venv-aot')) == 1 and not stamps(project)
-  assert make(project, 'aot', 'ARGS=--update') == (0, '', [run])
+  assert make(project, 'aot', 'ARGS=--set update=true') == (0, '', [run])
   assert installs(make(project, 'test')[2]) == ['requirements-dev.txt']
   assert installs(make(project, 'aot')[2]) == []
   with (project / 'requirements.txt').open('a') as file:

@@ -374,9 +374,6 @@ def test_one_axis_of_the_mesh_takes_what_is_left():
 @pytest.mark.parametrize(
   ('path', 'bad', 'good'),
   [
-    ('data.source', ('', 'sotus', 'tfds:', 'files:', 'http:x'), 'tfds:pg19'),
-    ('data.source', ('stdlib:x',), 'stdlib'),
-    ('data.source', ('file:*.txt',), 'files:*.txt'),
     ('data.tokenizer', ('byte', 'bpe', 'bpe:', 'bpe:256'), 'bpe:257'),
     ('data.tokenizer', ('bpe:-5', 'bpe:1e4', 'bytes:8'), 'bytes'),
     ('data.text_key', ('',), 'book_text'),

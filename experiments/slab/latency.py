@@ -6,16 +6,17 @@ initial ones, whose values make no difference to the time. Calls alternate.
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.slab.grid import Cell
+from experiments.bench import timing
+from experiments.bench.grid import Run
+from experiments.bench.rows import Row
+from experiments.slab.grid import configure
 from psa_jax import models
 from psa_jax.config import ImageConfig, ModelConfig
 from psa_jax.models.folding import fold
@@ -23,13 +24,13 @@ from psa_jax.models.folding import fold
 BATCHES = (1, 128)
 # Sizes of DeiT-T beside the recipe's own; 196 tokens, not 197.
 DEIT = {'num_layers': 12, 'd_model': 192, 'num_heads': 3, 'num_kv_heads': 3}
-ROUNDS, CALLS = 31, 3.0  # calls a round: as many as take 3 ms
+ROUNDS = 31
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure() -> Iterator[Row]:
   """A row for each size and batch."""
   plain, prepbn = (
-    Cell(arm, 0).config().model for arm in ('layernorm', 'prepbn_80')
+    configure(Run('', arm, 0)).model for arm in ('layernorm', 'prepbn_80')
   )
   deit = {**DEIT, 'mlp_dim': 768, 'image': ImageConfig(224, 3, 16)}
   for size, changes in (('recipe', {}), ('DeiT-T', deit)):
@@ -42,18 +43,22 @@ def measure() -> Iterator[dict[str, Any]]:
       )
 
 
-def compare(
-  plain: ModelConfig, prepbn: ModelConfig, *, batch: int
-) -> dict[str, Any]:
+def compare(plain: ModelConfig, prepbn: ModelConfig, *, batch: int) -> Row:
   """Medians of both in seconds, and of the ratio within a round."""
-  programs = [program(x, batch) for x in (plain, folded(prepbn))]
-  calls = max(1, round(CALLS / 1e3 / _seconds(*programs[0], 1)))
-  found = [[_seconds(*one, calls) for one in programs] for _ in range(ROUNDS)]
-  ratios = [a / b for a, b in found]
+  models = {'layernorm': plain, 'folded': folded(prepbn)}
+  timings = timing.interleave(
+    {
+      (name, 'forward'): timing.timed(*program(model, batch))
+      for name, model in models.items()
+    },
+    repeats=ROUNDS,
+  )
+  seconds = [timings[name, 'forward'].seconds for name in models]
+  ratios = [a / b for a, b in zip(*seconds, strict=True)]
   low, _, high = statistics.quantiles(ratios, n=4)
+  medians = zip(models, map(statistics.median, seconds), strict=True)
   return {
-    'layernorm': statistics.median(a for a, _ in found),
-    'folded': statistics.median(b for _, b in found),
+    **dict(medians),
     'ratio': statistics.median(ratios),
     'quartiles': [low, high],
   }
@@ -69,7 +74,7 @@ def folded(config: ModelConfig):
 
 
 def program(model, batch: int):
-  """A compiled forward pass and its arguments; a call has ended once before."""
+  """A compiled forward pass and its arguments."""
   if isinstance(model, ModelConfig):
     config, (graphdef, *arrays) = model, _split(model)
   else:
@@ -83,19 +88,10 @@ def program(model, batch: int):
     return net.classify(net(x, step=0, train=False).hidden)
 
   arrays = jax.device_put(arrays)
-  compiled = jax.jit(run).lower(arrays, x).compile()
-  jax.block_until_ready(compiled(arrays, x))
-  return compiled, (arrays, x)
+  return jax.jit(run).lower(arrays, x).compile(), arrays, x
 
 
 def _split(config: ModelConfig):
   model = models.build(config, 10, rngs=nnx.Rngs(0))
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-
-def _seconds(compiled, args, calls: int) -> float:
-  began = time.perf_counter()
-  for _ in range(calls):
-    jax.block_until_ready(compiled(*args))
-  return (time.perf_counter() - began) / calls

@@ -1,9 +1,9 @@
 """The tables of the page, from the rows."""
 
-import statistics
 from collections.abc import Sequence
 
-from experiments.grids import Row, caption
+from experiments.bench import tables as lib
+from experiments.bench.rows import Row
 from experiments.slab.grid import ARMS
 from psa_jax import report
 
@@ -26,18 +26,13 @@ PUBLISHED = {
 
 
 def sections(rows: Sequence[Row]) -> dict[str, str]:
-  """Section of the page -> its text; of every run and time the last row."""
-  newest = {
-    (x['what'], x.get('arm'), x.get('seed'), x.get('size'), x.get('batch')): x
-    for x in rows
-  }
-  rows = list(newest.values())
-  found = {
-    'accuracy': accuracy([x for x in rows if x['what'] == 'run']),
-    'latency': latency([x for x in rows if x['what'] == 'latency']),
+  """Section of the page -> its text."""
+  texts = {
+    'accuracy': accuracy([row for row in rows if row['what'] == 'run']),
+    'latency': latency([row for row in rows if row['what'] == 'latency']),
     'published': published(),
   }
-  return {name: text for name, text in found.items() if text}
+  return {name: text for name, text in texts.items() if text}
 
 
 def accuracy(rows: Sequence[Row]) -> str:
@@ -65,7 +60,7 @@ def accuracy(rows: Sequence[Row]) -> str:
     'validation accuracy',
     'diverged',
   )
-  return f'{report.markdown([header, *lines])}\n\n{caption(rows)}'
+  return lib.paragraphs(report.markdown([header, *lines]), lib.caption(rows))
 
 
 def latency(rows: Sequence[Row]) -> str:
@@ -84,7 +79,7 @@ def latency(rows: Sequence[Row]) -> str:
     for row in rows
   ]
   header = ('model', 'pictures', 'LayerNorm', 'PRepBN, folded', 'faster')
-  return f'{report.markdown([header, *lines])}\n\n{caption(rows)}'
+  return lib.paragraphs(report.markdown([header, *lines]), lib.caption(rows))
 
 
 def published() -> str:
@@ -99,9 +94,4 @@ def published() -> str:
 
 def spread(values: Sequence[float]) -> str:
   """Mean and sample standard deviation in percent."""
-  if not values:
-    return ''
-  mean = f'{100 * statistics.fmean(values):.1f}'
-  if len(values) == 1:
-    return f'{mean} %'
-  return f'{mean} ± {100 * statistics.stdev(values):.1f} %'
+  return lib.spread(values, 1, percent=True)

@@ -1,89 +1,65 @@
 """The tables of `README.md`, made from rows of `results.jsonl`."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
-from experiments.speed_64k import contenders as lib
-from experiments.speed_64k import targets
+from experiments.bench import tables as lib
+from experiments.bench.passes import PASSES
+from experiments.bench.rows import Row
+from experiments.bench.tables import Table
+from experiments.speed_64k import contenders, targets
 from psa_jax import report
-
-Row = dict[str, Any]
-Table = list[tuple[str, ...]]
 
 
 def sections(rows: Sequence[Row]) -> dict[str, str]:
-  """{marker in the page: text} of everything that was measured.
-
-  Args:
-    rows: one a subject; see `rows.newest`.
-  """
-  found = {}
+  """{marker in the page: text} of everything that was measured."""
+  texts = {}
   if any(row['what'] in ('lengths', 'decode', 'peak') for row in rows):
-    found['targets'] = report.markdown(targets_table(rows))
-  for what, make in TABLES.items():
+    header = ('target, 65,536 tokens', 'wanted', 'measured', '')
+    texts['targets'] = report.markdown([header, *targets.targets(rows)])
+  for what, table in TABLES.items():
     mine = [row for row in rows if row['what'] == what]
     if mine:
-      parts = [report.markdown(make(mine)), *notes(what, mine), caption(mine)]
-      found[what] = '\n\n'.join(parts)
-  return found
-
-
-def caption(rows: Sequence[Row]) -> str:
-  """Where and when the rows were measured."""
-  last = rows[-1]
-  return ', '.join(
-    f'{key} {last[key]}' for key in ('date', 'commit', 'jax', 'machine')
-  )
+      parts = [report.markdown(table(mine)), *notes(what, mine)]
+      texts[what] = lib.paragraphs(*parts, lib.caption(mine))
+  return texts
 
 
 def notes(what: str, rows: Sequence[Row]) -> list[str]:
   """What the numbers of a table need to be understood."""
-  lines = []
-  if what == 'lengths':
-    lines = [densities(rows), shares(rows)]
+  lines = [densities(rows), shares(rows)] if what == 'lengths' else []
   sizes = {
     row['contender']: f'{row["contender"]}: {row["version"]}, {row["sizes"]}.'
     for row in rows
     if 'sizes' in row
   }
-  errors = {
-    f'{row["contender"]}, {row["pass"]}, {row["length"]:,} tokens: '
-    f'{row["error"]}.'
-    for row in rows
-    if 'error' in row and not row['error'].startswith('not tried')
-  }
-  return [line for line in [*lines, *sizes.values(), *sorted(errors)] if line]
-
-
-def targets_table(rows: Sequence[Row]) -> Table:
-  """What was promised, and what was found."""
-  header = ('target, 65,536 tokens', 'wanted', 'measured', '')
-  return [header, *targets.targets(rows)]
+  return [*lines, *sizes.values(), *lib.errors(rows)]
 
 
 def lengths_table(rows: Sequence[Row]) -> Table:
   """Medians by length, a block of rows a pass."""
-  found = [row for row in rows if row['contender'] != lib.GEMM]
-  return _by_length(found, _duration, ('contender', 'pass'))
+  rows = [row for row in rows if row['contender'] != contenders.GEMM]
+  return lib.by_length(rows)
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
   """Medians by length, and how much faster ours is at the longest."""
-  table = _by_length(rows, _duration, ('contender',))
+  table = lib.by_length(rows, ('contender',))
   longest = max(row['length'] for row in rows)
   blocks = min(targets.settings(rows), default=0)
-  name = lib.whole(blocks)
-  ours = targets.median(rows, 'decode', longest, name, 'decode')
+  name = contenders.whole(blocks)
+  ours = lib.median(rows, length=longest, contender=name)
   ends = [f'{name} is faster by, at {longest:,}']
   for line in table[1:]:
-    took = targets.median(rows, 'decode', longest, line[0], 'decode')
+    took = lib.median(rows, length=longest, contender=line[0])
     ends.append(f'{took / ours:.1f}x' if took and ours else '')
   return [(*line, end) for line, end in zip(table, ends, strict=True)]
 
 
 def peak_table(rows: Sequence[Row]) -> Table:
   """MiB by length, and the growth over the last doubling."""
-  table = _by_length(rows, _mebibytes, ('contender', 'of'))
+  show = functools.partial(lib.cell, field='bytes', show=lib.mebibytes)
+  table = lib.by_length(rows, ('contender', 'of'), show)
   last = sorted({row['length'] for row in rows})[-2:]
   ends = ['over the last doubling']
   for line in table[1:]:
@@ -105,44 +81,31 @@ def versus_table(rows: Sequence[Row]) -> Table:
     for row in rows
     if row['contender'].split()[-1] == 'psa' and 'median' in row
   }
-  header = (
-    'contender',
-    'pass',
-    'median s',
-    'lowest-highest s',
-    'psa is faster by',
-  )
-  return [
-    header,
-    *(
-      (
+  table: Table = [
+    ('contender', 'pass', 'median s', 'lowest-highest s', 'psa is faster by')
+  ]
+  for row in rows:
+    if 'median' in row and row['pass'] in ours:
+      seconds = row['seconds']
+      table.append((
         row['contender'],
         row['pass'],
         f'{row["median"]:.3f}',
-        f'{min(row["seconds"]):.3f}-{max(row["seconds"]):.3f}',
+        f'{min(seconds):.3f}-{max(seconds):.3f}',
         f'{row["median"] / ours[row["pass"]]:.1f}x',
-      )
-      for row in rows
-      if 'median' in row and row['pass'] in ours
-    ),
-  ]
+      ))  # fmt: skip
+  return table
 
 
 def memory_table(rows: Sequence[Row]) -> Table:
   """Temporary memory of the train step."""
   rows = sorted(rows, key=lambda row: row['length'])
   first = rows[0]['bytes']
-  return [
-    ('tokens', 'temporary MiB', 'ratio'),
-    *(
-      (
-        f'{row["length"]:,}',
-        f'{row["bytes"] / 2**20:,.0f}',
-        f'{row["bytes"] / first:.2f}x',
-      )
-      for row in rows
-    ),
-  ]
+  table: Table = [('tokens', 'temporary MiB', 'ratio')]
+  for row in rows:
+    size, ratio = row['bytes'] / 2**20, row['bytes'] / first
+    table.append((f'{row["length"]:,}', f'{size:,.0f}', f'{ratio:.2f}x'))
+  return table
 
 
 TABLES = {
@@ -159,83 +122,33 @@ def densities(rows: Sequence[Row]) -> str:
   """What the settings read at the longest length."""
   longest = max(row['length'] for row in rows)
   parts = {
-    row[
-      'blocks'
-    ]: f'{row["blocks"]} blocks: {row["density"]:.1%} of the blocks '
-    f'that causal attention reads, {row["share_of_square"]:.1%} of all'
+    row['blocks']: f'{row["blocks"]} blocks: {row["density"]:.1%} of the '
+    'blocks that causal attention reads, '
+    f'{row["share_of_square"]:.1%} of all'
     for row in rows
     if row['length'] == longest and 'density' in row
   }
-  if not parts:
-    return ''
-  return f'At {longest:,} tokens, {"; ".join(parts.values())}.'
+  return f'At {longest:,} tokens, {"; ".join(parts.values())}.' if parts else ''
 
 
 def shares(rows: Sequence[Row]) -> str:
   """How close the sparse contenders come to the machine's own product."""
   longest = max(row['length'] for row in rows)
-  took = targets.median(rows, 'lengths', longest, lib.GEMM, 'forward')
-  if took is None:
+  rate = targets.gemm_rate(rows, longest)
+  if rate is None:
     return ''
-  lines = {}
+  lines: dict[str, dict[str, str]] = {}
   for row in rows:
-    read = targets.gemm_share(rows, row, 'pairs_read')
-    seen = targets.gemm_share(rows, row, 'pairs_visible')
-    if row['length'] == longest and read is not None and seen is not None:
-      line = lines.setdefault(row['contender'], dict.fromkeys(lib.PASSES, ''))
+    if row['length'] == longest and 'median' in row and 'pairs_read' in row:
+      read, seen = targets.gemm_shares(row, rate)
+      line = lines.setdefault(row['contender'], dict.fromkeys(PASSES, ''))
       line[row['pass']] = f'{read:.0%} ({seen:.0%})'
-  size = lib.GEMM_SIZE
-  rate = 2 * size**3 / took / 1e9
-  header = (f'share of the GEMM rate at {longest:,}', *lib.PASSES)
+  size = contenders.GEMM_SIZE
+  header = (f'share of the GEMM rate at {longest:,}', *PASSES)
   table = [header, *((name, *line.values()) for name, line in lines.items())]
   return (
-    f'The f32 product of [{size}, {size}] matrices runs at {rate:.0f} GFLOP/s '
-    'in the same run. Shares of it, counting all that is read (and only what '
-    f'causality does not mask):\n\n{report.markdown(table)}'
+    f'The f32 product of [{size}, {size}] matrices runs at '
+    f'{rate / 1e9:.0f} GFLOP/s in the same run. Shares of it, counting all '
+    'that is read (and only what causality does not mask):\n\n'
+    f'{report.markdown(table)}'
   )
-
-
-def _by_length(rows, cell, names) -> Table:
-  """A line for each combination of the fields `names`, a column a length."""
-  lengths = sorted({row['length'] for row in rows})
-  lines = {}
-  # By pass; within one as at the longest length, where nobody is left out.
-  order = {which: i for i, which in enumerate(lib.PASSES)}
-  for row in sorted(
-    rows, key=lambda row: (order.get(row['pass'], 0), -row['length'])
-  ):
-    subject = row['contender'], row['pass']
-    lines.setdefault(subject, {})[row['length']] = row
-  table = [(*names, *(f'{length:,}' for length in lengths))]
-  for found in lines.values():
-    head = (
-      next((r[name] for r in found.values() if name in r), '') for name in names
-    )
-    cells = (cell(found.get(length)) for length in lengths)
-    table.append((*head, *cells))
-  return table
-
-
-def _duration(row: Row | None) -> str:
-  """Median with a unit that shows three digits."""
-  if row is None:
-    return ''
-  if 'error' in row:
-    return _failure(row)
-  took = row['median']
-  for factor, unit in ((1, 's'), (1e3, 'ms')):
-    if took * factor >= 1:
-      return f'{took * factor:.3g} {unit}'
-  return f'{took * 1e6:.3g} us'
-
-
-def _mebibytes(row: Row | None) -> str:
-  if row is None:
-    return ''
-  if 'error' in row:
-    return _failure(row)
-  return f'{row["bytes"] / 2**20:,.0f} MiB'
-
-
-def _failure(row):
-  return 'out of memory' if 'out of memory' in row['error'] else 'failed'

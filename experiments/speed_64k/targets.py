@@ -7,51 +7,20 @@ is inside.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-from experiments.speed_64k import contenders as lib
-from experiments.speed_64k.pipe import NAMES, ONE_THREAD
+from experiments.bench import tables as lib
+from experiments.bench.attention import JAX_DENSE
+from experiments.bench.passes import BOTH
+from experiments.bench.peers import ONE_THREAD, SDPA
+from experiments.bench.rows import Row
+from experiments.bench.tables import Target
+from experiments.speed_64k import contenders
 
-SDPA = NAMES['sdpa']
-DENSE = (lib.OURS_DENSE, lib.JAX_DENSE, SDPA, ONE_THREAD)
-BOTH = lib.PASSES[2]
+DENSE = (contenders.OURS_DENSE, JAX_DENSE, SDPA, ONE_THREAD)
 LENGTH, CROSSOVER = 65_536, 4_096
-# Products of [queries, keys] with a head's width: scores and output forward;
-# backward again the scores, and the gradients of p, v, q and k.
-PRODUCTS = {'forward': 2, 'backward': 5, BOTH: 7}
-
-Row = dict[str, Any]
 
 
-class Target(NamedTuple):
-  """One line of the table."""
-
-  name: str
-  wanted: str
-  measured: str
-  verdict: str
-
-
-def median(rows, what, length, contender, which) -> float | None:
-  """Median seconds of one contender, or None if there are none."""
-  for row in rows:
-    asked = row['what'], row['length'], row.get('contender'), row.get('pass')
-    if asked == (what, length, contender, which) and 'median' in row:
-      return row['median']
-  return None
-
-
-def fastest_dense(rows, what, length, which) -> tuple[str, float] | None:
-  """Name and seconds of the fastest dense contender."""
-  found = [
-    (name, took)
-    for name in DENSE
-    if (took := median(rows, what, length, name, which)) is not None
-  ]
-  return min(found, key=lambda x: x[1], default=None)
-
-
-def settings(rows) -> list[int]:
+def settings(rows: Sequence[Row]) -> list[int]:
   """The sizes of lists that were measured."""
   return sorted({row['blocks'] for row in rows if 'blocks' in row})
 
@@ -67,39 +36,39 @@ def crossover(rows: Sequence[Row], blocks: int) -> int | None:
     A measured length such that ours is faster there and at all longer
     measured ones; None if it is slower at the longest.
   """
-  found = None
+  smallest = None
   compared = {row['length'] for row in rows if row['what'] == 'lengths'}
   for length in sorted(compared, reverse=True):
-    ours = median(rows, 'lengths', length, lib.whole(blocks), BOTH)
-    dense = fastest_dense(rows, 'lengths', length, BOTH)
+    at = {'what': 'lengths', 'length': length, 'which': BOTH}
+    ours = lib.median(rows, contender=contenders.whole(blocks), **at)
+    dense = lib.fastest(rows, DENSE, **at)
     if ours is None or dense is None:
       continue
     if ours >= dense[1]:
       break
-    found = length
-  return found
+    smallest = length
+  return smallest
 
 
-def gemm_share(rows, row: Row, pairs: str) -> float | None:
-  """Useful flops a second as a share of the machine's own product.
+def gemm_rate(rows: Sequence[Row], length: int) -> float | None:
+  """Operations a second of the machine's own product, timed at that length."""
+  took = lib.median(
+    rows, what='lengths', length=length, contender=contenders.GEMM
+  )
+  return None if took is None else lib.gemm_rate(contenders.GEMM_SIZE, took)
 
-  Args:
-    rows: with the product's own row at the same length.
-    row: of a sparse contender.
-    pairs: `pairs_read` or `pairs_visible`.
-  """
-  if 'median' not in row or pairs not in row:
-    return None
-  took = median(rows, row['what'], row['length'], lib.GEMM, 'forward')
-  if took is None:
-    return None
-  rate = 2 * lib.GEMM_SIZE**3 / took
-  flops = 2 * PRODUCTS[row['pass']] * row[pairs] * row['head_dim']
-  return flops / row['median'] / rate
+
+def gemm_shares(row: Row, rate: float) -> tuple[float, float]:
+  """Shares of the rate: of all that is read, of what causality leaves."""
+  read, seen = (
+    lib.gemm_share(row, pairs, row['head_dim'], rate)
+    for pairs in ('pairs_read', 'pairs_visible')
+  )
+  return read, seen
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-  """The targets, each with what was found or `not measured`."""
+  """The targets, each with what was measured or `not measured`."""
   blocks = min(settings(rows), default=24)
   return [
     _ratio(rows, 'lengths', blocks, 'forward', 12),
@@ -113,75 +82,79 @@ def targets(rows: Sequence[Row]) -> list[Target]:
   ]
 
 
-def _target(name, wanted, found, reached):
-  if found is None:
-    return Target(name, wanted, 'not measured', '')
-  return Target(name, wanted, found, 'met' if reached else 'missed')
-
-
 def _ratio(rows, what, blocks, which, least):
   """How much faster the whole operation is than the fastest dense one."""
-  name = f'{which}, selection included, {blocks} blocks, against dense'
-  ours = median(rows, what, LENGTH, lib.whole(blocks), which)
-  dense = fastest_dense(rows, what, LENGTH, which)
-  if ours is None or dense is None:
-    return _target(name, f'at least {least}x', None, False)
-  ratio = dense[1] / ours
-  return _target(
-    name, f'at least {least}x', f'{ratio:.1f}x ({dense[0]})', ratio >= least
+  target = Target(
+    f'{which}, selection included, {blocks} blocks, against dense',
+    f'at least {least}x',
   )
+  at = {'what': what, 'length': LENGTH, 'which': which}
+  ours = lib.median(rows, contender=contenders.whole(blocks), **at)
+  dense = lib.fastest(rows, DENSE, **at)
+  if ours is None or dense is None:
+    return target
+  return target.at_least(dense[1] / ours, least, dense[0])
 
 
 def _crossover(rows, blocks):
-  name = f'forward+backward beats dense from, {blocks} blocks'
-  wanted = f'{CROSSOVER:,} tokens or less'
-  if fastest_dense(rows, 'lengths', LENGTH, BOTH) is None:
-    return _target(name, wanted, None, False)
+  target = Target(
+    f'forward+backward beats dense from, {blocks} blocks',
+    f'{CROSSOVER:,} tokens or less',
+  )
+  if not lib.fastest(rows, DENSE, what='lengths', length=LENGTH, which=BOTH):
+    return target
   at = crossover(rows, blocks)
   text = 'never' if at is None else f'{at:,} tokens'
-  return _target(name, wanted, text, at is not None and at <= CROSSOVER)
+  return target.judged(text, at is not None and at <= CROSSOVER)
 
 
 def _share(rows, blocks):
-  name = 'share of the f32 GEMM rate on what is selected, forward, kernel alone'
+  target = Target(
+    'share of the f32 GEMM rate on what is selected, forward, kernel alone',
+    'at least 45%',
+  )
+  rate = gemm_rate(rows, LENGTH)
   texts, reached = [], False
-  for block_q in lib.tiles(blocks, [blocks]):
+  for block_q in contenders.tiles(blocks, [blocks]):
+    wanted = 'lengths', LENGTH, contenders.kernel(blocks, block_q), 'forward'
     for row in rows:
-      asked = row['what'], row['length'], row.get('contender'), row.get('pass')
-      wanted = 'lengths', LENGTH, lib.kernel(blocks, block_q), 'forward'
-      read = gemm_share(rows, row, 'pairs_read') if asked == wanted else None
-      seen = gemm_share(rows, row, 'pairs_visible') if read else None
-      if read is None or seen is None:
+      about = row['what'], row['length'], row.get('contender'), row.get('pass')
+      if about != wanted or rate is None or 'median' not in row:
         continue
+      read, seen = gemm_shares(row, rate)
+      own = block_q == contenders.BLOCK_Q
       texts.append(
         f'{read:.0%} ({seen:.0%} without what causality masks)'
-        + (f' with tiles of {block_q}' if block_q != lib.BLOCK_Q else '')
+        + ('' if own else f' with tiles of {block_q}')
       )
-      reached = reached or (block_q == lib.BLOCK_Q and seen >= 0.45)
-  return _target(name, 'at least 45%', ', '.join(texts) or None, reached)
+      reached = reached or (own and seen >= 0.45)
+  return target.judged(', '.join(texts), reached) if texts else target
 
 
 def _memory(rows, blocks):
-  name = f'memory of forward+backward, {LENGTH:,} over {LENGTH // 2:,} tokens'
+  target = Target(
+    f'memory of forward+backward, {LENGTH:,} over {LENGTH // 2:,} tokens',
+    'at most 2.1x',
+  )
   sizes = [
     row['bytes']
     for length in (LENGTH // 2, LENGTH)
     for row in rows
     if (row['what'], row['length']) == ('peak', length)
-    and row['contender'] == lib.whole(blocks)
+    and row['contender'] == contenders.whole(blocks)
     and 'bytes' in row
   ]
   if len(sizes) != 2:
-    return _target(name, 'at most 2.1x', None, False)
+    return target
   ratio = sizes[1] / sizes[0]
-  return _target(name, 'at most 2.1x', f'{ratio:.2f}x', ratio <= 2.1)
+  return target.judged(f'{ratio:.2f}x', ratio <= 2.1)
 
 
 def _dense(rows, which):
-  name = f'our dense against PyTorch SDPA, {which}'
-  ours = median(rows, 'lengths', LENGTH, lib.OURS_DENSE, which)
-  theirs = median(rows, 'lengths', LENGTH, SDPA, which)
+  target = Target(f'our dense against PyTorch SDPA, {which}', 'at least 1.0x')
+  at = {'what': 'lengths', 'length': LENGTH, 'which': which}
+  ours = lib.median(rows, contender=contenders.OURS_DENSE, **at)
+  theirs = lib.median(rows, contender=SDPA, **at)
   if ours is None or theirs is None:
-    return _target(name, 'at least 1.0x', None, False)
-  ratio = theirs / ours
-  return _target(name, 'at least 1.0x', f'{ratio:.2f}x', ratio >= 1)
+    return target
+  return target.at_least(theirs / ours, 1, digits=2)

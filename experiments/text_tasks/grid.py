@@ -1,21 +1,12 @@
-"""What is trained: the recipes on texts, dense and sparse.
+"""What is trained: the recipes on texts, dense and sparse."""
 
-Seeds are the outermost loop, so a grid that was stopped early has every arm
-with fewer seeds and not fewer arms.
-"""
-
-import contextlib
 import dataclasses
-import pathlib
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
+from experiments.bench.grid import Grid, Run, trained
+from experiments.bench.rows import Row
+from experiments.bench.settings import Changes
 from psa_jax.config import Config, RunError
-from psa_jax.recipe import load_recipe
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPES = {
   'classify': 'configs/classify_verses.py',
   'tag': 'configs/tag_stdlib.py',
@@ -27,37 +18,16 @@ ARMS = {
   'tag': ('', 'topk'),
   'translate': ('', 'topk'),
 }
-SEEDS = range(3)
 SHARES = ('density', 'cross_density', 'kept_tokens')
 
 
-class Cell(NamedTuple):
-  """One run."""
-
-  task: str
-  arm: str
-  seed: int
-
-  def config(self, changes: Sequence[tuple[str, str]] = ()) -> Config:
-    """Its configuration."""
-    spec = str(ROOT / RECIPES[self.task])
-    spec += f':{self.arm}' if self.arm else ''
-    return load_recipe(spec, [('seed', str(self.seed)), *changes])
+def configure(run: Run, changes: Changes = ()) -> Config:
+  """A run's configuration."""
+  spec = RECIPES[run.task] + (f':{run.arm}' if run.arm else '')
+  return run.recipe(spec, list(changes))
 
 
-def cells(
-  tasks: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = SEEDS
-) -> Iterator[Cell]:
-  """All runs, in the order in which they are made."""
-  for seed in seeds:
-    for task in tasks:
-      for arm in ARMS[task]:
-        yield Cell(task, arm, seed)
-
-
-def train(
-  cell: Cell, changes: Sequence[tuple[str, str]] = ()
-) -> dict[str, Any]:
+def train(run: Run, config: Config) -> Row:
   """One run by the project's trainer, and one look at the test split.
 
   Raises:
@@ -65,15 +35,8 @@ def train(
   """
   from psa_jax.train import loop
 
-  config = cell.config(changes)
   judged = dataclasses.replace(config.eval, split='test')
-  # What it says goes to standard error; standard output is the answer's.
-  with (
-    tempfile.TemporaryDirectory() as name,
-    contextlib.redirect_stdout(sys.stderr),
-  ):
-    folder = pathlib.Path(name)
-    result = loop.train_and_evaluate(config, folder)
+  with trained(config) as (result, folder):
     if 'quality' not in result:
       raise RunError(f'stopped at step {result["step"]}')
     test = loop.evaluate_checkpoint(
@@ -92,3 +55,13 @@ def train(
     'train_seconds': result['train_seconds'],
     **{share: last[share] for share in SHARES if share in last},
   }
+
+
+GRID = Grid(
+  experiment='text_tasks',
+  what='run',
+  arms=ARMS,
+  configure=configure,
+  train=train,
+  quality=lambda row: f'{row["metric"]} {row["validation"]:.4g}',
+)

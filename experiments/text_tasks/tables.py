@@ -3,8 +3,10 @@
 import statistics
 from collections.abc import Sequence
 
-from experiments.grids import Row, caption, settings
-from experiments.text_tasks.grid import ARMS, Cell
+from experiments.bench import tables as lib
+from experiments.bench.rows import Row
+from experiments.bench.tables import spread
+from experiments.text_tasks.grid import ARMS
 from psa_jax import report
 
 NAMES = {
@@ -22,29 +24,20 @@ METRICS = {'macro_f1': 'macro-F1', 'span_f1': 'span F1', 'bleu': 'BLEU'}
 
 
 def sections(rows: Sequence[Row]) -> dict[str, str]:
-  """Section of the page -> its text.
-
-  Of every run the last row counts, if its settings are still those of the
-  recipe.
-  """
-  newest: dict[Cell, Row] = {}
-  for row in rows:
-    cell = Cell(row['task'], row['arm'], row['seed'])
-    newest.pop(cell, None)
-    if row['settings'] == settings(cell.config()):
-      newest[cell] = row
-  found = {}
+  """Section of the page -> its text."""
+  texts = {}
   for task in ARMS:
-    own = [row for cell, row in newest.items() if cell.task == task]
-    good = [row for row in own if 'error' not in row]
+    mine = [row for row in rows if row['task'] == task]
+    good = [row for row in mine if 'error' not in row]
     failed = [
       f'{row["arm"] or "default"}, seed {row["seed"]}: failed. {row["error"]}'
-      for row in own
+      for row in mine
       if 'error' in row
     ]
     if good:
-      found[task] = '\n\n'.join([quality(task, good), *failed, caption(good)])
-  return found
+      parts = [quality(task, good), *failed, lib.caption(good)]
+      texts[task] = lib.paragraphs(*parts)
+  return texts
 
 
 def quality(task: str, rows: Sequence[Row]) -> str:
@@ -89,11 +82,3 @@ def density_of(row: Row) -> float:
   """Pairs read of those visible; translations have three kinds of attention."""
   own, cross = row['density'], row.get('cross_density')
   return own if cross is None else (2 * own + cross) / 3
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-  """Mean and, of several, sample standard deviation."""
-  mean = f'{statistics.fmean(values):.{digits}f}'
-  if len(values) == 1:
-    return mean
-  return f'{mean} ± {statistics.stdev(values):.{digits}f}'

@@ -1,7 +1,7 @@
 """Cross-attention: queries of one sequence read another one, the memory.
 
 `dense` reads all of it, `topk` the best keys of every query, by the schedule
-and the softmax of `attention.topk` (MECHANISMS section 4): of a memory of n
+and the softmax of `attention.topk` (docs/mechanisms.md#topk): of a memory of n
 tokens a query keeps max(1, floor(keep * n)). Queries and keys turn by their
 places in their own sequences (rotary positions), so that near places find each
 other first, as most translations have it.

@@ -2,8 +2,8 @@
 
 Every tile of `block_q` queries reads a sliding window (and first blocks, if
 asked for) and on top of it the most important other key blocks, as many as its
-own attention needs (MECHANISMS section 5): with H the entropy of its estimated
-distribution over key blocks,
+own attention needs (docs/mechanisms.md#hybrid): with H the entropy of its
+estimated distribution over key blocks,
 
   count = ceil(c exp(H)), at least `min_blocks`, at most `keep` of the visible.
 

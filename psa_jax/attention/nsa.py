@@ -12,8 +12,8 @@
 Each has a softmax of its own, and keys and values of its own unless they are
 shared; gates are sigmoids and not normalised. `nsa` selects for every query
 token and kv head, as the paper does; `nsa_tile` once for `tile` queries, by
-the tile's first (see MECHANISMS section 3 in `psa.py`: nothing later may be
-asked), which gives kernels tiles with many rows.
+the tile's first (docs/mechanisms.md#block-lists: nothing later may be asked),
+which gives kernels tiles with many rows.
 
 Where the paper is silent: scores are scaled by H ** -0.5; a query that no
 complete block precedes gets 0 from the compressed branch; the earlier of two

@@ -3,7 +3,7 @@
 Every query keeps the `k = max(1, floor(keep * n))` largest raw scores of the n
 keys it sees (its own past in a causal model, of its own document), and weighs
 them by the softmax of `e = a3 s^3 + a2 s^2 + a1 s + a0` of the clamped score
-(MECHANISMS section 4; keeping the k largest is Gupta et al. 2021, arXiv
+(docs/mechanisms.md#topk; keeping the k largest is Gupta et al. 2021, arXiv
 2106.06899). Keys that are masked or not kept have weight exactly 0.
 
 Three things move with the step: `keep` (1 is dense), `mix`, which leads the

@@ -1,6 +1,6 @@
-"""Text on disk to batches of token windows; importing this is cheap.
+"""Data on disk to batches of rows; importing this is cheap.
 
-`lm.build_corpus` is the way in; `pipeline.train_iterator` and
-`pipeline.eval_batches` come after it. TFDS, grain and tokenizers are imported
-by the function that first needs them.
+`sources` says where data comes from and loads it; `text`, `examples`, `images`
+and `synthetic` turn it into rows; `pipeline` makes batches of them. TFDS, grain
+and tokenizers are imported by the function that first needs them.
 """

@@ -40,6 +40,19 @@ class Source(Protocol):
   def __getitem__(self, i) -> Batch: ...
 
 
+@runtime_checkable
+class DataIterator(Protocol):
+  """Endless batches of one stage of a run, with a JSON state."""
+
+  def __next__(self) -> Batch: ...
+
+  def get_state(self) -> dict[str, Any]: ...
+
+  def set_state(self, state: Any) -> None: ...
+
+  def close(self) -> None: ...
+
+
 class TrainIterator(Iterator[Batch]):
   """Endless batches of one host; see `train_iterator`."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Found(NamedTuple):
+class Hypotheses(NamedTuple):
   """The best hypothesis of every row.
 
   Attributes:
@@ -45,7 +45,7 @@ def search(
   begin: int,
   end: int,
   penalty: float = 1.0,
-) -> Found:
+) -> Hypotheses:
   """Searches; traceable.
 
   Args:
@@ -66,7 +66,7 @@ def search(
   first = _Beam(
     at=jnp.int32(0),
     tokens=jnp.full((*shape, length), end, jnp.int32),
-    # All hypotheses are the empty one at first: one of them counts.
+    # All hypotheses start as the empty one; only one of them counts.
     total=jnp.broadcast_to(alone[None], shape).astype(jnp.float32),
     ended=jnp.zeros(shape, bool),
     state=state,
@@ -99,4 +99,4 @@ def search(
   score = last.total / sizes.astype(jnp.float32) ** penalty
   best = jnp.argmax(score, -1)[:, None]
   tokens = jnp.take_along_axis(last.tokens, best[..., None], axis=1)[:, 0]
-  return Found(tokens, jnp.take_along_axis(score, best, axis=1)[:, 0])
+  return Hypotheses(tokens, jnp.take_along_axis(score, best, axis=1)[:, 0])

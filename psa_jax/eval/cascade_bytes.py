@@ -114,11 +114,11 @@ def cascade_bytes(
   def count(layers, keep, bits):
     again = bits.refetched * bits.refetch_share
     total = 0.0
-    for left, alive in layers:
-      queries = group * (1 if generation else left)
+    for tokens_left, alive in layers:
+      queries = group * (1 if generation else tokens_left)
       # The heads of a group choose for themselves; at most all is fetched.
-      values = min(group * math.ceil(keep * left - 1e-9), left)
-      scores = queries * (bits.q + again) + left * (bits.k + again)
+      values = min(group * math.ceil(keep * tokens_left - 1e-9), tokens_left)
+      scores = queries * (bits.q + again) + tokens_left * (bits.k + again)
       total += alive * (head_dim * scores + value_dim * values * bits.v)
     return total / 8
 

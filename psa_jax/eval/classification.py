@@ -32,7 +32,7 @@ def evaluate(
   """Adds what all batches count, in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `hits` in its sums.
+    eval_step: `(state, batch)` to a `tasks.Loss` with `hits` in its sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
     mesh: devices that share the rows.
@@ -45,16 +45,16 @@ def evaluate(
   Raises:
     RunError: nothing to judge.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is nothing to judge in the split eval.split',
+    hint='there is nothing to judge in the split eval.split',
   )
   return {
-    **metrics(found.total, float(found.sums['hits']), found.weight),
-    **found.means,
-    'items': int(found.weight),
+    **metrics(result.total, float(result.sums['hits']), result.weight),
+    **result.means,
+    'items': int(result.weight),
   }

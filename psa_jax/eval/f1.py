@@ -39,8 +39,8 @@ def confusion(
 def macro_f1(counts: Any) -> Any:
   """Mean F1 of the classes that occur, from `confusion`; any array type."""
   right = counts.diagonal()
-  found, there = counts.sum(0), counts.sum(1)
-  total = found + there
+  predictions, references = counts.sum(0), counts.sum(1)
+  total = predictions + references
   scores = 2 * right / (total + (total == 0))
   return scores.sum() / ((total > 0).sum() + (total.sum() == 0))
 
@@ -104,9 +104,11 @@ def count_spans(
   scheme: Scheme,
 ) -> Float[Array, '3 kinds']:
   """By kind: spans that are right, that were found, and that there are."""
-  found, there = (spans(x, real, scheme) for x in (guesses, tags))
-  same = (found.kind == there.kind) & (found.end == there.end)
-  right = found.begins & there.begins & same
+  predictions, references = (spans(x, real, scheme) for x in (guesses, tags))
+  same = (predictions.kind == references.kind) & (
+    predictions.end == references.end
+  )
+  right = predictions.begins & references.begins & same
   names = 1 + jnp.arange(len(scheme.kinds))[None, None]
 
   def tally(member, kind):
@@ -114,22 +116,26 @@ def count_spans(
     return hit.sum((0, 1)).astype(jnp.float32)
 
   return jnp.stack([
-    tally(right, there.kind),
-    tally(found.begins, found.kind),
-    tally(there.begins, there.kind),
+    tally(right, references.kind),
+    tally(predictions.begins, predictions.kind),
+    tally(references.begins, references.kind),
   ])  # fmt: skip
 
 
 def span_f1(counts: Any) -> Any:
   """F1 over all spans (micro), from `count_spans`; any array type."""
-  right, found, there = counts.sum(1)
-  return 2 * right / (found + there + (found + there == 0))
+  right, predictions, references = counts.sum(1)
+  return (
+    2 * right / (predictions + references + (predictions + references == 0))
+  )
 
 
 def span_f1_by_kind(counts: np.ndarray, scheme: Scheme) -> dict[str, float]:
   """F1 of each kind that occurs."""
   return {
-    name: float(2 * right / (found + there))
-    for name, (right, found, there) in zip(scheme.kinds, counts.T, strict=True)
-    if found + there
+    name: float(2 * right / (predictions + references))
+    for name, (right, predictions, references) in zip(
+      scheme.kinds, counts.T, strict=True
+    )
+    if predictions + references
   }

@@ -22,7 +22,7 @@ _ONCE = ('head',)
 
 
 def forward(
-  config: ModelConfig, params: Any, tokens: int, found: Mapping[str, Any]
+  config: ModelConfig, params: Any, tokens: int, scalars: Mapping[str, Any]
 ) -> float:
   """Operations of one window.
 
@@ -30,10 +30,10 @@ def forward(
     config: the model.
     params: its arrays or their shapes, nested dicts.
     tokens: of the window; of an encoder_decoder, of each text.
-    found: what the model reports: `density`, and where it has them
+    scalars: what the model reports: `density`, and where it has them
       `cross_density` and `kept_tokens`.
   """
-  kept, density = found.get('kept_tokens', 1.0), found.get('density', 1.0)
+  kept, density = scalars.get('kept_tokens', 1.0), scalars.get('density', 1.0)
   linear = 0.0
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     name = path[-1].key
@@ -47,7 +47,7 @@ def forward(
   width = config.num_layers * config.num_heads * head_dim(config)
   future, every = tokens * (tokens + 1) / 2, tokens**2
   if config.kind == 'encoder_decoder':
-    pairs = density * (future + every) + found['cross_density'] * every
+    pairs = density * (future + every) + scalars['cross_density'] * every
   else:
     pairs = density * (future if config.kind == 'decoder_lm' else every)
   return linear + 4 * width * pairs

@@ -41,7 +41,7 @@ def evaluate_lm(
   """Adds the losses of all batches in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `bytes` in its
+    eval_step: `(state, batch)` to a `tasks.Loss` with `bytes` in its
       sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
@@ -55,18 +55,18 @@ def evaluate_lm(
   Raises:
     RunError: no validation token counts.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is no validation token: the validation split has no window of '
+    hint='there is no validation token: the validation split has no window of '
     'this length; shorten eval.seq_len or use more text',
   )
-  size = float(found.sums['bytes'])
+  size = float(result.sums['bytes'])
   return {
-    **language_metrics(found.total, found.weight, size),
-    **found.means,
-    'tokens': int(found.weight),
+    **language_metrics(result.total, result.weight, size),
+    **result.means,
+    'tokens': int(result.weight),
   }

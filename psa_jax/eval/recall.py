@@ -113,7 +113,7 @@ def evaluate_recall(
   """Adds what all batches count, in float64.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss` with `hits`,
+    eval_step: `(state, batch)` to a `tasks.Loss` with `hits`,
       `questions` and a `tally` in its sums.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
@@ -129,19 +129,19 @@ def evaluate_recall(
   Raises:
     RunError: no question counts.
   """
-  found = totals.add_up(
+  result = totals.add_up(
     eval_step,
     state,
     batches,
     mesh=mesh,
     before_batch=before_batch,
-    mend='there is no question to evaluate; raise eval.windows',
+    hint='there is no question to evaluate; raise eval.windows',
   )
-  sums = found.sums
+  sums = result.sums
   return {
-    'loss': found.total / found.weight,
+    'loss': result.total / result.weight,
     'accuracy': float(sums['hits'] / sums['questions']),
-    **found.means,
+    **result.means,
     'questions': int(sums['questions']),
     'by': {
       kind: [
@@ -160,14 +160,14 @@ def table(validation: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     validation: what `evaluate_recall` found, by mechanism; other findings
       give no rows.
   """
-  found = {m: v['by'] for m, v in validation.items() if 'by' in v}
-  if not found:
+  scores_by = {m: v['by'] for m, v in validation.items() if 'by' in v}
+  if not scores_by:
     return []
   rows = []
-  first = next(iter(found.values()))
+  first = next(iter(scores_by.values()))
   for kind, buckets_of_kind in first.items():
     for i, (label, asked, _) in enumerate(buckets_of_kind):
       if asked:
-        scores = [f'{m} {by[kind][i][2]:6.1%}' for m, by in found.items()]
+        scores = [f'{m} {by[kind][i][2]:6.1%}' for m, by in scores_by.items()]
         rows.append((f'{kind} {label}, {asked:,} questions', '  '.join(scores)))
   return rows

@@ -33,17 +33,17 @@ def add_up(
   *,
   mesh: jax.sharding.Mesh,
   before_batch: Callable[[], None] = lambda: None,
-  mend: str,
+  hint: str,
 ) -> Totals:
   """Adds the losses of all batches.
 
   Args:
-    eval_step: `(state, batch)` to a `train.tasks.Loss`.
+    eval_step: `(state, batch)` to a `tasks.Loss`.
     state: the train state; it stays alive.
     batches: this process's rows of every batch.
     mesh: devices that share the rows.
     before_batch: may raise, to stop here.
-    mend: what to do where nothing counts.
+    hint: what to do where nothing counts.
 
   Raises:
     RunError: nothing counts.
@@ -54,13 +54,13 @@ def add_up(
   for batch in batches:
     before_batch()
     loss = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
-    own = float(loss.weight)
-    total, weight = total + float(loss.total), weight + own
+    weight_of_batch = float(loss.weight)
+    total, weight = total + float(loss.total), weight + weight_of_batch
     for name, value in loss.sums.items():
       sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
     for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + own * float(value)
+      means[name] = means.get(name, 0.0) + weight_of_batch * float(value)
   if not weight:
-    raise RunError(mend)
+    raise RunError(hint)
   means = {name: value / weight for name, value in means.items()}
   return Totals(total, weight, sums, means)

@@ -6,8 +6,9 @@ the running maximum, sum and output of FlashAttention (Dao et al. 2022, Alg.
 
 Two approximations (`Kind`), each with its derivative:
 
-  polynomial  softmax of a cubic of the clamped score (MECHANISMS section 4);
-              with the coefficients (0, 1, 0, 0) and no clamp it is exact
+  polynomial  softmax of a cubic of the clamped score
+              (docs/mechanisms.md#softmax); with the coefficients
+              (0, 1, 0, 0) and no clamp it is exact
   sas         TurboAttention (arXiv 2412.08585, section 4): with x = score -
               row maximum, e^x is 0 below -6 and else a table entry for the
               whole part times a cubic for the fraction

@@ -76,10 +76,10 @@ def into_following(
   wide = np.asarray(kernel, np.float64)
   after = wide.ndim - norm.scale.ndim
   scale, shift = (x.reshape(x.shape + (1,) * after) for x in norm)
-  moved = (wide * shift).sum(norm.scale.ndim - 1)
+  offset = (wide * shift).sum(norm.scale.ndim - 1)
   if bias is not None:
-    moved = moved + np.asarray(bias, np.float64)
-  return _like(kernel, wide * scale, moved)
+    offset = offset + np.asarray(bias, np.float64)
+  return _like(kernel, wide * scale, offset)
 
 
 def into_preceding(
@@ -99,10 +99,10 @@ def into_preceding(
   layers = norm.scale.shape[:-1]
   between = (1,) * (wide.ndim - norm.scale.ndim)
   scale = norm.scale.reshape(*layers, *between, -1)
-  moved = norm.shift
+  offset = norm.shift
   if bias is not None:
-    moved = moved + norm.scale * np.asarray(bias, np.float64)
-  return _like(kernel, wide * scale, moved)
+    offset = offset + norm.scale * np.asarray(bias, np.float64)
+  return _like(kernel, wide * scale, offset)
 
 
 def _like(kernel, *arrays):

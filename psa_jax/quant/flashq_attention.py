@@ -62,12 +62,13 @@ def flashq_attention(
 
   def step(c, run):
     ids = lax.dynamic_index_in_dim(block_ids, c, 2, keepdims=False)
-    wanted = (c < block_counts) & (ids >= 0) & (ids < current)
+    # The block that is not full yet lies in the buffer, which is read last.
+    listed = (c < block_counts) & (ids >= 0) & (ids < current)
     keys, values = (
       jax.tree.map(lambda x: x[:, :, 0], read(store, ids[..., None]))
       for store in (cache.keys, cache.values)
     )
-    return _add(run, queries, ids, wanted, keys, values)
+    return _add(run, queries, ids, listed, keys, values)
 
   width = cache.values.recent.shape[-1]
   run = softmax.start(queries.rows.shape[2], width, jnp.float32)
@@ -87,14 +88,14 @@ def flashq_attention(
   return _unpack(out, T), _unpack(lse, T)
 
 
-def _add(run, queries, ids, wanted, keys, values):
-  """Reads one block of each kv head: `ids` and `wanted` are [B, K]."""
+def _add(run, queries, ids, listed, keys, values):
+  """Reads one block of each kv head: `ids` and `listed` are [B, K]."""
   (k, k_scale), (v, v_scale) = keys, values
   k = k.astype(jnp.float32)
   s = softmax.dot('bkrh,bksh->bkrs', queries.rows, k, k.dtype)
   block = k.shape[2]
   at = ids[..., None] * block + jnp.arange(block)[None, None]
-  mask = wanted[..., None, None] & (at[:, :, None] <= queries.position)
+  mask = listed[..., None, None] & (at[:, :, None] <= queries.position)
   s = jnp.where(mask, s * k_scale[..., None, None], softmax.MASKED)
   v = v.astype(jnp.float32) * v_scale[..., None, None]
   return jax.vmap(jax.vmap(softmax.add))(run, s, v)

@@ -247,14 +247,16 @@ def read(
   order = store.heads.order
   ids = jnp.take(block_ids, order, axis=1)
   take = jax.vmap(jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode='clip')))
-  count, found = store.high.scale.shape[1], []
+  count, restored = store.high.scale.shape[1], []
   for group, part, bits in (
     (store.high, slice(count), HIGH),
     (store.low, slice(count, None), LOW),
   ):
     codes, step, zero, scale = (take(x, ids[:, part]) for x in group)
-    found.append((flashq.restore(codes, step, zero, bits=bits), scale))
-  ints, scale = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+    restored.append((flashq.restore(codes, step, zero, bits=bits), scale))
+  ints, scale = (
+    jnp.concatenate(x, axis=1) for x in zip(*restored, strict=True)
+  )
   back = jnp.argsort(order)
   return jnp.take(ints, back, axis=1), jnp.take(scale, back, axis=1)
 

@@ -1,8 +1,9 @@
 """Progressive quantisation in training: fewer bits as the step grows.
 
-MECHANISMS: full precision before `warmup_steps`, then `levels[0]` bits, and one
-level fewer every `quantization_interval` steps down to the last one. What is
-quantised is rounded to a symmetric grid of 2^bits - 1 points,
+Full precision before `warmup_steps`, then `levels[0]` bits, and one level fewer
+every `quantization_interval` steps down to the last one
+(docs/mechanisms.md#quantisation). What is quantised is rounded to a symmetric
+grid of 2^bits - 1 points,
 
   x' = s round(x / s),   s = max|x| / (2^(bits - 1) - 1),
 

@@ -141,6 +141,7 @@ class Checkpoints:
       meta=ocp.args.JsonSave({**meta, 'step': step}),
     )
     try:
+      # The run says when to save, whatever Orbax's own intervals are.
       self._manager.save(step, args=args, force=True)
     except Exception as e:
       raise self._failure(step, _reason(e)) from e
@@ -201,26 +202,26 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, abstract: Any) -> Restored:
-    wanted = _fields(abstract)
+    fields = _fields(abstract)
     args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(wanted),
+      state=ocp.args.StandardRestore(fields),
       data=ocp.args.JsonRestore(),
       meta=ocp.args.JsonRestore(),
     )
     try:
-      found = self._manager.restore(step, args=args)
+      saved = self._manager.restore(step, args=args)
     except ValueError as e:
-      self._compare_fields(step, wanted, e)
+      self._compare_fields(step, fields, e)
       raise
-    state = found.state
+    state = saved.state
     if hasattr(abstract, '_replace'):
       state = abstract._replace(**state)
-    return Restored(step, state, found.data, found.meta)
+    return Restored(step, state, saved.data, saved.meta)
 
-  def _compare_fields(self, step: int, wanted: Any, error: Exception) -> None:
+  def _compare_fields(self, step: int, fields: Any, error: Exception) -> None:
     """Raises in fewer words where a state has other fields than the file."""
     saved = set(_arrays(self.path / str(step) / 'state', read=False))
-    for name in sorted(saved ^ set(wanted)):
+    for name in sorted(saved ^ set(fields)):
       here = 'in it, but not' if name in saved else 'missing from it, but'
       raise ValueError(
         f'{name} is {here} in the state of this configuration (did '
@@ -264,17 +265,17 @@ class Checkpoints:
     folder = self.path / str(step)
     try:
       expected = json.loads((folder / DIGEST).read_text())
-      found = _digest(folder)
+      digest = _digest(folder)
     except FileNotFoundError:
       return f'{DIGEST} is missing'
     except (OSError, ValueError) as e:
       return f'{type(e).__name__} while checking its files'
     for name, (size, checksum) in expected.items():
-      if name not in found:
+      if name not in digest:
         return f'{name} is missing'
-      if found[name][0] != size:
-        return f'{name} has {found[name][0]} bytes, not {size}'
-      if found[name][1] != checksum:
+      if digest[name][0] != size:
+        return f'{name} has {digest[name][0]} bytes, not {size}'
+      if digest[name][1] != checksum:
         return f'{name} was altered'
     return None
 
@@ -343,15 +344,15 @@ def _digest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
 
   Files beside the items are Orbax's own notes, written last of all.
   """
-  found = {}
+  digest = {}
   for path in sorted(folder.rglob('*')):
     if path.is_file() and path.parent != folder:
       size, checksum = 0, 0
       with path.open('rb') as f:
         while block := f.read(1 << 20):
           size, checksum = size + len(block), zlib.crc32(block, checksum)
-      found[path.relative_to(folder).as_posix()] = (size, checksum)
-  return found
+      digest[path.relative_to(folder).as_posix()] = (size, checksum)
+  return digest
 
 
 def _agree(damage: str | None) -> str | None:

@@ -9,6 +9,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from psa_jax import tasks
+
 Table = Sequence[tuple[str, str]]
 
 
@@ -123,11 +125,10 @@ def _fields(row: Mapping[str, Any], eta: float | None) -> list[str]:
   fields.append(f'{row["seq_len"]:,} tokens')
   for name, label, form in (
     ('loss', 'loss', '.3f'),
-    ('bits_per_byte', 'bits/byte', '.3f'),
-    ('accuracy', 'accuracy', '.1%'),
-    ('macro_f1', 'macro-F1', '.3f'),
-    ('span_f1', 'span F1', '.3f'),
-    ('bleu', 'BLEU', '.1f'),
+    *(
+      (name, metric.short or metric.label, metric.short_form or metric.form)
+      for name, metric in tasks.metrics().items()
+    ),
     ('density', 'density', '.1%'),
     ('gamma', 'gamma', '.2f'),
     ('bits', 'bits', '.3g'),

@@ -9,9 +9,9 @@ import jax
 
 from psa_jax.config import Config, RunError
 from psa_jax.eval import flops
+from psa_jax.tasks import Generator, Loss, Task
 from psa_jax.train import step as step_lib
 from psa_jax.train.state import Program, TrainState
-from psa_jax.train.tasks import Generator, Loss, Task
 
 
 class Evaluator:

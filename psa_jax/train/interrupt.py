@@ -75,6 +75,7 @@ class Interrupt:
     os.set_blocking(self._writer, False)
     self._old_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     for number in SIGNALS:
+      # Without a handler a signal would do what it does by default.
       self._handlers[number] = signal.signal(number, lambda *_: None)
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from psa_jax import sharding
+from psa_jax import sharding, tasks
 from psa_jax import workdir as workdir_lib
 from psa_jax.config import Config, RunError
+from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
 from psa_jax.train import export, reestimate
 from psa_jax.train import result as result_lib
@@ -24,7 +25,6 @@ from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Stopped
-from psa_jax.train.tasks import Data, load_data, make_task
 
 
 def train_and_evaluate(
@@ -50,6 +50,7 @@ def train_and_evaluate(
     ConfigError: the run is refused before it starts.
     RunError: it cannot go on; what was saved stays.
   """
+  tasks.check(config)
   folder = pathlib.Path(workdir)
   sharding.initialize_distributed()
   workdir_lib.check(folder, config, allow_config_change=allow_config_change)
@@ -98,6 +99,7 @@ def evaluate_checkpoint(
   Raises:
     RunError: there is no checkpoint, or none that can be read.
   """
+  tasks.check(config)
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
@@ -141,6 +143,7 @@ def export_checkpoint(
     ConfigError: the model does not fold.
     RunError: there is no checkpoint, or a file cannot be read or written.
   """
+  tasks.check(config)
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError
+from psa_jax.data.pipeline import DataIterator
 from psa_jax.norm.prepbn import BATCH_KINDS
-from psa_jax.train.stages import DataIterator
+from psa_jax.tasks import Task
 from psa_jax.train.state import Program, TrainState
-from psa_jax.train.tasks import Task
 
 
 def still(config: Config) -> Config:

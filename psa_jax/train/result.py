@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from psa_jax import config_dict, workdir
+from psa_jax import config_dict, tasks, workdir
 from psa_jax.config import Config
 from psa_jax.eval import recall
 from psa_jax.train import stages as stages_lib
@@ -27,13 +27,6 @@ _SHARES = {
   'cross_density': 'density of reading the source',
   'kept_tokens': 'tokens kept',
   'kept_heads': 'heads kept',
-}
-_QUALITY = {
-  'bits_per_byte': ('bits per byte', '.4f'),
-  'accuracy': ('accuracy', '.1%'),
-  'macro_f1': ('macro-F1', '.3f'),
-  'span_f1': ('span F1', '.3f'),
-  'bleu': ('BLEU', '.1f'),
 }
 
 
@@ -106,7 +99,8 @@ def load_complete(
   except (FileNotFoundError, ValueError):
     return None
   asked = json.loads(json.dumps(config_dict.to_dict(config)))
-  return result if result.get('config') == asked else None
+  saved = config_dict.with_task(result.get('config', {}))
+  return result if saved == asked else None
 
 
 def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
@@ -168,7 +162,7 @@ def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
   rows = [(result['split'], context)]
   for name, found in result['validation'].items():
-    for metric, (label, form) in _QUALITY.items():
+    for metric, (label, form, *_) in tasks.metrics().items():
       if metric in found:
         rows.append((f'{label}, {name} attention', f'{found[metric]:{form}}'))
     if 'bleu_signature' in found:
@@ -176,7 +170,7 @@ def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for metric, label in _SHARES.items():
       if metric in found:
         rows.append((f'{label}, {name} attention', f'{found[metric]:.1%}'))
-  label, form = _QUALITY[result['quality']]
+  label, form, *_ = tasks.metrics()[result['quality']]
   suffix = ', all validation text' if label == 'bits per byte' else ''
   for name, value in result['baselines'].items():
     rows.append((f'{label}, {name}{suffix}', f'{value:{form}}'))
@@ -241,7 +235,7 @@ def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
 def _edge(rows, index: int) -> dict[str, float]:
   """One end of a stage: schedules as they are, noisy numbers as medians."""
   found = {}
-  for name in ('loss', *_QUALITY, 'seconds_per_step'):
+  for name in ('loss', *tasks.metrics(), 'seconds_per_step'):
     values = [row[name] for row in rows if row.get(name) is not None]
     if values:
       found[name] = statistics.median(values)

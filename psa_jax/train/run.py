@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.tasks import Data, make_task
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
@@ -31,7 +32,6 @@ from psa_jax.train.console import Console
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Interrupt
 from psa_jax.train.metrics import Log
-from psa_jax.train.tasks import Data, make_task
 
 CHECKPOINTS = 'checkpoints'
 
@@ -105,18 +105,22 @@ class Run:
 
   def resume(self) -> None:
     """Restores the last good checkpoint, or makes the first state."""
-    found = self.checkpoints.restore_latest(self.program.abstract)
-    if found is None:
+    checkpoint = self.checkpoints.restore_latest(self.program.abstract)
+    if checkpoint is None:
       self.state = self._first_state()
-    elif found.step > self.total:
+    elif checkpoint.step > self.total:
       raise RunError(
-        f'the checkpoint of step {found.step} is beyond the end of the run; '
-        f'train.steps adds up to {self.total}'
+        f'the checkpoint of step {checkpoint.step} is beyond the end of the '
+        f'run; train.steps adds up to {self.total}'
       )
     else:
-      self.state, self.step, self._saved = found.state, found.step, found.step
-      self.data.restore(found.data, found.step)
-      self._timer = _Timer(found.meta['seconds'])
+      self.state, self.step, self._saved = (
+        checkpoint.state,
+        checkpoint.step,
+        checkpoint.step,
+      )
+      self.data.restore(checkpoint.data, checkpoint.step)
+      self._timer = _Timer(checkpoint.meta['seconds'])
       self.console.say(f'going on from step {self.step} of {self.total}')
     self.log = Log(
       self.config, self.folder, step=self.step, quality=self.task.quality
@@ -221,6 +225,7 @@ class Run:
     shape = f'{stage.batch_size} x {stage.seq_len:,} tokens'
     self.console.say(f'{label}: {shape} a step, compiling')
     began = time.perf_counter()
+    # Apart from the first step, whose seconds it would otherwise be part of.
     self._compiled = self.train_step.lower(self.state, batch).compile()
     self._compile_seconds = time.perf_counter() - began
 
@@ -238,6 +243,7 @@ class Run:
       self._fail(pending, step_lib.FAULTS[fault - 1], metrics)
     self._timer.step_done()
     step, stage = pending.step, pending.stage
+    # What the final table calls the start and the end of a stage.
     edge = step in (stage.begin + 1, stage.end)
     if not edge and not _due(step, self.config.log.every):
       return
@@ -254,14 +260,16 @@ class Run:
     if self._compile_seconds is not None:
       row['compile_seconds'] = self._compile_seconds
       self._compile_seconds = None
-    left = stages_lib.tokens_seen(self.stages, self.total)
-    left -= stages_lib.tokens_seen(self.stages, step)
+    remaining = stages_lib.tokens_seen(self.stages, self.total)
+    remaining -= stages_lib.tokens_seen(self.stages, step)
     self.log.write(row)
-    self.console.show(row, eta=left / row['tokens_per_second'])
+    self.console.show(row, eta=remaining / row['tokens_per_second'])
 
   def _fail(self, pending: _Pending, what: str, metrics: dict) -> None:
     """Saves the state before a step that was refused, then gives up."""
     self._pending, self.step = None, pending.step - 1
+    # The fault kept every later step from changing the state; saved, it would
+    # stop the next run at once.
     self.state = self.state._replace(
       fault=jax.device_put(jnp.int32(0), self.program.shardings.fault)
     )
@@ -291,13 +299,13 @@ class Run:
       self._evaluate('eval', self.config.model.attention.name)
 
   def _evaluate(self, kind: str, mechanism: str) -> dict[str, Any]:
-    found = self.evaluate(
+    result = self.evaluate(
       self.state, mechanism, before_batch=self.interrupt.check
     )
-    row = {'kind': kind, 'step': self.step, **found}
+    row = {'kind': kind, 'step': self.step, **result}
     self.log.write(row)
     self.console.show(row)
-    return found
+    return result
 
 
 class _Timer:

@@ -6,37 +6,13 @@ the global step. Each stage has its own shuffled pass over the data, seeded by
 the run's seed and the stage's index.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from psa_jax.config import Config, ConfigError, RunError, TrainConfig
-
-
-@dataclass(frozen=True)
-class Stage:
-  """Steps `begin` (inclusive) to `end` (exclusive) of the run.
-
-  Attributes:
-    index: place among the stages, from 0.
-    begin, end: optimiser steps, counted from the start of the run.
-    seq_len: tokens in a window.
-    batch_size: windows in a step, over all devices.
-    seed: of the stage's shuffle.
-  """
-
-  index: int
-  begin: int
-  end: int
-  seq_len: int
-  batch_size: int
-  seed: int
-
-  @property
-  def tokens(self) -> int:
-    """Tokens that one step reads."""
-    return self.batch_size * self.seq_len
+from psa_jax.data.pipeline import DataIterator
+from psa_jax.tasks import Stage
 
 
 def plan(config: Config) -> tuple[Stage, ...]:
@@ -95,19 +71,6 @@ def check_rows(config: TrainConfig, accumulate: int, shards: int) -> None:
         '(mesh.data x mesh.fsdp); raise it, or use fewer devices with '
         '--config.mesh.data=1'
       )
-
-
-@runtime_checkable
-class DataIterator(Protocol):
-  """Endless batches of one stage, with a JSON state."""
-
-  def __next__(self) -> dict[str, np.ndarray]: ...
-
-  def get_state(self) -> dict[str, Any]: ...
-
-  def set_state(self, state: Any) -> None: ...
-
-  def close(self) -> None: ...
 
 
 class StageData:

@@ -29,9 +29,9 @@ import optax
 
 from psa_jax import sharding
 from psa_jax.config import Config
+from psa_jax.tasks import Loss, Task
 from psa_jax.train import controller, optim
 from psa_jax.train.state import Program, TrainState
-from psa_jax.train.tasks import Loss, Task
 
 FAULTS = ('loss', 'grad_norm', 'parameters', 'statistics')
 

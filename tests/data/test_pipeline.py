@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_jax.config import ConfigError
-from psa_jax.data import lm, pipeline
+from psa_jax.data import pipeline
+from psa_jax.data.text.windows import Packed, windows
 
 ROOT = Path(__file__).resolve().parents[2]
 T = 4
@@ -28,8 +29,8 @@ def source(count=60, split='train'):
   """
   tokens = np.append(np.repeat(np.arange(1, count + 1), T), 0)
   starts = np.array([0], np.int64)
-  packed = lm.Packed(tokens.astype(np.uint16), starts, split)
-  return lm.windows(packed, seq_len=T, cut_documents=False)
+  packed = Packed(tokens.astype(np.uint16), starts, split)
+  return windows(packed, seq_len=T, cut_documents=False)
 
 
 def stream(windows=None, batch_size=12, seed=7, process=0, count=1):
@@ -85,6 +86,7 @@ def test_same_seed_same_stream():
   assert (take(stream(seed=4), 9) != first).any()
 
 
+@pytest.mark.tier('default')
 def test_stream_is_the_same_in_another_process():
   code = """
 import json

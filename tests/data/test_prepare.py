@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from psa_jax.config import DataConfig
-from psa_jax.data import prepare, text
+from psa_jax.data import prepare, sources
 
 
 class Needy(tfds.core.GeneratorBasedBuilder):
@@ -64,7 +64,7 @@ def test_a_plain_set_is_prepared_and_then_found(tmp_path, capsys):
   config = DataConfig(
     source='tfds:modest', data_dir=str(tmp_path), text_key='body'
   )
-  source = text.load_documents(config)
+  source = sources.load(config, sources.DOCUMENTS)
   assert (source.train[0], source.validation[0]) == (b'train', b'test')
 
 

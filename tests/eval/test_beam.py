@@ -63,30 +63,30 @@ def every_hypothesis(log_p, penalty):
 @pytest.mark.parametrize('penalty', [0.0, 1.0])
 def test_a_wide_beam_finds_the_best_of_all(seed, penalty):
   log_p = table(seed)
-  found = search(log_p, V**T, penalty)
+  result = search(log_p, V**T, penalty)
   for row in range(2):
     score, tokens = max(every_hypothesis(log_p[row], penalty))
-    assert tuple(map(int, found.tokens[row])) == tokens
-    assert float(found.score[row]) == pytest.approx(score, abs=1e-5)
+    assert tuple(map(int, result.tokens[row])) == tokens
+    assert float(result.score[row]) == pytest.approx(score, abs=1e-5)
 
 
 def test_a_beam_of_one_is_greedy():
   log_p = table(7)
-  found = search(log_p, 1, 1.0)
+  result = search(log_p, 1, 1.0)
   for row in range(2):
     want, far, near = [], V, BEGIN
     while len(want) < T and (not want or want[-1] != END):
       far, near = near, int(np.argmax(log_p[row, far, near]))
       want.append(near)
-    got = [int(t) for t in found.tokens[row]]
+    got = [int(t) for t in result.tokens[row]]
     assert got == want + [END] * (T - len(want))
 
 
 @pytest.mark.parametrize('width', [2, 3, 8])
 def test_scores_are_those_of_what_was_found(width):
   log_p = table(3)
-  found = search(log_p, width, 1.0)
+  result = search(log_p, width, 1.0)
   for row in range(2):
     scores = {tokens: s for s, tokens in every_hypothesis(log_p[row], 1.0)}
-    want = scores[tuple(map(int, found.tokens[row]))]
-    assert float(found.score[row]) == pytest.approx(want, abs=1e-5)
+    want = scores[tuple(map(int, result.tokens[row]))]
+    assert float(result.score[row]) == pytest.approx(want, abs=1e-5)

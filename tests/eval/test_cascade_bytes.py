@@ -12,26 +12,26 @@ MODEL = dict(tokens=10, heads=4, head_dim=8)
 
 
 def test_nothing_pruned_is_the_baseline():
-  found = cascade_bytes([(10, 4)] * 3, baseline='float16', **MODEL)
+  traffic = cascade_bytes([(10, 4)] * 3, baseline='float16', **MODEL)
   # Queries, keys and values of 3 layers, 4 heads, 10 tokens, 8 channels.
-  assert found.baseline == found.fetched == 3 * 3 * 4 * 10 * 8 * 2
-  assert found.reduction == 1 and set(found.factors.values()) == {1}
+  assert traffic.baseline == traffic.fetched == 3 * 3 * 4 * 10 * 8 * 2
+  assert traffic.reduction == 1 and set(traffic.factors.values()) == {1}
 
 
 def test_by_hand():
   layers = [(10, 4), (5, 2)]
-  found = cascade_bytes(layers, baseline='float32', **MODEL)
-  assert found.baseline == 2 * 3 * 4 * 10 * 8 * 4
-  assert found.fetched == 3 * (4 * 10 + 2 * 5) * 8 * 4
-  assert found.factors['tokens'] == 80 / 60
-  assert found.factors['heads'] == 60 / 50
-  assert found.factors['values'] == found.factors['bits'] == 1
+  traffic = cascade_bytes(layers, baseline='float32', **MODEL)
+  assert traffic.baseline == 2 * 3 * 4 * 10 * 8 * 4
+  assert traffic.fetched == 3 * (4 * 10 + 2 * 5) * 8 * 4
+  assert traffic.factors['tokens'] == 80 / 60
+  assert traffic.factors['heads'] == 60 / 50
+  assert traffic.factors['values'] == traffic.factors['bits'] == 1
 
 
 def test_generation_reads_one_query_and_its_own_values():
   one = dict(MODEL, generation=True, baseline='float32', value_keep=0.25)
-  found = cascade_bytes([(10, 4)], **one)
-  assert found.fetched == 4 * 8 * (1 + 10 + 3) * 4
+  traffic = cascade_bytes([(10, 4)], **one)
+  assert traffic.fetched == 4 * 8 * (1 + 10 + 3) * 4
   grouped = cascade_bytes([(10, 4)], group=2, **one)
   # Two heads of a group drop different values.
   assert grouped.fetched == 4 * 8 * (2 + 10 + 6) * 4
@@ -55,24 +55,24 @@ def test_the_baseline_makes_half_of_the_papers_factor():
 
 
 def test_factors_multiply_to_the_reduction():
-  own = CascadeConfig(token_keep=0.4, head_keep=0.8, value_keep=0.2)
+  settings = CascadeConfig(token_keep=0.4, head_keep=0.8, value_keep=0.2)
   sizes = survivors.plan(
-    own, 12, tokens=1024, kv_heads=12, amount=1.0, packed=False
+    settings, 12, tokens=1024, kv_heads=12, amount=1.0, packed=False
   )
-  found = cascade_bytes(
+  traffic = cascade_bytes(
     [(size.tokens, size.heads) for size in sizes],
     tokens=1024,
     heads=12,
     head_dim=64,
     baseline='float32',
-    value_keep=own.value_keep,
+    value_keep=settings.value_keep,
     bits=Bits(12, 12, 8),
     generation=True,
   )
-  assert math.prod(found.factors.values()) == pytest.approx(found.reduction)
-  assert all(factor > 1 for factor in found.factors.values())
+  assert math.prod(traffic.factors.values()) == pytest.approx(traffic.reduction)
+  assert all(factor > 1 for factor in traffic.factors.values())
   mean = sum(size.tokens for size in sizes) / 12 / 1024
-  assert found.factors['tokens'] == pytest.approx(1 / mean, rel=0.01)
+  assert traffic.factors['tokens'] == pytest.approx(1 / mean, rel=0.01)
 
 
 def test_refusals():

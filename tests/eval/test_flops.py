@@ -39,18 +39,18 @@ def counts(kind):
 
   def run(state):
     model = nnx.merge(graphdef, state)
-    given = dict(step=0, train=False)
+    call = dict(step=0, train=False)
     if kind == 'vit':
-      return model.classify(model(jnp.ones((1, 32, 32, 3)), **given).hidden)
+      return model.classify(model(jnp.ones((1, 32, 32, 3)), **call).hidden)
     if kind == 'encoder_decoder':
-      given |= dict(source=ids, source_ids=ids)
-    hidden = model(ids, **given).hidden
+      call |= dict(source=ids, source_ids=ids)
+    hidden = model(ids, **call).hidden
     return model.classify(hidden) if classes else model.unembed(hidden)
 
-  found = jax.jit(run).lower(state).compile().cost_analysis()
+  cost = jax.jit(run).lower(state).compile().cost_analysis()
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   read = {'density': 1.0, 'cross_density': 1.0}
-  return found['flops'], flops.forward(cfg, params, T, read)
+  return cost['flops'], flops.forward(cfg, params, T, read)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -69,8 +69,8 @@ def test_what_is_not_read_is_not_counted():
   model = models.build(cfg, 50, rngs=nnx.Rngs(0))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-  def count(tokens=T, **found):
-    return flops.forward(cfg, params, tokens, found)
+  def count(tokens=T, **scalars):
+    return flops.forward(cfg, params, tokens, scalars)
 
   pairs = 4 * 2 * 64 * T**2  # 2 layers, N * H = 64
   assert count(density=1.0) - count(density=0.25) == 0.75 * pairs

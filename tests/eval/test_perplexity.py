@@ -8,7 +8,7 @@ import pytest
 from psa_jax import sharding
 from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import perplexity as lib
-from psa_jax.train.tasks import Loss
+from psa_jax.tasks import Loss
 
 BATCHES = [
   {'nats': 3.0, 'tokens': 2, 'bytes': 4, 'density': 0.5},
@@ -39,31 +39,31 @@ def evaluate(batches, mesh, **options):
 
 
 def test_sums_over_batches_not_means_of_means(mesh):
-  found = evaluate(BATCHES, mesh)
-  assert found['tokens'] == 8
-  assert found['loss'] == pytest.approx(8.0 / 8)
-  assert found['bits_per_byte'] == pytest.approx(8.0 / math.log(2) / 10)
-  assert found['density'] == pytest.approx((2 * 0.5 + 6 * 0.1) / 8)
+  result = evaluate(BATCHES, mesh)
+  assert result['tokens'] == 8
+  assert result['loss'] == pytest.approx(8.0 / 8)
+  assert result['bits_per_byte'] == pytest.approx(8.0 / math.log(2) / 10)
+  assert result['density'] == pytest.approx((2 * 0.5 + 6 * 0.1) / 8)
 
 
 def test_many_small_losses_do_not_vanish_beside_a_large_sum(mesh):
   """A float32 sum would stop growing at 2^24."""
   large = {**BATCHES[0], 'nats': 2.0**25}
   small = {**BATCHES[0], 'nats': 1.0}
-  found = evaluate([large, *[small] * 10], mesh)
-  assert found['loss'] * found['tokens'] == 2.0**25 + 10
+  result = evaluate([large, *[small] * 10], mesh)
+  assert result['loss'] * result['tokens'] == 2.0**25 + 10
 
 
 def test_a_uniform_model_over_bytes_has_8_bits_per_byte():
   tokens = 1000
-  found = lib.language_metrics(tokens * math.log(256), tokens, tokens)
-  assert found['bits_per_byte'] == pytest.approx(8)
-  assert found['loss'] == pytest.approx(math.log(256))
+  result = lib.language_metrics(tokens * math.log(256), tokens, tokens)
+  assert result['bits_per_byte'] == pytest.approx(8)
+  assert result['loss'] == pytest.approx(math.log(256))
 
 
 def test_tokens_of_several_bytes_share_their_bits():
-  found = lib.language_metrics(math.log(2), 1, 4)
-  assert found['bits_per_byte'] == pytest.approx(0.25)
+  result = lib.language_metrics(math.log(2), 1, 4)
+  assert result['bits_per_byte'] == pytest.approx(0.25)
 
 
 def test_nothing_counted_is_a_loss_of_0_in_training():
@@ -77,11 +77,11 @@ def test_nothing_to_evaluate_is_an_error(batches, mesh):
 
 
 def test_it_can_be_stopped_between_batches(mesh):
-  asked = []
+  calls = []
 
   def before_batch():
-    asked.append(1)
-    if len(asked) == 2:
+    calls.append(1)
+    if len(calls) == 2:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ import pytest
 from psa_jax import sharding
 from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import recall as lib
-from psa_jax.train.tasks import Loss
+from psa_jax.tasks import Loss
 
 B, Q = 6, 4
 BY = lib.buckets(seq_len=100, needles=(4, 1, 2, 2))
@@ -36,7 +36,7 @@ def example(seed=0):
 
 def counted(x):
   """The same counts by a loop: {kind: {bucket: [hits, questions]}}."""
-  found = {'distance': {}, 'depth': {}, 'needles': {}}
+  counts = {'distance': {}, 'depth': {}, 'needles': {}}
   for row in range(B):
     for question in range(Q):
       if not x['asked'][row, question]:
@@ -52,10 +52,10 @@ def counted(x):
         'needles': [1, 2, 4].index(x['needles'][row]),
       }
       for kind, key in keys.items():
-        cell = found[kind].setdefault(key, [0, 0])
+        cell = counts[kind].setdefault(key, [0, 0])
         cell[0] += int(x['hits'][row, question])
         cell[1] += 1
-  return found
+  return counts
 
 
 def tally(x):
@@ -76,9 +76,9 @@ def test_buckets():
 @pytest.mark.parametrize('seed', range(5))
 def test_counts_are_those_of_a_loop(seed):
   x = example(seed)
-  found = jax.jit(tally)(x)
+  counts = jax.jit(tally)(x)
   for kind, want in counted(x).items():
-    got = np.asarray(found[kind])
+    got = np.asarray(counts[kind])
     assert got.shape == (2, len(BY.labels()[kind]))
     for bucket in range(got.shape[1]):
       assert got[:, bucket].tolist() == want.get(bucket, [0, 0]), (kind, bucket)
@@ -97,14 +97,14 @@ def eval_step(state, batch):
 
 def test_batches_add_up(mesh):
   batches = [example(seed) for seed in range(3)]
-  found = lib.evaluate_recall(eval_step, 2.0, batches, mesh=mesh, by=BY)
+  result = lib.evaluate_recall(eval_step, 2.0, batches, mesh=mesh, by=BY)
   hits = sum((x['hits'] * x['asked']).sum() for x in batches)
   questions = sum(x['asked'].sum() for x in batches)
-  assert found['questions'] == questions
-  assert found['accuracy'] == pytest.approx(hits / questions)
-  assert found['loss'] == pytest.approx(2.0)
-  assert found['density'] == pytest.approx(0.25)
-  for rows in found['by'].values():
+  assert result['questions'] == questions
+  assert result['accuracy'] == pytest.approx(hits / questions)
+  assert result['loss'] == pytest.approx(2.0)
+  assert result['density'] == pytest.approx(0.25)
+  for rows in result['by'].values():
     assert sum(asked for _, asked, _ in rows) == questions
     right = sum(asked * (share or 0) for _, asked, share in rows)
     assert right == pytest.approx(hits)
@@ -113,10 +113,10 @@ def test_batches_add_up(mesh):
 def test_the_table_has_a_column_a_mechanism_and_no_empty_row(mesh):
   x = example()
   x['asked'] = np.where(x['distances'] < 16, 0, x['asked']).astype(np.float32)
-  found = lib.evaluate_recall(eval_step, 1.0, [x], mesh=mesh, by=BY)
-  rows = dict(lib.table({'psa': found, 'dense': found}))
+  result = lib.evaluate_recall(eval_step, 1.0, [x], mesh=mesh, by=BY)
+  rows = dict(lib.table({'psa': result, 'dense': result}))
   assert not any(name.startswith('distance 0 to 15') for name in rows)
-  label, asked, share = found['by']['distance'][2]
+  label, asked, share = result['by']['distance'][2]
   text = rows[f'distance {label}, {asked:,} questions']
   assert text == f'psa {share:6.1%}  dense {share:6.1%}'
   assert lib.table({'psa': {'bits_per_byte': 2.0}}) == []

@@ -1,14 +1,10 @@
-"""The hybrid experiment counts what it says, and its page shows its results."""
-
-import json
-import pathlib
+"""The hybrid experiment counts what it says, and trains what it compares."""
 
 import numpy as np
 
+from experiments.bench.grid import Run
+from experiments.hybrid import __main__ as run
 from experiments.hybrid import counts
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDER = ROOT / 'experiments' / 'hybrid'
 
 
 def test_the_flattest_attention_reads_window_and_cap():
@@ -31,20 +27,18 @@ def test_peaked_attention_reads_less():
   assert counts.cost(30.0, 4096)['pairs'] < counts.cost(0.0, 4096)['pairs']
 
 
-def test_the_page_shows_the_newest_results():
-  page = (FOLDER / 'README.md').read_text()
-  newest = {}
-  for line in (FOLDER / 'results.jsonl').read_text().splitlines():
-    row = json.loads(line)
-    newest[row['kind'], row.get('arm', row.get('scale'))] = row
-  kinds = {kind for kind, _ in newest}
-  assert kinds == {'cost', 'quality'}
-  for row in newest.values():
-    if row['kind'] == 'quality':
-      assert f'| {row["bits_per_byte"]:.4f} |' in page
-    else:
-      assert row['length'] == 65_536
-      share = row['multiply_adds'] / row['dense_multiply_adds']
-      assert f'| {100 * share:.1f} % |' in page
-      assert share <= 0.5, 'the claim'
-      assert np.isfinite(row['entropy'])
+def test_the_recorded_rows_support_the_claim():
+  costs = [row for row in run.EXPERIMENT.recorded() if row['what'] == 'cost']
+  assert {row['scale'] for row in costs} == set(run.SCALES)
+  for row in costs:
+    assert row['length'] == 65_536 and np.isfinite(row['entropy'])
+    assert row['multiply_adds'] <= 0.5 * row['dense_multiply_adds'], 'the claim'
+
+
+def test_the_cap_falls_over_half_of_the_steps():
+  dense, hybrid = (
+    run.configure(Run('', arm, 1), (('train.steps', '30'),)) for arm in run.ARMS
+  )
+  assert hybrid.model.attention.hybrid.keep.length == 15
+  assert dense.seed == hybrid.seed == 1
+  assert dense.train == hybrid.train and dense.data == hybrid.data

@@ -1,12 +1,13 @@
 """The grid of mechanisms: complete, resumable, and honest in its tables."""
 
 import dataclasses
-import json
 
 import pytest
 
-from experiments import grids
-from experiments.mechanisms import grid, plot, rows, tables
+from experiments.bench.grid import Run, digest
+from experiments.bench.settings import GridSettings
+from experiments.mechanisms import cost, grid, plot, tables
+from experiments.mechanisms.__main__ import EXPERIMENT
 from psa_jax.attention import base
 
 STAMP = dict(
@@ -34,14 +35,15 @@ def test_every_mechanism_is_an_arm():
   # `on_demand` is for inference alone: nothing trains with it.
   trained = set(base.MECHANISMS) - {'on_demand'}
   names = {
-    grid.Cell('text', arm, 0).config().model.attention.name for arm in grid.ARMS
+    grid.configure(Run('text', arm, 0)).model.attention.name
+    for arm in grid.ARMS
   }
   assert names == trained
 
 
 @pytest.mark.parametrize('task', grid.TASKS)
 def test_arms_differ_in_their_attention_alone(task):
-  configs = {arm: grid.Cell(task, arm, 0).config() for arm in grid.ARMS}
+  configs = {arm: grid.configure(Run(task, arm, 0)) for arm in grid.ARMS}
 
   def rest(config):
     model = dataclasses.replace(
@@ -56,7 +58,7 @@ def test_arms_differ_in_their_attention_alone(task):
 
 
 def test_seeds_come_last():
-  cells = list(grid.cells(seeds=range(2)))
+  cells = list(grid.GRID.runs(GridSettings(seeds=2)))
   assert len(cells) == 2 * len(grid.TASKS) * len(grid.ARMS) == len(set(cells))
   first = cells[: len(cells) // 2]
   assert {x.seed for x in first} == {0}
@@ -64,38 +66,18 @@ def test_seeds_come_last():
 
 
 def test_settings_know_every_key_but_the_seed():
-  cell = grid.Cell('mqar', 'psa', 0)
-  want = grids.settings(cell.config())
-  assert grids.settings(cell._replace(seed=1).config()) == want
+  run = Run('mqar', 'psa', 0)
+  want = digest(grid.configure(run))
+  assert digest(grid.configure(run._replace(seed=1))) == want
   for key in ('model.d_model', 'model.attention.psa.block_k', 'eval.windows'):
-    assert grids.settings(cell.config([(key, '32')])) != want, key
-
-
-def test_resuming_skips_what_ended_with_the_same_settings():
-  made = [row(), row(arm='nsa', error='ValueError: no'), row(seed=1)]
-  done = rows.done(made)
-  assert (grid.Cell('mqar', 'psa', 0), 'x') in done
-  assert (grid.Cell('mqar', 'psa', 0), 'y') not in done
-  assert (grid.Cell('mqar', 'nsa', 0), 'x') not in done
-
-
-def test_a_torn_last_line_is_dropped_and_a_torn_other_one_is_not(tmp_path):
-  path = tmp_path / 'results.jsonl'
-  assert grids.read(path) == []
-  grids.append(path, row())
-  with path.open('a') as file:
-    file.write(json.dumps(row(seed=1))[:20])
-  assert grids.read(path) == [row()]
-  grids.append(path, row(seed=2))
-  assert grids.read(path) == [row(), row(seed=2)]
-  path.write_text('{"torn\n' + path.read_text())
-  with pytest.raises(json.JSONDecodeError):
-    grids.read(path)
+    assert digest(grid.configure(run, ((key, '32'),))) != want, key
 
 
 def test_the_last_row_of_a_run_counts():
-  found = rows.newest([row(error='x'), row(seed=1), row(quality=0.75)])
-  assert [x.get('quality') for x in found if x['seed'] == 0] == [0.75]
+  cost = {'what': 'cost', 'arm': 'psa', 'settings': None, 'commit': 'abc'}
+  found = [row(error='x'), row(seed=1), cost, row(quality=0.75), cost]
+  shown = EXPERIMENT.shown(found)
+  assert [x.get('quality') for x in shown] == [0.75, 0.5, None]
 
 
 def test_tables_tell_mean_spread_and_what_is_missing():
@@ -130,17 +112,40 @@ def test_costs_are_beside_dense():
   assert 'nsa, cost, seed 0: failed. no' in text
 
 
-def test_a_picture_is_drawn(tmp_path):
+def test_a_picture_is_drawn():
   made = [row(), row(seed=1, quality=0.6), row('text', quality=2.0)]
-  plot.draw(made, tmp_path / 'a.png')
-  assert (tmp_path / 'a.png').stat().st_size > 10_000
+  figure = plot.draw(made)
+  assert [len(axis.containers) for axis in figure.axes] == [1, 1, 0]
 
 
+@pytest.mark.tier('default')
 def test_a_run_of_the_grid_is_a_run_of_the_trainer():
   small = [('train.steps', '2,2'), ('optim.warmup_steps', '1')]
   small += [('train.batch_size', '8,8'), ('eval.windows', '8')]
   small += [('model.attention.psa.keep.length', '2')]
   small += [('model.attention.psa.keep.begin', '1')]
-  found = grid.train(grid.Cell('mqar', 'psa', 0), small)
+  run = Run('mqar', 'psa', 0)
+  found = grid.train(run, grid.configure(run, tuple(small)))
   assert 0 <= found['quality'] <= 1 and 0 < found['density'] < 1
   assert found['length'] == 128 and found['by']['distance']
+
+
+@pytest.mark.tier('default')
+def test_costs_are_measured_in_turn(monkeypatch):
+  monkeypatch.setattr(cost, 'ROUNDS', 1)
+  small = (('train.seq_len', '64,128'), ('train.steps', '2,2'))
+  small += (('optim.warmup_steps', '1'), ('model.num_layers', '1'))
+  small += (('model.attention.psa.window', '16'),)
+  small += (('model.attention.psa.block_q', '16'),)
+  small += (('model.attention.psa.block_k', '16'),)
+  small += (('model.attention.psa.keep.begin', '0'),)
+  small += (('model.attention.psa.keep.length', '2'),)
+  arms = ('psa', 'psa_bounds')
+  measured = list(cost.measure(arms, small))
+  assert tuple(row['arm'] for row in measured) == arms
+  for found in measured:
+    assert 0 < found['density'] < 1
+    assert found['length'] == 128
+    assert found['keys'] == found['density'] * 129 / 2
+    assert 0 < found['forward'] and 0 < found['both']
+    assert found['temporary_bytes'] > 2**16

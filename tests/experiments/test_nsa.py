@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
+from experiments.bench.passes import PASSES
+from experiments.bench.peers import NAMES
 from experiments.nsa import contenders as lib
 from experiments.nsa import tables
-from experiments.speed_64k.pipe import NAMES
 
 STAMP = dict(date='today', commit='abc', jax='1', python='3', machine='two')
 
@@ -22,15 +23,15 @@ def rows():
   found = [
     row('attention', name, which, length, median=median * length / 65_536)
     for (name, median), which, length in itertools.product(
-      medians.items(), lib.PASSES, (8192, 65_536)
+      medians.items(), PASSES, (8192, 65_536)
     )
   ]
   ours, pip = lib.layer_name('nsa'), NAMES['nsa']
   found += [row('module', ours, 'forward', 4096, median=0.2)]
   found += [row('module', pip, 'forward', 4096, median=1.6)]
   found += [row('module', pip, 'backward', 4096, error='out of memory')]
-  found += [row('peak', ours, lib.PASSES[2], 4096, bytes=2**30)]
-  return [*found, row('peak', pip, lib.PASSES[2], 4096, bytes=9 * 2**30)]
+  found += [row('peak', ours, PASSES[2], 4096, bytes=2**30)]
+  return [*found, row('peak', pip, PASSES[2], 4096, bytes=9 * 2**30)]
 
 
 def test_targets_are_against_the_fastest_dense_at_the_longest_length():
@@ -47,7 +48,7 @@ def test_targets_are_against_the_fastest_dense_at_the_longest_length():
     assert line in text['targets']
   assert text['targets'].count('against pip') == 1
   assert f'| {NAMES["nsa"]} | backward | out of memory |' in text['module']
-  assert '| nsa | forward | 250 ms | 2.00 s |' in text['attention']
+  assert '| nsa | forward | 250 ms | 2 s |' in text['attention']
 
 
 @pytest.mark.parametrize('branch', lib.BRANCHES)
@@ -58,6 +59,6 @@ def test_every_part_runs(branch):
 def test_all_contenders_are_there():
   found = lib.attention(130, 2)
   for name in (*lib.MECHANISMS, lib.OURS_DENSE):
-    assert all((name, which) in found for which in lib.PASSES)
+    assert all((name, which) in found for which in PASSES)
   assert found['nsa', 'forward'](1) > 0
   assert found[lib.OURS_DENSE, 'forward'](1) > 0

@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from experiments.bench.grid import Run
+from experiments.bench.settings import GridSettings
 from experiments.slab import grid, latency, tables
+from experiments.slab.__main__ import EXPERIMENT
 from psa_jax.config import ImageConfig, RunError
 from psa_jax.train import loop
 
@@ -26,8 +29,13 @@ QUICK = [
 ]
 
 
+def train(arm):
+  run = Run('', arm, 0)
+  return grid.train(run, grid.configure(run, tuple(QUICK)))
+
+
 def test_arms_differ_in_their_norm_alone():
-  configs = {arm: grid.Cell(arm, 0).config() for arm in grid.ARMS}
+  configs = {arm: grid.configure(Run('', arm, 0)) for arm in grid.ARMS}
   norms = {arm: config.model.norm for arm, config in configs.items()}
   assert len(set(norms.values())) == len(grid.ARMS)
   assert norms['prepbn_16'].decay_steps == 0.16 * grid.STEPS
@@ -45,11 +53,12 @@ def test_arms_differ_in_their_norm_alone():
 
 
 def test_seeds_come_last():
-  cells = list(grid.cells(seeds=range(2)))
+  cells = list(grid.GRID.runs(GridSettings(seeds=2)))
   assert len(cells) == 2 * len(grid.ARMS) == len(set(cells))
   assert {x.seed for x in cells[: len(grid.ARMS)]} == {0}
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('arm', ['layernorm', 'prepbn_80'])
 def test_a_run_looks_at_the_test_split_once_it_has_ended(arm, monkeypatch):
   seen, whole = [], loop.evaluate_checkpoint
@@ -61,7 +70,7 @@ def test_a_run_looks_at_the_test_split_once_it_has_ended(arm, monkeypatch):
 
   monkeypatch.setattr(loop, 'evaluate_checkpoint', watched)
   monkeypatch.setattr(grid, 'BATCHES', 2)
-  found = grid.train(grid.Cell(arm, 0), QUICK)
+  found = train(arm)
   assert 0 <= found['test'] <= 1 and 0 <= found['validation'] <= 1
   anew = [('test', 2)] if arm == 'prepbn_80' else []
   assert seen == [('test', 0), *anew]
@@ -73,7 +82,7 @@ def test_a_run_that_diverges_is_counted_as_such(monkeypatch):
     raise RunError('step 3: loss is not finite')
 
   monkeypatch.setattr(loop, 'train_and_evaluate', fails)
-  found = grid.train(grid.Cell('batchnorm', 0), QUICK)
+  found = train('batchnorm')
   assert found == {'diverged': 'step 3: loss is not finite'}
   rows = [row('batchnorm', 0, 0.9), {**row('batchnorm', 1, 0), **found}]
   assert (
@@ -96,6 +105,7 @@ def row(arm, seed, test):
 
 def test_the_page_shows_mean_and_spread_of_the_newest_rows():
   rows = [row('repbn', 0, 0.1), row('repbn', 1, 0.7), row('repbn', 0, 0.9)]
+  rows = EXPERIMENT.shown(rows)
   text = tables.sections(rows)['accuracy']
   spread = 100 * np.std([0.9, 0.7], ddof=1)
   assert f'| RepBN | 80.0 ± {spread:.1f} % |' in text
@@ -110,7 +120,7 @@ def test_latency_compares_two_programs_of_one_size(monkeypatch):
     num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, mlp_dim=8
   ) | {'image': ImageConfig(8, 1, 4)}
   pair = [
-    dataclasses.replace(grid.Cell(arm, 0).config().model, **small)
+    dataclasses.replace(grid.configure(Run('', arm, 0)).model, **small)
     for arm in ('layernorm', 'prepbn_80')
   ]
   found = latency.compare(*pair, batch=2)

@@ -1,13 +1,19 @@
 """The pages of the GPU benchmark from made-up rows, and its contenders."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.speed_gpu import contenders, plot, tables, timing
+from experiments.bench import attention, cli, timing
+from experiments.bench.rows import Book
+from experiments.bench.timing import Unavailable
+from experiments.speed_gpu import __main__ as run
+from experiments.speed_gpu import contenders, plot, tables
 
-STAMP = dict(date='2026-01-01', commit='abc', jax='1', gpu='H100')
+STAMP = dict(date='2026-01-01', commit='abc', jax='1', python='3', gpu='H100')
 
 
 def row(contender, seconds, which='forward', length=65_536, **fields):
@@ -57,51 +63,76 @@ def test_ratios_are_against_the_fastest_dense_at_the_longest_length():
 
 def test_newest_row_counts():
   rows = [row('psa', 1.0), row('psa', 2.0), row('psa', 3.0, 'backward')]
-  assert [x['median'] for x in tables.newest(rows)] == [2.0, 3.0]
+  assert [x['median'] for x in run.EXPERIMENT.shown(rows)] == [2.0, 3.0]
 
 
-def test_a_picture_is_drawn(tmp_path):
-  rows = made()
-  plot.draw(rows, tmp_path / 'a.png')
-  assert (tmp_path / 'a.png').stat().st_size > 5_000
+def test_a_picture_is_drawn():
+  (axis,) = plot.draw(made()).axes
+  assert len(axis.lines) == 5 and axis.get_title() == 'forward'
 
 
 @pytest.fixture
 def shape():
-  contenders.inputs.cache_clear()
-  contenders.lists.cache_clear()
-  return contenders.Shape(2048, heads=2, kv_heads=1, head_dim=16)
-
-
-def test_work_counts_the_pairs_of_the_lists(shape):
-  made = contenders.lists(shape)
-  ids, counts = np.asarray(made.ids)[0], np.asarray(made.counts)[0]
-  block_q, block_k = contenders.BLOCK_Q, contenders.BLOCK_K
-  read = visible = 0
-  for head, tile in np.ndindex(counts.shape):
-    for block in ids[head, tile, : counts[head, tile]]:
-      read += block_q * block_k
-      t = tile * block_q + np.arange(block_q)[:, None]
-      visible += (block * block_k + np.arange(block_k)[None] <= t).sum()
-  found = contenders.work(shape)
-  assert found['pairs_read'] == 2 * read  # two heads share a list
-  assert found['pairs_visible'] == 2 * visible
-  assert counts.max() <= contenders.BLOCKS
+  attention.clear()
+  return attention.Shape(2048, 2, 1, 16, 'bfloat16')
 
 
 def test_the_whole_operation_is_selection_and_kernel(shape):
-  q, k, v, _ = contenders.inputs(shape)
-  made = contenders.lists(shape)
-  whole = jax.jit(contenders.attend_sparse)(q, k, v)
-  alone = contenders.attend_listed('xla', q, k, v, made.ids, made.counts)
+  q, k, v, _ = attention.inputs(shape)
+  sparse = contenders.SPARSE
+  lists = attention.lists(shape, sparse)
+  attend = functools.partial(attention.attend_sparse, sparse)
+  whole = jax.jit(attend)(q, k, v)
+  alone = attention.attend_listed(
+    sparse, q, k, v, lists.ids, lists.counts, implementation='xla'
+  )
   np.testing.assert_array_equal(
     whole.astype(jnp.float32), alone.astype(jnp.float32)
   )
 
 
-def test_a_chain_decodes_steps_that_depend_on_each_other():
-  at = contenders.Cache(jnp.ones((1,)), *[jnp.zeros(())] * 4)
-  seen = []
-  call = timing.chained(lambda q, at: seen.append(q) or q, at)
-  assert call(2) > 0
-  assert len(seen) == timing.STEPS
+def test_the_lists_reach_flex_attention_as_they_are(shape, tmp_path):
+  lists = attention.lists(shape, contenders.SPARSE)
+  with np.load(run.save_lists(shape, tmp_path)) as file:
+    np.testing.assert_array_equal(file['ids'], np.asarray(lists.ids)[0])
+    np.testing.assert_array_equal(file['counts'], np.asarray(lists.counts)[0])
+    assert (file['block_q'], file['block_k']) == (64, 64)
+
+
+def test_every_contender_decodes(shape, monkeypatch):
+  monkeypatch.setattr(timing, 'CHAIN', 1)
+  found = contenders.all_decodes(shape)
+  assert all(call(1) > 0 for call in found.values())
+  assert {name for name, _ in found} >= {contenders.WHOLE, contenders.KERNEL}
+
+
+def test_without_a_gpu_it_says_so(capsys):
+  assert cli.main(run.EXPERIMENT, ['--quick']) == 2
+  assert 'there is no GPU' in capsys.readouterr().err
+
+
+class Server:
+  """PyTorch as a test has it: flash attention dies."""
+
+  about = {'version': 'PyTorch 2'}
+
+  def __init__(self):
+    self.asked = []
+
+  def ask(self, **request):
+    self.asked.append(request)
+    if 'flash' in request['contender']:
+      raise Unavailable('PyTorch died, exit code 3')
+    return {'rows': [{'pass': 'forward', 'seconds': [1.0, 5.0, 2.0]}]}
+
+
+def test_what_pytorch_answers_and_its_death_are_rows(shape):
+  server, book = Server(), Book(None, run.EXPERIMENT.key, STAMP)
+  run.ask(server, book, 'lengths', shape, {'gpu': 'H100'})
+  flash, cudnn, flex = book.rows
+  assert flash['error'] == 'PyTorch died, exit code 3'
+  assert cudnn['median'] == 2.0 and cudnn['version'] == 'PyTorch 2'
+  assert flex['contender'] == tables.FLEX and flex['length'] == 2048
+  assert all('lists' in request for request in server.asked)
+  run.ask(server, book, 'decode', shape, {})
+  assert len(book.rows) == 5 and 'lists' not in server.asked[-1]

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.grids import settings
+from experiments.bench.grid import Run, digest
+from experiments.bench.settings import GridSettings
 from experiments.text_tasks import grid, tables
 from psa_jax.config import RunError
 from psa_jax.eval import tfidf
@@ -29,7 +30,7 @@ QUICK = [
 
 @pytest.mark.parametrize('task', grid.ARMS)
 def test_arms_differ_in_their_model_alone(task):
-  configs = [grid.Cell(task, arm, 0).config() for arm in grid.ARMS[task]]
+  configs = [grid.configure(Run(task, arm, 0)) for arm in grid.ARMS[task]]
   assert len({config.model for config in configs}) == len(configs)
 
   def rest(config):
@@ -40,7 +41,7 @@ def test_arms_differ_in_their_model_alone(task):
 
 def test_pruning_differs_from_its_controls_in_one_thing_each():
   deep, cascade, chance = (
-    grid.Cell('classify', arm, 0).config().model
+    grid.configure(Run('classify', arm, 0)).model
     for arm in ('deep', 'cascade', 'cascade_random')
   )
   attention = cascade.attention
@@ -50,12 +51,13 @@ def test_pruning_differs_from_its_controls_in_one_thing_each():
 
 
 def test_seeds_come_last():
-  cells = list(grid.cells(seeds=range(2)))
+  cells = list(grid.GRID.runs(GridSettings(seeds=2)))
   half = len(cells) // 2
   assert {x.seed for x in cells[:half]} == {0}
   assert len(set(cells)) == 2 * half
 
 
+@pytest.mark.tier('default')
 def test_a_run_keeps_half_of_the_tokens_and_ends_with_the_test_split(
   monkeypatch,
 ):
@@ -70,8 +72,8 @@ def test_a_run_keeps_half_of_the_tokens_and_ends_with_the_test_split(
   monkeypatch.setattr(tfidf, 'MOST', 5000)
   amount = 'model.attention.cascade.amount.'
   always = [(amount + 'init', '1'), (amount + 'begin', '0')]
-  cell = grid.Cell('classify', 'cascade', 0)
-  found = grid.train(cell, [*QUICK, *always])
+  run = Run('classify', 'cascade', 0)
+  found = grid.train(run, grid.configure(run, (*QUICK, *always)))
   assert seen == ['test']
   # Of 12 bytes each: 12, 4 and 2.
   assert found['kept_tokens'] == pytest.approx(0.5, abs=0.01)
@@ -84,12 +86,13 @@ def test_a_run_that_was_stopped_is_no_result(monkeypatch):
   monkeypatch.setattr(
     loop, 'train_and_evaluate', lambda *args: {'step': 3, 'stopped': True}
   )
+  run = Run('tag', '', 0)
   with pytest.raises(RunError, match='stopped at step 3'):
-    grid.train(grid.Cell('tag', '', 0))
+    grid.train(run, grid.configure(run))
 
 
 def row(arm, seed, test, **more):
-  hashed = settings(grid.Cell('classify', arm, seed).config())
+  hashed = digest(grid.configure(Run('classify', arm, seed)))
   return {
     'settings': hashed,
     'what': 'run',
@@ -112,8 +115,8 @@ def test_the_page_shows_mean_and_spread_of_the_newest_rows():
   rows = [row('deep', 0, 0.1), row('deep', 1, 0.7), row('deep', 0, 0.9)]
   rows.append(row('cascade', 0, 0.5, density=0.3, kept_tokens=0.5))
   rows.append({**row('topk', 0, 0.5), 'error': 'it broke'})
-  rows.append(row('', 0, 0.5, settings='of another recipe'))
-  text = tables.sections(rows)
+  rows.insert(0, row('deep', 2, 0.5, settings='of another recipe'))
+  text = tables.sections(grid.GRID.newest(rows))
   assert list(text) == ['classify']
   spread = np.std([0.9, 0.7], ddof=1)
   assert f'| 0.820 ± {spread:.3f} | 0.800 ± {spread:.3f} |' in text['classify']

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from psa_jax import models, sharding
+from psa_jax import models
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig, PsaConfig
 from psa_jax.models import encoder as encoder_lib
-from psa_jax.train.tasks import LanguageModel
 from tests import oracles
 from tests.models import cascade_oracle
 from tests.models.test_cascade import compiled
-from tests.train import tiny
 
 V, T = 28, 12
 CONFIG = ModelConfig(
@@ -110,12 +108,3 @@ def test_a_vocabulary_that_is_too_small_is_refused():
   cfg = dataclasses.replace(CONFIG, vocab_size=20)
   with pytest.raises(ConfigError, match='vocab_size=20 cannot hold the 28'):
     models.build(cfg, V, rngs=nnx.Rngs(0))
-
-
-def test_a_language_model_is_no_encoder():
-  found = tiny.config()
-  found = dataclasses.replace(
-    found, model=dataclasses.replace(found.model, kind='encoder')
-  )
-  with pytest.raises(ConfigError, match='sees the next token'):
-    LanguageModel(found, tiny.corpus(), sharding.make_mesh(found.mesh))

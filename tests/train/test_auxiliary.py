@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from psa_jax import tasks
 from psa_jax.train import step as step_lib
-from psa_jax.train import tasks
 from tests.train import tiny
 
 

@@ -26,16 +26,14 @@ from psa_jax.config import (
   RunError,
   TrainConfig,
 )
-from psa_jax.data import images
+from psa_jax.data.images import sets
 from psa_jax.recipe import default_workdir, load_recipe
+from psa_jax.tasks import make_task
 from psa_jax.train import export, loop, reestimate
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
-from psa_jax.train.losses import label_loss
 from psa_jax.train.state import TrainState
-from psa_jax.train.tasks import make_task
-from psa_jax.train.tasks.vision import shift
 
 STEPS = 6
 
@@ -46,6 +44,7 @@ def config(**changes):
   )
   found = Config(
     name='pictures',
+    task='image_classification',
     data=DataConfig(source='digits', shift=1),
     model=ModelConfig(
       kind='vit',
@@ -76,7 +75,7 @@ def pictures():
   pixels = (
     rng.integers(0, 100, (120, 8, 8, 1)) + 120 * labels[:, None, None, None]
   )
-  return images.from_arrays(
+  return sets.from_arrays(
     pixels.astype(np.uint8), labels, manifest={'source': 'made up'}
   )
 
@@ -271,71 +270,6 @@ def test_pictures_that_do_not_fit_the_model(tmp_path):
   fine = dataclasses.replace(model, image=ImageConfig(8, 1, 2))
   with pytest.raises(ConfigError, match='are 16 tokens; set train.seq_len'):
     run(tmp_path, config(model=fine))
-
-
-@pytest.mark.parametrize(
-  ('changes', 'words'),
-  [
-    ({'data.source': 'sotu'}, "source is 'sotu', but .*=vit takes mnist5k"),
-    ({'model.kind': 'encoder'}, 'which needs config.model.kind=vit'),
-    ({'model.image.patch': 3}, 'patch is 3, but it must divide'),
-    ({'data.shift': 8}, 'shift is 8, but it must be below'),
-    ({'train.label_smoothing': 1.0}, 'label_smoothing is 1.0'),
-  ],
-)
-def test_settings_that_cannot_be(changes, words):
-  with pytest.raises(ConfigError, match=words):
-    config_dict.from_config_dict(
-      config_dict.to_dict(config()), [(k, str(v)) for k, v in changes.items()]
-    )
-
-
-def test_text_has_no_keys_of_pictures():
-  for key, value in (('data.shift', '1'), ('eval.split', 'test')):
-    with pytest.raises(
-      ConfigError, match=f'{key} is .*only config.model.kind=vit'
-    ):
-      config_dict.from_config_dict({}, [(key, value)])
-
-
-@pytest.mark.parametrize('smoothing', [0.0, 0.3])
-def test_label_loss_against_float64(smoothing):
-  rng = np.random.default_rng(0)
-  logits = rng.normal(size=(6, 4)).astype(np.float32)
-  labels, weights = rng.integers(0, 4, 6), rng.choice([0.0, 1.0, 2.0], 6)
-  p = np.exp(np.float64(logits))
-  log_p = np.log(p / p.sum(-1, keepdims=True))
-  aim = np.full((6, 4), smoothing / 4)
-  aim[np.arange(6), labels] += 1 - smoothing
-  got = label_loss(
-    jnp.asarray(logits),
-    jnp.asarray(labels, jnp.int32),
-    jnp.asarray(weights, jnp.float32),
-    smoothing=smoothing,
-  )
-  np.testing.assert_allclose(
-    got[0], -((aim * log_p).sum(-1) * weights).sum(), rtol=1e-5
-  )
-  assert got[1] == ((logits.argmax(-1) == labels) * weights).sum()
-
-
-def test_shift_moves_whole_pictures():
-  """Every picture is found again at one of the places, over black."""
-  rng = np.random.default_rng(0)
-  pixels = rng.integers(1, 256, (40, 5, 5, 1)).astype(np.uint8)
-  got = np.asarray(shift(jnp.asarray(pixels), jax.random.key(0), most=1))
-  wide = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  seen = set()
-  for one, around in zip(got, wide, strict=True):
-    at = [
-      (r, c)
-      for r in range(3)
-      for c in range(3)
-      if (one == around[r : r + 5, c : c + 5]).all()
-    ]
-    assert len(at) == 1
-    seen.add(at[0])
-  assert len(seen) == 9
 
 
 def test_a_resolved_configuration_is_a_recipe(tmp_path):

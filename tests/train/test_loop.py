@@ -12,9 +12,9 @@ import pytest
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError, RunError
+from psa_jax.tasks import LanguageModel
 from psa_jax.train import loop
 from psa_jax.train.checkpoint import Checkpoints
-from psa_jax.train.tasks import LanguageModel
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted, rows, saved, start
 

@@ -9,12 +9,11 @@ import pytest
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError
-from psa_jax.data import synthetic
 from psa_jax.models import ModelOut
+from psa_jax.tasks import LanguageModel, Recall, load_data, make_task
 from psa_jax.train import loop
 from psa_jax.train import result as result_lib
 from psa_jax.train.stages import plan
-from psa_jax.train.tasks import LanguageModel, Recall, load_data, make_task
 from tests.train import tiny
 from tests.train.runs import interrupted, rows
 
@@ -30,7 +29,7 @@ def whole(config, tmp_path_factory):
   return folder, loop.train_and_evaluate(config, folder)
 
 
-def test_the_source_picks_the_task(config):
+def test_the_task_is_the_one_that_is_named(config):
   mesh = sharding.make_mesh(config.mesh)
   data = load_data(config)
   assert isinstance(make_task(config, data, mesh), Recall)
@@ -111,7 +110,7 @@ def test_evaluation_prints_the_same_by_bucket(whole, config, capsys):
 
 def test_validation_is_the_same_for_every_seed_of_the_run(config):
   left, right = (
-    synthetic.build(dataclasses.replace(config, seed=seed)) for seed in (0, 1)
+    load_data(dataclasses.replace(config, seed=seed)) for seed in (0, 1)
   )
   assert left.manifest == right.manifest
   one, two = (d.validation(seq_len=16, rows=2)[0] for d in (left, right))

@@ -20,18 +20,28 @@ from psa_jax.config import (
   TopkConfig,
   TrainConfig,
 )
-from psa_jax.data import labelled, parallel, tagged
+from psa_jax.data.examples import labelled, tagged
+from psa_jax.data.examples import pairs as pairs_lib
 from psa_jax.recipe import load_recipe
+from psa_jax.tasks import encoding, translation
 from psa_jax.train import loop
-from psa_jax.train.tasks import labels, translation
 
 STEPS = 30
 WORDS = 'red blue sun moon sea sky'.split()
 
 
-def config(kind='encoder', source='verse_genre', **model):
+SOURCES = {
+  'classification': ('encoder', 'verse_genre'),
+  'tagging': ('encoder', 'stdlib_tags'),
+  'translation': ('encoder_decoder', 'asv_bbe'),
+}
+
+
+def config(task='classification', **model):
+  kind, source = SOURCES[task]
   return Config(
     name='texts',
+    task=task,
     data=DataConfig(
       source=source, word_dropout=0.05 if kind == 'encoder' else 0.0
     ),
@@ -87,8 +97,8 @@ def pairs():
   found = []
   for i in range(240):
     text = ' '.join(rng.choice(['ab', 'cd', 'ef'], 5)).encode()
-    found.append((i, parallel.Pair(text, text.upper())))
-  return parallel.from_pairs(found, {'source': 'made up'})
+    found.append((i, pairs_lib.Pair(text, text.upper())))
+  return pairs_lib.from_pairs(found, {'source': 'made up'})
 
 
 def longer(cfg, steps):
@@ -100,7 +110,7 @@ def longer(cfg, steps):
 CASES = {
   'labels': (config(), texts, 'macro_f1', 'majority'),
   'tags': (
-    longer(config(source='stdlib_tags'), 70),
+    longer(config('tagging'), 70),
     sentences, 'span_f1', 'most frequent tag'
   ),
 }  # fmt: skip
@@ -136,7 +146,7 @@ def test_a_run_learns_and_reports(tmp_path, capsys, name):
 
 
 def test_translation_learns_writes_and_goes_on(tmp_path, capsys):
-  cfg = longer(config('encoder_decoder', 'asv_bbe'), 80)
+  cfg = longer(config('translation'), 80)
   result = loop.train_and_evaluate(cfg, tmp_path / 'whole', corpus=pairs())
   found = result['validation']['dense']
   assert found['bleu'] > 50 > result['baselines']['copied source']
@@ -199,53 +209,25 @@ def test_an_encoder_exports_without_norms(tmp_path):
   assert got == pytest.approx(want, abs=1e-5)
 
 
-def test_the_most_frequent_tag_of_a_word():
-  train = [tagged.Tagged(('a', 'b'), (1, 0)), tagged.Tagged(('a', 'c'), (1, 2))]
-  scheme = labels.f1.Scheme.of(('O', 'B-x', 'I-x'))
-  judged = [tagged.Tagged(('a', 'b', 'new'), (1, 0, 1))]
-  assert labels.most_frequent_tag(train, judged, scheme) == pytest.approx(2 / 3)
-
-
 @pytest.mark.parametrize(
-  ('changes', 'words'),
+  ('task', 'data'),
   [
-    ({'data.source': 'sotu'}, 'takes verse_genre, vader3, stdlib_tags or tfds'),
-    ({'data.source': 'asv_bbe'}, 'needs config.model.kind=encoder_decoder'),
-    ({'data.source': 'ddtp_en_fr'}, 'needs config.model.kind=encoder_decoder'),
-    ({'model.kind': 'decoder_lm'}, 'needs config.model.kind=encoder, not dec'),
-    ({'data.word_dropout': '1.0'}, 'word_dropout is 1.0, but it must be in'),
-    ({'eval.beam': '0'}, 'eval.beam is 0'),
-    (
-      {'model.kind': 'encoder_decoder', 'data.source': 'asv_bbe',
-       'data.word_dropout': '0', 'model.attention.name': 'psa'},
-      'an encoder_decoder takes dense or topk',
-    ),
-  ],
-)  # fmt: skip
-def test_impossible_settings_are_named(changes, words):
-  with pytest.raises(ConfigError, match=words):
-    load_recipe('configs/classify_verses.py', list(changes.items()))
-
-
-@pytest.mark.parametrize(
-  ('kind', 'source', 'data'),
-  [
-    ('encoder', 'verse_genre', texts),
-    ('encoder', 'stdlib_tags', sentences),
-    ('encoder_decoder', 'asv_bbe', pairs),
+    ('classification', texts),
+    ('tagging', sentences),
+    ('translation', pairs),
   ],
 )
 def test_a_split_that_is_not_there_is_refused_at_once(
-  tmp_path, monkeypatch, kind, source, data
+  tmp_path, monkeypatch, task, data
 ):
   def never(*args):
     raise AssertionError('a tokenizer was trained')
 
-  for module in (labels, translation):
+  for module in (encoding, translation):
     monkeypatch.setattr(module, 'make_tokenizer', never)
   found = data()
   examples = dataclasses.replace(found.examples, test=None)
-  cfg = config(kind, source)
+  cfg = config(task)
   cfg = dataclasses.replace(
     cfg, eval=dataclasses.replace(cfg.eval, split='test')
   )
@@ -253,19 +235,6 @@ def test_a_split_that_is_not_there_is_refused_at_once(
     loop.train_and_evaluate(
       cfg, tmp_path, corpus=found._replace(examples=examples)
     )
-
-
-@pytest.mark.parametrize(
-  ('kind', 'data', 'words'),
-  [
-    ('decoder_lm', texts, 'set model.kind=encoder'),
-    ('decoder_lm', pairs, 'set model.kind=encoder_decoder'),
-  ],
-)
-def test_a_model_of_another_kind_is_refused(tmp_path, kind, data, words):
-  cfg = config(kind, 'sotu')
-  with pytest.raises(ConfigError, match=words):
-    loop.train_and_evaluate(cfg, tmp_path, corpus=data())
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path):

@@ -25,11 +25,12 @@ from psa_jax.config import (
   SyntheticConfig,
   TrainConfig,
 )
-from psa_jax.data import lm
-from psa_jax.data.tokenizer import ByteTokenizer
+from psa_jax.data.text import windows
+from psa_jax.data.text.corpus import Corpus
+from psa_jax.data.text.tokenizer import ByteTokenizer
+from psa_jax.tasks import LanguageModel
 from psa_jax.train import state as state_lib
 from psa_jax.train import step as step_lib
-from psa_jax.train.tasks import LanguageModel
 
 MODEL = ModelConfig(
   num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, mlp_dim=32
@@ -138,6 +139,7 @@ def config_recall(source=None, **changes):
   psa = PsaConfig(block_q=2, block_k=4, window=4, sink_blocks=0, keep=keep)
   return dataclasses.replace(
     found,
+    task='recall',
     data=DataConfig(
       source='synthetic:mqar',
       synthetic=SyntheticConfig(vocab_size=64, needles=(2, 4)),
@@ -163,9 +165,9 @@ def corpus():
     stream = b'\0' + b'\0'.join(texts) + b'\0'
     tokens = np.frombuffer(stream, np.uint8)
     starts = np.flatnonzero(tokens == 0)[:-1]
-    return lm.Packed(tokens, starts, split)
+    return windows.Packed(tokens, starts, split)
 
-  return lm.Corpus(
+  return Corpus(
     train=packed('train', [prose(i, 300) for i in range(4)]),
     validation=packed('validation', [prose(9, 60)]),
     tokenizer=ByteTokenizer(),
@@ -222,8 +224,10 @@ class Steps:
     return sharding.put_batch(batch, self.mesh)
 
   def batch(self, *, rows=8, seq_len=16, first=0):
-    windows = lm.windows(corpus().train, seq_len=seq_len, cut_documents=False)
-    items = [windows[first + i] for i in range(rows)]
+    source = windows.windows(
+      corpus().train, seq_len=seq_len, cut_documents=False
+    )
+    items = [source[first + i] for i in range(rows)]
     return self.put({k: np.stack([i[k] for i in items]) for k in items[0]})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from psa_jax.config import Config, ConfigError, SyntheticConfig
+from psa_jax.config import Config, ConfigError, DataConfig, SyntheticConfig
 from psa_jax.data.synthetic import (
   mqar,
   needle,
@@ -41,12 +41,13 @@ _CHUNK_TOKENS = 2**17
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
-  """What a run needs to know of its task; see `build`.
+  """What a run needs to know of its task.
 
   Attributes:
     task: a key of `TASKS`.
     config: its settings.
-    manifest: what identifies the data; plain JSON values.
+    manifest: what identifies the data; plain JSON values. Empty before
+      `fitted`.
   """
 
   task: str
@@ -65,6 +66,25 @@ class Recall:
     """The first `rows` rows of the validation stream; raises as `train`."""
     return Rows(self.task, self.config, seq_len, rows, (_VALIDATION,))
 
+  def fitted(self, config: Config) -> 'Recall':
+    """The same with a manifest, once it is known that a run can use it.
+
+    Raises:
+      ConfigError: it does not fit into the run's sequences or its vocabulary.
+    """
+    for seq_len in (*config.train.seq_len, config.eval.seq_len):
+      if seq_len:
+        _check(self.task, self.config, seq_len)
+    sample = self.validation(seq_len=config.train.seq_len[-1], rows=1)[0]
+    # Notices a NumPy whose generators give other numbers.
+    digest = hashlib.sha256(b''.join(x.tobytes() for x in sample.values()))
+    manifest = {
+      'source': config.data.source,
+      'generator': _GENERATOR,
+      'sha256': digest.hexdigest(),
+    }
+    return dataclasses.replace(self, manifest=manifest)
+
   def chance(self) -> float:
     """Accuracy of guessing among the tokens that an answer may be."""
     return TASKS[self.task].chance(self.config)
@@ -76,7 +96,7 @@ class Rows(Sequence[dict[str, np.ndarray]]):
   A row is a dict of
 
     inputs     int32 [T]
-    answers    int32 [Q, L]: places whose logits are judged
+    answers    int32 [Q, L]: positions whose logits are judged
     targets    int32 [Q, L]: the tokens that should follow there
     weights    f32 [Q]: 1, or 0 where the row asks less than Q questions
     distances  int32 [Q]: from the first answer back to the fact asked for
@@ -127,27 +147,19 @@ class Rows(Sequence[dict[str, np.ndarray]]):
     }
 
 
-def build(config: Config) -> Recall:
-  """The task that `config.data.source` names.
+def load(config: DataConfig) -> Recall:
+  """The task that `config.source` names.
 
   Raises:
-    ConfigError: it does not fit into the run's sequences or its vocabulary.
+    ConfigError: there is no such task.
   """
-  task = config.data.source.partition(':')[2]
-  synthetic = config.data.synthetic
-  for seq_len in (*config.train.seq_len, config.eval.seq_len):
-    if seq_len:
-      _check(task, synthetic, seq_len)
-  data = Recall(task, synthetic, {})
-  sample = data.validation(seq_len=config.train.seq_len[-1], rows=1)[0]
-  # Notices a NumPy whose generators give other numbers.
-  digest = hashlib.sha256(b''.join(x.tobytes() for x in sample.values()))
-  manifest = {
-    'source': config.data.source,
-    'generator': _GENERATOR,
-    'sha256': digest.hexdigest(),
-  }
-  return dataclasses.replace(data, manifest=manifest)
+  task = config.source.partition(':')[2]
+  if task not in TASKS:
+    raise ConfigError(
+      f'data.source is {config.source!r}, but the task must be one of '
+      f'{", ".join(TASKS)}'
+    )
+  return Recall(task, config.synthetic, {})
 
 
 def _check(task: str, config: SyntheticConfig, seq_len: int) -> None:

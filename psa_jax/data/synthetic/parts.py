@@ -25,7 +25,7 @@ class Made(NamedTuple):
 
   Attributes:
     inputs: the rows.
-    answers: places whose logits are judged.
+    answers: positions whose logits are judged.
     targets: what should follow there.
     asked: which questions exist.
     facts: where the fact is that a question asks for.

@@ -45,9 +45,9 @@ def make(
   tokens = distinct(rng, rows, most, _FIRST, config.vocab_size)
   ask = seq_len - counts
   depth = (config.depth_min, config.depth_max)
-  places = scatter(rng, counts, most, 1, ask, depth)
+  positions = scatter(rng, counts, most, 1, ask, depth)
   answers = ask[:, None] + np.arange(most)
-  write(stream, places, tokens[..., None], asked)
+  write(stream, positions, tokens[..., None], asked)
   write(stream, answers + 1, tokens[..., None], asked)
   stream[np.arange(rows), ask] = _ASK
   return Made(
@@ -55,5 +55,5 @@ def make(
     answers=np.where(asked, answers, 0)[..., None],
     targets=np.where(asked, tokens, 0)[..., None],
     asked=asked,
-    facts=places,
+    facts=positions,
   )

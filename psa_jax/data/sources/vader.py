@@ -1,0 +1,103 @@
+"""`vader3`: sentences with the sentiment that people gave them.
+
+23,703 sentences from film reviews, tweets, product reviews and editorials with
+the mean rating of twenty people (Hutto and Gilbert, ICWSM 2014): negative up to
+-0.5, positive from 0.5, else neutral. They are in the source distribution of
+vaderSentiment, which `python -m psa_jax.data.prepare --name=vader3` fetches by
+pip; the sentences belong to others, so they are not passed on here.
+"""
+
+import hashlib
+import io
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from psa_jax.config import ConfigError, DataConfig
+from psa_jax.data import cache
+from psa_jax.data.examples.labelled import Labelled, LabelledSet, from_pairs
+from psa_jax.data.sources import fetch
+from psa_jax.data.sources.registry import LABELLED, Source, register
+
+PACKAGE = 'vaderSentiment==3.3.2'
+CLASSES = ('negative', 'neutral', 'positive')
+_RATED = ('movieReview', 'tweets', 'amazonReview', 'nytEditorial')
+
+
+def load(config: DataConfig) -> LabelledSet:
+  """The sentences.
+
+  Raises:
+    ConfigError: they were not fetched, or are something else.
+  """
+  path = _archive(config)
+  manifest = {
+    'source': 'vader3',
+    'package': PACKAGE,
+    'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+  }
+  return from_pairs(_sentences(path), CLASSES, manifest)
+
+
+def prepare(config: DataConfig) -> str:
+  """Fetches the archive by pip; see `fetch.into_cache`."""
+  return fetch.into_cache(config, _download, kind=LABELLED)
+
+
+def _download(path: Path) -> None:
+  command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '-q']
+  options = ['--no-binary', ':all:', PACKAGE, '-d', path]
+  fetch.run('vader3', [*command, *options])
+
+
+def _archive(config: DataConfig) -> Path:
+  where = cache.data_dir(config) / 'vader3'
+  archives = sorted(where.glob('vader*entiment-*.tar.gz'))
+  if not archives:
+    option = f' --data_dir={config.data_dir}' if config.data_dir else ''
+    raise ConfigError(
+      f'data.source vader3 is not in {where}; fetch it once: python -m '
+      f'psa_jax.data.prepare --name=vader3{option}'
+    )
+  return archives[-1]
+
+
+def _sentences(path: Path) -> Iterator[tuple[str, Labelled]]:
+  """Sentences by source and number; an archive in an archive."""
+  try:
+    with tarfile.open(path) as outer:
+      inner = next(
+        member for member in outer if member.name.endswith('2014.tar.gz')
+      )
+      content = outer.extractfile(inner)
+      assert content is not None
+      with tarfile.open(fileobj=io.BytesIO(content.read())) as archive:
+        for name in _RATED:
+          yield from _rated(archive, name)
+  except (tarfile.TarError, StopIteration, KeyError, OSError, EOFError) as e:
+    raise ConfigError(
+      f'{path} is not the archive of {PACKAGE} ({e}); delete it and prepare '
+      'vader3 again'
+    ) from e
+
+
+def _rated(archive: tarfile.TarFile, name: str):
+  stem = name if name == 'tweets' else f'{name}Snippets'
+  names = [
+    n for n in archive.getnames() if n.endswith(f'{stem}_GroundTruth.txt')
+  ]
+  content = archive.extractfile(names[0] if names else stem)
+  assert content is not None
+  for line in content.read().splitlines():
+    number, rating, text = line.split(b'\t', 2)
+    if not text.strip():
+      continue
+    mean = float(rating)
+    label = 0 if mean <= -0.5 else 2 if mean >= 0.5 else 1
+    # Snippets of one review have its number: 12_3 is of review 12.
+    group = number.partition(b'_')[0].decode()
+    yield f'{name} {group}', Labelled(text.strip(), label)
+
+
+register(Source('vader3', yields={LABELLED: load}, prepare=prepare))
