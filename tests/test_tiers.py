@@ -30,6 +30,10 @@ class TestGroup:
 
 @pytest.mark.parametrize('x', [1, pytest.param(2, marks=TIER('all'))])
 def test_case(x): pass
+
+@TIER('default')
+@pytest.mark.parametrize('x', [1, pytest.param(2, marks=TIER('all'))])
+def test_case_of_a_tier(x): pass
 """
 BUSY = """
 import time
@@ -62,7 +66,7 @@ def run(folder, text, *args):
 
 @pytest.mark.tier('default')
 @pytest.mark.parametrize(
-  'tier, passed', [('quick', 2), ('default', 3), ('ci', 4), ('all', 6)]
+  'tier, passed', [('quick', 2), ('default', 4), ('ci', 5), ('all', 8)]
 )
 def test_a_tier_has_the_smaller_ones(tier, passed, tmp_path):
   out, code = run(tmp_path, SUITE, '-n', '0', '--tier', tier)

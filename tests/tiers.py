@@ -6,9 +6,9 @@
   make test-all     --tier all      every shape, grid and race, XLA optimised
 
 A test without a mark is in every tier. `pytest.mark.tier('default')`, `'ci'`
-or `'all'`, on a module (`pytestmark`), a test or one case (`pytest.param`, the
-nearest counts), says the smallest tier that it is in. A test that is named
-with `::` on the command line runs whatever its tier.
+or `'all'` says the smallest tier that runs it: on a module (`pytestmark`), on a
+test instead, or on some of a test's cases (`cases` below), where the larger of
+the two counts. What is named with `::` on the command line runs in any tier.
 
 What one module takes of the quick tier is bounded, in CPU seconds, which a busy
 machine changes least: `make test-quick` and `.ci/run` fail with a module above.
@@ -26,6 +26,12 @@ _seconds = collections.Counter()
 _last = 0.0
 
 
+def cases(values, *, quick, tier='default'):
+  """Parameters of a test: those in `quick` always, others from `tier` on."""
+  mark = pytest.mark.tier(tier)
+  return [pytest.param(x, marks=() if x in quick else mark) for x in values]
+
+
 def cpu_seconds():
   """Of this process and of those that it started and waited for."""
   times = os.times()
@@ -33,9 +39,14 @@ def cpu_seconds():
 
 
 def tier_of(item):
-  mark = item.get_closest_marker('tier')
-  if mark is None:
-    return TIERS[0]
+  for node in reversed(item.listchain()):
+    names = [_name(item, m) for m in node.own_markers if m.name == 'tier']
+    if names:
+      return max(names, key=TIERS.index)
+  return TIERS[0]
+
+
+def _name(item, mark):
   if len(mark.args) != 1 or mark.args[0] not in TIERS:
     raise pytest.UsageError(
       f'{item.nodeid}: tier{mark.args} must name one of {", ".join(TIERS)}'

@@ -8,7 +8,7 @@ import pytest
 from psa_jax.config import ConfigError
 from psa_jax.kernels import compressed, platform
 from psa_jax.kernels.compressed import api, stacked, xla
-from tests import oracles
+from tests import oracles, tiers
 from tests.attention import nsa_oracle
 from tests.attention.nsa_oracle import Sizes
 
@@ -29,7 +29,9 @@ def run(name, sizes, q, k, v, starts):
   )
 
 
-@pytest.mark.parametrize('name', ['xla', 'stacked', 'reference'])
+@pytest.mark.parametrize(
+  'name', tiers.cases(['xla', 'stacked', 'reference'], quick=['xla'])
+)
 @pytest.mark.parametrize(
   ('l', 'd', 'T', 'G', 'cut'),
   [(6, 2, 41, 2, True), (4, 4, 30, 1, True), (6, 3, 40, 3, False)],

@@ -13,7 +13,7 @@ import pytest
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.decode import IMPLEMENTATIONS, decode_attention
 from psa_jax.kernels.decode import xla as xla_module
-from tests import oracles
+from tests import oracles, tiers
 
 # name: T, S, N, K, H, Hv, block_k, window, starts
 CASES = {
@@ -83,7 +83,9 @@ def check(got, args, mask, dtype='float32'):
 
 
 @every
-@pytest.mark.parametrize('name', list(CASES))
+@pytest.mark.parametrize(
+  'name', tiers.cases(CASES, quick=['partial last block'])
+)
 def test_value(name, implementation):
   args, call, mask = make_case(name)
   call = functools.partial(call, implementation=implementation)
@@ -106,6 +108,7 @@ def test_eager_equals_jit():
   check(call(*args), args, mask)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('keys, blocks', [(8, 8), (24, 8), (999, 3), (999, 99)])
 def test_chunking_changes_nothing(keys, blocks, monkeypatch):
   """One block a step, a partial last chunk, and the whole list in one."""
@@ -181,6 +184,7 @@ def _jitted(q, k, v, ids, counts, lengths, starts):
   )
 
 
+@pytest.mark.tier('default')
 @every
 def test_decode_is_prefill_row_by_row(implementation):
   """The same lists, token by token, over tile and block boundaries."""

@@ -9,7 +9,7 @@ import pytest
 
 from psa_jax.kernels.dense import dense_attention, short
 from psa_jax.kernels.dense import xla as xla_module
-from tests import oracles
+from tests import oracles, tiers
 
 # Those of accelerators have test_dense_accelerators.py.
 IMPLEMENTATIONS = ('xla', 'reference')
@@ -32,7 +32,7 @@ def use_small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-@pytest.mark.parametrize('name', list(CASES))
+@pytest.mark.parametrize('name', tiers.cases(CASES, quick=['odd lengths']))
 def test_value_and_gradients(name, implementation, monkeypatch):
   use_small_tiles(monkeypatch)
   check(CASES[name], implementation)
@@ -42,11 +42,17 @@ def never(*args):
   raise AssertionError('a loop over tiles')
 
 
-@pytest.mark.parametrize(
-  ('rows', 'dtype'),
-  [(1, 'float32'), (2, 'float32'), (5, 'float32'), (2, 'bfloat16')],
-)
-@pytest.mark.parametrize('name', list(CASES))
+def _together():
+  """Every case at one number of rows, one case at all; the rest is `all`."""
+  kinds = [(1, 'float32'), (2, 'float32'), (5, 'float32'), (2, 'bfloat16')]
+  for i, name in enumerate(CASES):
+    for j, kind in enumerate(kinds):
+      often = name == 'documents' or j == i % len(kinds)
+      tier = pytest.mark.tier('default' if often else 'all')
+      yield pytest.param(name, *kind, marks=tier)
+
+
+@pytest.mark.parametrize(('name', 'rows', 'dtype'), list(_together()))
 def test_heads_of_one_tile_are_taken_together(name, rows, dtype, monkeypatch):
   """One row of the batch at a time, two and a rest, and all."""
   _, T, S, N, *rest = CASES[name]
@@ -67,8 +73,10 @@ def test_a_caller_may_map_over_short_attention(monkeypatch):
   def loss(q, k, v):
     return (call(q, k, v)[0] ** 2).sum()
 
-  got = jax.vmap(jax.grad(loss, (0, 1, 2)))(q, k, v)
-  each = [jax.grad(loss, (0, 1, 2))(*xs) for xs in zip(q, k, v, strict=True)]
+  grad = jax.grad(loss, (0, 1, 2))
+  got = jax.jit(jax.vmap(grad))(q, k, v)
+  alone = jax.jit(grad)
+  each = [alone(*xs) for xs in zip(q, k, v, strict=True)]
   for one, *many in zip(got, *each, strict=True):
     oracles.check_close(one, jnp.stack(many), gradient=True)
 
@@ -134,6 +142,7 @@ def check(case, implementation, dtype='float32'):
     oracles.check_close(got, grad, dtype, gradient=True, what=f'd{what}')
 
 
+@pytest.mark.tier('default')
 def test_a_query_that_sees_nothing_gives_zero():
   rng = np.random.default_rng(0)
   q, k, v = (

@@ -150,6 +150,7 @@ def _rows(index, q, k, mask, t):
   return kl, (full_q, full_w, dk)
 
 
+@pytest.mark.tier('default')
 def test_an_indexer_that_agrees_has_no_divergence():
   """I = log p up to a constant, for one head whose scores are positive."""
   rng = np.random.default_rng(4)
@@ -166,6 +167,7 @@ def test_an_indexer_that_agrees_has_no_divergence():
   np.testing.assert_allclose(kl, 0, atol=2e-6)
 
 
+@pytest.mark.tier('default')
 def test_heads_that_a_mesh_splits_are_one_teacher():
   """The divergence of the sum over all heads, not a mean over shards."""
   index, q, k = arrays()

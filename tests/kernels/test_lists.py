@@ -41,6 +41,7 @@ def test_transpose_against_brute_force(seed):
       assert read.tolist() == want, (b, h, j)
 
 
+@pytest.mark.tier('default')
 @hypothesis.given(seed=st.integers(0, 2**31), most=st.integers(1, TILES))
 def test_shares_hold_every_reader_once_and_few_each(seed, most):
   rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from psa_jax.kernels import softmax
 from psa_jax.kernels.block_sparse import reference
@@ -97,6 +98,7 @@ def test_gradients_of_outputs_and_log_sum_exps_themselves():
   oracles.check_close(got[1], want_lse, gradient=True)
 
 
+@pytest.mark.tier('default')
 def test_merge_keeps_the_dtype_of_the_parts():
   rng = np.random.default_rng(1)
   args = arrays(rng, jnp.bfloat16)

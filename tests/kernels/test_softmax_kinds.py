@@ -1,6 +1,7 @@
 """The approximate softmaxes against their definitions, in NumPy float64."""
 
 import functools
+import itertools
 import math
 
 import hypothesis
@@ -22,6 +23,7 @@ from psa_jax.kernels.block_sparse import (
 from tests import oracles
 from tests.kernels.test_block_sparse import CASES, make_case
 
+KINDS = ('polynomial', 'sas')
 CUBIC = (0.1, 0.8, 0.15, 0.02)  # a0 to a3
 CLAMP = 1.5
 TABLE = [math.exp(-i) for i in range(7)]
@@ -99,15 +101,27 @@ def arguments(name):
   return {'softmax': name}, None
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'reference'])
-@pytest.mark.parametrize('name', ['polynomial', 'sas'])
-@pytest.mark.parametrize('case', list(CASES))
+def _pairs():
+  """Every case with one kind and implementation, one case with all four.
+
+  The others are of the tier `all`: with the exact softmax every case runs in
+  both implementations.
+  """
+  for i, case in enumerate(CASES):
+    for j, pair in enumerate(itertools.product(KINDS, ('xla', 'reference'))):
+      often = case == 'odd lengths' or j == i % 4
+      tier = pytest.mark.tier('default' if often else 'all')
+      quick = case == 'odd lengths' and pair[1] == 'xla'
+      yield pytest.param(case, *pair, marks=() if quick else tier)
+
+
+@pytest.mark.parametrize(('case', 'name', 'implementation'), list(_pairs()))
 def test_value_and_gradients(case, name, implementation):
   check(case, name, implementation)
 
 
 @pytest.mark.tier('default')
-@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+@pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize(
   'case', ['odd lengths', 'wide values', 'prefill chunk', 'bidirectional']
 )
@@ -117,7 +131,7 @@ def test_on_a_tpu(case, name):
 
 
 @pytest.mark.tier('default')
-@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+@pytest.mark.parametrize('name', KINDS)
 def test_on_a_tpu_in_many_chunks(name, monkeypatch):
   """The passes over a list are of several chunks, and pieces of rows."""
   monkeypatch.setattr(pallas_tpu_walk, 'CHUNK_KEYS', 128)
@@ -131,7 +145,7 @@ def test_on_a_tpu_in_many_chunks(name, monkeypatch):
 
 
 @pytest.mark.tier('ci')
-@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+@pytest.mark.parametrize('name', KINDS)
 def test_on_a_tpu_without_races(name):
   """Reads of memory that nothing wrote give NaN here."""
   simulator = pltpu.InterpretParams(detect_races=True)
@@ -142,7 +156,7 @@ def test_on_a_tpu_without_races(name):
 
 @pytest.mark.tier('default')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('name', ['polynomial', 'sas'])
+@pytest.mark.parametrize('name', KINDS)
 def test_lowers_for_tpu(name, dtype):
   shapes = (1, 4096, 8, 64), (1, 4096, 2, 64), (1, 4096, 2, 64)
   args = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]

@@ -120,7 +120,11 @@ def check(args, coeffs, rows, **kw):
 
 @pytest.mark.parametrize(
   'coeffs, clamp, documents',
-  [(SOFTMAX, 0.0, False), (CUBIC, 0.0, True), (CUBIC, 0.7, True)],
+  [
+    pytest.param(SOFTMAX, 0.0, False, marks=pytest.mark.tier('default')),
+    pytest.param(CUBIC, 0.0, True, marks=pytest.mark.tier('default')),
+    (CUBIC, 0.7, True),
+  ],
 )
 def test_value_and_gradients_are_the_definition(
   coeffs, clamp, documents, tiles
@@ -133,16 +137,19 @@ def test_the_reference_is_the_definition():
   check(arrays(), CUBIC, rows, clamp=0.7, implementation='reference')
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('group, t, h', [(1, 17, 9), (3, 33, 72), (16, 9, 4)])
 def test_odd_shapes(group, t, h):
   check(arrays(group, t, h=h), CUBIC, visible(t))
 
 
+@pytest.mark.tier('default')
 def test_bidirectional(tiles):
   begin, end, counts = visible()
   check(arrays(), CUBIC, (begin, np.full_like(end, T), counts), causal=False)
 
 
+@pytest.mark.tier('default')
 def test_ties_go_to_the_first_keys(tiles):
   """Small whole numbers, whose scores are exact and often equal."""
   q, k, v = arrays(h=16)
@@ -156,6 +163,7 @@ def test_ties_go_to_the_first_keys(tiles):
     np.testing.assert_allclose(out[b, t], want, 1e-5)
 
 
+@pytest.mark.tier('default')
 def test_a_query_that_keeps_nothing_gives_zero(tiles):
   begin, end, counts = visible()
   out = run(*arrays(), CUBIC, begin, end, counts)
@@ -164,6 +172,7 @@ def test_a_query_that_keeps_nothing_gives_zero(tiles):
   assert (np.asarray(empty) == 0).all()
 
 
+@pytest.mark.tier('default')
 def test_raw_scores_choose_whatever_the_polynomial_makes_of_them():
   """An even polynomial turns the order round; -s^2 must not choose."""
   q, k, v = arrays()
@@ -202,6 +211,7 @@ def test_a_bound_on_the_counts_changes_nothing_but_the_search():
   np.testing.assert_array_equal(capped, run(q, k, v, CUBIC, begin, end, sure))
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_low_precision(dtype):
   q, k, v = (x.astype(dtype) for x in arrays())

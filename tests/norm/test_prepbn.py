@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from psa_jax.config import ConfigError, NormConfig
 from psa_jax.norm import Norm, gamma
+from tests import tiers
 
 KINDS = ('rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn')
 BATCH_KINDS = KINDS[2:]
@@ -109,7 +110,9 @@ MODES = [
 
 
 @pytest.mark.parametrize('statistics, train, mask', MODES)
-@pytest.mark.parametrize('kind', [*KINDS, 'prepbn-layernorm'])
+@pytest.mark.parametrize(
+  'kind', tiers.cases([*KINDS, 'prepbn-layernorm'], quick=['prepbn'])
+)
 def test_value_and_gradient_equal_the_oracle(kind, statistics, train, mask):
   kind, _, base = kind.partition('-')
   norm = make_norm(kind, statistics=statistics, base=base or 'rmsnorm')
@@ -143,6 +146,7 @@ def test_value_and_gradient_equal_the_oracle(kind, statistics, train, mask):
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('statistics', ['batch', 'running'])
 @pytest.mark.parametrize('mask', [None, some_mask()])
 @pytest.mark.parametrize('step', [0, 5, 100])
@@ -163,6 +167,7 @@ def test_statistics_move_in_training_only(kind, step, mask, statistics):
   assert all(np.array_equal(after[n], before[n]) for n in before)
 
 
+@pytest.mark.tier('default')
 def test_every_micro_batch_moves_the_statistics():
   norm, x = make_norm(), inputs()
   mean = arrays(norm)['mean']
@@ -219,6 +224,7 @@ def test_gamma_one_is_the_base_norm_exactly():
       )
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('base', ['rmsnorm', 'layernorm'])
 def test_gamma_zero_does_not_depend_on_the_base_norm(base):
   x, norm, rep = jnp.asarray(inputs()), make_norm(base=base), make_norm('repbn')
@@ -311,6 +317,7 @@ def test_what_the_mask_leaves_out_has_no_influence(kind, statistics):
       np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.tier('default')
 def test_a_masked_batch_equals_the_batch_without_padding():
   x, rows = inputs(), []
   padded = np.concatenate([x, np.full((3, 4, DIM), 9, np.float32)], axis=1)
@@ -323,6 +330,7 @@ def test_a_masked_batch_equals_the_batch_without_padding():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('kind', BATCH_KINDS)
 def test_a_mask_without_tokens_moves_nothing_and_stays_finite(kind):
   norm, x = make_norm(kind), jnp.asarray(inputs())
@@ -378,6 +386,7 @@ def run_sharded(x, mask, sharding):
   return train(*state, x, mask)
 
 
+@pytest.mark.tier('default')
 def test_eight_devices_equal_one():
   assert len(jax.devices()) >= 8
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))

@@ -34,6 +34,7 @@ def restored(block, bits):
   return found
 
 
+@pytest.mark.tier('default')
 @both
 def test_second_stage_equals_the_oracle(bits):
   ints, _ = flashq.stage_one(jnp.asarray(normal(2, 3, 16, 5)))
@@ -54,6 +55,7 @@ def test_second_stage_equals_the_oracle(bits):
     )
 
 
+@pytest.mark.tier('default')
 @both
 @hypothesis.given(
   st.lists(st.integers(-119, 119), min_size=8, max_size=8),
@@ -117,6 +119,7 @@ def test_first_stage():
   assert np.abs(np.asarray(beyond, int)).max() == 119
 
 
+@pytest.mark.tier('default')
 @both
 @pytest.mark.parametrize('outliers', [False, True])
 def test_the_error_of_a_round_trip(bits, outliers):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from psa_jax.quant.flashq_attention import flashq_attention
-from tests import oracles
+from tests import oracles, tiers
 from tests.quant.test_flashq_cache import (
   BLOCK,
   HV,
@@ -61,8 +61,8 @@ def attend(q, cache, ids, counts):
   return flashq_attention(q, cache, ids, counts)
 
 
-@pytest.mark.parametrize('T', [1, 3])
-@pytest.mark.parametrize('group', [1, 3])
+@pytest.mark.parametrize('T', tiers.cases([1, 3], quick=[3]))
+@pytest.mark.parametrize('group', tiers.cases([1, 3], quick=[3]))
 @pytest.mark.parametrize('lengths', [(32, 17, 8), (0, 1, 31)])
 def test_attention_reads_the_listed_blocks(T, group, lengths):
   cache, _ = filled(lengths)
@@ -76,6 +76,7 @@ def test_attention_reads_the_listed_blocks(T, group, lengths):
   assert out.shape == (B, T, K * group, HV)
 
 
+@pytest.mark.tier('default')
 def test_what_is_not_listed_is_not_read():
   """Other codes in unlisted blocks change no bit; in listed ones they do."""
   cache, _ = filled((32, 32, 32))
@@ -116,6 +117,7 @@ def test_decoding_token_by_token_over_a_growing_cache():
     oracles.check_close(out, oracles.attention(q, *floats(cache), mask)[0])
 
 
+@pytest.mark.tier('default')
 def test_the_error_of_attention_by_bits():
   """If no score moves by more than d, the output moves by at most
   (exp(2 d) - 1) max|v| and what the values are off by.

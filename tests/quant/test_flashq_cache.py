@@ -128,6 +128,7 @@ def read_all(store, ids):
   return read(store, ids), read_recent(store)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('low_heads', [0, 1, 3])
 def test_ragged_appends_equal_a_list_of_tokens(low_heads):
   """Rows that begin with prompts of other lengths and grow by other amounts."""
@@ -168,6 +169,7 @@ def test_a_full_row_drops_what_comes():
   )
 
 
+@pytest.mark.tier('default')
 def test_one_compilation_whichever_heads_are_low():
   traces = []
 
@@ -189,6 +191,7 @@ def test_one_compilation_whichever_heads_are_low():
   assert len(traces) == 1
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(('width', 'room'), [(64, 4096), (128, 4096)])
 def test_bytes_of_the_buffers_against_fp16(width, room):
   """Half of the heads in 2 bits; scales, zeros, tables and buffer included."""

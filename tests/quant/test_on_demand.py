@@ -16,7 +16,7 @@ from psa_jax.quant.on_demand import (
   on_demand_attention,
 )
 from psa_jax.quant.split import join, split, to_integers
-from tests import oracles
+from tests import oracles, tiers
 
 B = 2
 CONFIG = OnDemandConfig(threshold=0.2)
@@ -37,7 +37,7 @@ CASES = {
     OnDemandConfig(12, 4, 12, 0.2),
   ),
 }
-every = pytest.mark.parametrize('name', list(CASES))
+every = pytest.mark.parametrize('name', tiers.cases(CASES, quick=['causal']))
 
 
 def make_case(name, seed=0):
@@ -140,6 +140,7 @@ def test_output_and_statistics_equal_the_oracle(name, implementation):
     assert 0 < need.mean() < 1, 'both kinds of row are there'
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('threshold', [0.0, 0.2, 2.0])
 def test_tiles_that_no_row_fills_are_not_computed(threshold, monkeypatch):
   """Counts the tiles of the second pass when they run."""
@@ -188,6 +189,7 @@ def test_the_parts_of_a_key(high, low):
   )
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   ('bits', 'threshold'), [(4, 0.0), (6, 0.0), (6, 2.0), (8, 2.0)]
 )
@@ -221,6 +223,7 @@ def test_the_error_of_the_output_is_bounded(bits, threshold):
     oracles.check_close(got, want, 'bfloat16')
 
 
+@pytest.mark.tier('default')
 def test_a_cache_of_split_keys_gives_the_same_at_a_traced_position():
   (q, k, v), _, kw = make_case('one query of a cache')
   keys, traces = split(jnp.asarray(k), CONFIG), []
@@ -239,6 +242,7 @@ def test_a_cache_of_split_keys_gives_the_same_at_a_traced_position():
   assert len(traces) == 1
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('name', ['documents', 'a chunk of a cache'])
 def test_the_gradient_is_that_of_dense_attention_at_what_was_read(name):
   (q, k, v), mask, kw = make_case(name)
@@ -259,6 +263,7 @@ def test_the_gradient_is_that_of_dense_attention_at_what_was_read(name):
     oracles.check_close(one, other, gradient=True)
 
 
+@pytest.mark.tier('default')
 def test_half_precision_in_and_out():
   args, mask, kw = make_case('causal')
   low = [jnp.asarray(x, jnp.bfloat16) for x in args]

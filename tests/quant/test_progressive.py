@@ -54,6 +54,7 @@ def test_rounding_equals_the_definition(bits, axes):
   np.testing.assert_allclose(got, rounded(x, bits, axes), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.tier('default')
 @hypothesis.given(
   st.integers(2, 16),
   st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9),
@@ -88,6 +89,7 @@ def test_low_precision_inputs_keep_their_dtype():
   np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('bits', [2, 8, FULL])
 def test_the_gradient_passes_straight_through(bits):
   x, weight = jnp.asarray(normal(5, 7)), jnp.asarray(normal(5, 7, seed=1))
@@ -102,6 +104,7 @@ def test_the_gradient_passes_straight_through(bits):
   np.testing.assert_array_equal(tangent, weight)
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   ('warmup', 'want'),
   [
@@ -194,6 +197,7 @@ def oracle_layer(layer, x, quant, bits):
   return np.einsum('btnh,nhd->btd', out, w['wo'])
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('granularity', ['head', 'token'])
 @pytest.mark.parametrize('quant', [QUANT, ALL], ids=['qkv', 'all'])
 def test_the_layer_quantises_what_is_asked_for(quant, granularity):
@@ -213,6 +217,7 @@ def test_the_layer_quantises_what_is_asked_for(quant, granularity):
   assert not np.isclose(plain, want, rtol=1e-3, atol=1e-4).mean() > 0.5
 
 
+@pytest.mark.tier('default')
 def test_the_feed_forward_layer_quantises_weights_and_inputs():
   mlp, x = FeedForward(MODEL, rngs=nnx.Rngs(0)), normal(2, 5, 24)
   got = mlp(jnp.asarray(x), Quantizer.at(ALL, 3, train=True))
@@ -229,6 +234,7 @@ def test_the_feed_forward_layer_quantises_weights_and_inputs():
   )
 
 
+@pytest.mark.tier('default')
 def test_no_token_sees_the_size_of_a_later_one():
   """A scale over the sequence would; no gradient shows it."""
   layer = attention_layer(ALL)
@@ -260,6 +266,7 @@ def test_the_bits_that_are_reported(dtype, full):
   assert got == [full, full, 8, 4, 2]
 
 
+@pytest.mark.tier('default')
 def test_nothing_is_reported_when_it_is_off():
   layer = attention_layer(QuantConfig())
   x = jnp.asarray(normal(1, 4, 24))
@@ -291,6 +298,7 @@ def run(made, count=1, state=None):
   return state, found
 
 
+@pytest.mark.tier('default')
 def test_full_precision_is_bit_identical_to_no_quantisation():
   state, found = run(steps(ALL), 2)
   plain, want = run(steps(QuantConfig()), 2)
@@ -308,6 +316,7 @@ def test_the_run_reports_its_bits_and_compiles_once():
   assert made.train_step.jitted._cache_size() == 1
 
 
+@pytest.mark.tier('default')
 def test_evaluation_reads_the_bits_of_the_state():
   made = steps(ALL)
   state = made.init()
@@ -320,6 +329,7 @@ def test_evaluation_reads_the_bits_of_the_state():
   assert len(set(losses)) == 3
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize(
   'other',
   [
