@@ -178,7 +178,7 @@ class ModelConfig(Section):
         f'{", ".join(names(causal_only=False))}'
       )
     where = f'{path}attention.{attention.mechanism.section}.'
-    yield from attention.own.check_model(where, self)
+    yield from attention.mechanism_config.check_model(where, self)
 
   def _check_heads(self, path: str) -> Iterator[str]:
     if self.num_heads % self.num_kv_heads:
