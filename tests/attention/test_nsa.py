@@ -439,7 +439,7 @@ def test_what_cannot_be_is_refused():
     attend(x, config(dataclasses.replace(SMALL, tile=3)))
   with pytest.raises(ConfigError, match='goes down to 2, but'):
     attend(x, config(dataclasses.replace(SMALL, n=2)))
-  with pytest.raises(ValueError, match='must be a multiple of .*stride, which is 4'):
+  with pytest.raises(ValueError, match='multiple of .*stride, which is 4'):
     attend(x, config(dataclasses.replace(SMALL, d=4)))
-  with pytest.raises(ValueError, match='select_block=4'):
+  with pytest.raises(ValueError, match='select_block, which is 4'):
     attend(x, config(dataclasses.replace(SMALL, select=4)))
