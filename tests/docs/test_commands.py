@@ -15,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import launch
-from psa_jax import recipe
+from psa_jax.config import recipe
 from tests.docs.pages import (
   PAGES,
   README,
