@@ -19,7 +19,7 @@ from psa_jax.config.fields import (
 
 @dataclass(frozen=True)
 class NormConfig(Section):
-  """Which normalisation, and how PRepBN moves (MECHANISMS section 2).
+  """Which normalisation, and how PRepBN moves (docs/mechanisms.md#prepbn).
 
   Attributes:
     kind: which normalisation every layer uses; `none` is for models whose
@@ -51,7 +51,7 @@ class NormConfig(Section):
 
 @dataclass(frozen=True)
 class QuantConfig(Section):
-  """Progressive quantisation in training (MECHANISMS section 8).
+  """Progressive quantisation in training (docs/mechanisms.md#quantisation).
 
   Attributes:
     enabled: quantise q, k and v by the schedule below.
