@@ -16,7 +16,15 @@ from absl.testing import flagsaver
 
 import launch
 from psa_jax.config import recipe
-from tests.docs.pages import README, RECIPES, ROOT, code, commands, name_of
+from tests.docs.pages import (
+  PAGES,
+  README,
+  RECIPES,
+  ROOT,
+  code,
+  commands,
+  name_of,
+)
 
 MAKEFILE = (ROOT / 'Makefile').read_text()
 LAUNCHES = commands(r'python launch\.py ([^#`|]*)')
@@ -117,3 +125,20 @@ def test_overrides_named_in_the_readme_are_keys(capsys):
   ]
   assert overrides
   resolve(['--config=configs/lm_64k.py', *overrides], capsys)
+
+
+PYTHON = [
+  pytest.param(block, id=f'{name_of(page)}-{number}')
+  for page in PAGES
+  if page.parent.name == 'docs'
+  for number, block in enumerate(
+    re.findall(r'^```python\n(.*?)^```', page.read_text(), re.S | re.M)
+  )
+]
+
+
+@pytest.mark.tier('default')
+@pytest.mark.parametrize('block', PYTHON)
+def test_python_of_a_page_runs(block):
+  """Every block by itself, as a reader would paste it."""
+  exec(compile(block, 'block', 'exec'), {'__name__': 'block'})
