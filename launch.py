@@ -21,8 +21,10 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from psa_jax import compile_cache, config_dict, recipe, workdir
-from psa_jax.config import ConfigError, RunError
+from psa_jax import compile_cache
+from psa_jax import config as config_lib
+from psa_jax.config import ConfigError, RunError, recipe
+from psa_jax.train import workdir
 
 _FLAGS = (
   flags.DEFINE_string(
@@ -104,7 +106,7 @@ def _run(argv: Sequence[str]) -> int:
     )
   config = recipe.load_recipe(_CONFIG.value, overrides)
   if _PRINT_CONFIG.value:
-    print(json.dumps(config_dict.to_dict(config), indent=2))
+    print(json.dumps(config_lib.to_dict(config), indent=2))
     return 0
   directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
   allow = _ALLOW_CONFIG_CHANGE.value
@@ -114,7 +116,8 @@ def _run(argv: Sequence[str]) -> int:
   )
   if _COMPILE_CACHE.value:
     compile_cache.turn_on()
-  # JAX is imported only here: everything refused above is refused at once.
+  # Checkpoints and data readers take seconds to import; what is refused above
+  # does not wait for them.
   from psa_jax import tasks
 
   tasks.check(config)
@@ -136,7 +139,7 @@ def _parse(argv: Sequence[str]) -> list[tuple[str, str]]:
     words, overrides = split_overrides(words)
     rest = flags.FLAGS([argv[0], *words])[1:]
   except flags.UnrecognizedFlagError as e:
-    near = config_dict.nearest(e.flagname, [f.name for f in _FLAGS])
+    near = config_lib.nearest(e.flagname, [f.name for f in _FLAGS])
     raise ConfigError(
       f'unknown flag --{e.flagname}; did you mean --{near}? see --help'
     ) from e
@@ -168,7 +171,7 @@ def split_overrides(
       left.append(word)
       continue
     negated, path, text = match.groups()
-    is_bool = config_dict.find_leaf(path).type is bool
+    is_bool = config_lib.find_leaf(path).type is bool
     if negated and (text is not None or not is_bool):
       raise ConfigError(
         f'--noconfig.{path}: --no is for a bool without a value; '
@@ -188,7 +191,7 @@ def _help() -> str:
   lines = [(__doc__ or '').strip(), '', 'Flags:']
   lines += [f'  --{f.name}: {flags.FLAGS[f.name].help}' for f in _FLAGS]
   lines += ['', 'Keys of the configuration and their defaults:']
-  for leaf in config_dict.leaves().values():
+  for leaf in config_lib.leaves().values():
     value = str(leaf.default).replace(' ', '')
     options = f'   ({" | ".join(leaf.options)})' if leaf.options else ''
     lines.append(f'  --config.{leaf.path}={value}{options}')

@@ -7,13 +7,17 @@
   schedules, at_step                     how much, as a function of the step
   register, MechanismSpec                mechanisms of one's own
 
-Names are loaded when they are first used, so that a command which only reads
-configurations does not wait for JAX. `attention` is also the package of the
-mechanisms, which can be called: `psa_jax/attention/__init__.py`.
+`attention` is also the package of the mechanisms, which can be called:
+`psa_jax/attention/__init__.py`. It is imported at once, because the
+configuration asks the mechanisms which settings there are; the other names are
+loaded when they are first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING
+
+from psa_jax.attention.registry import MechanismSpec as MechanismSpec
+from psa_jax.attention.registry import register as register
 
 if TYPE_CHECKING:
   from psa_jax import nnx as nnx
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-_MODULES = ('attention', 'nnx', 'schedules')
+_MODULES = ('nnx', 'schedules')
 # Public name -> the module that defines it.
 _HOMES = {
   'at_step': 'psa_jax.attention.call',
@@ -38,7 +42,14 @@ _HOMES = {
   'AttnOut': 'psa_jax.types',
   'Learned': 'psa_jax.types',
 }
-__all__ = ['__version__', *_MODULES, *_HOMES]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+  '__version__',
+  'attention',
+  'MechanismSpec',
+  'register',
+  *_MODULES,
+  *_HOMES,
+]
 
 
 def __getattr__(name: str):

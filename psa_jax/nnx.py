@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from psa_jax.attention.call import options, steps
 from psa_jax.attention.call.kinds import bidirectional, find
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.rotary import rotary
 from psa_jax.config import ConfigError, ModelConfig, NormConfig
@@ -96,7 +97,7 @@ class SparseAttention(nnx.Module):
         f'kind={kind!r} is causal, but is_causal is False; take one of '
         f'{", ".join(bidirectional())}'
       )
-    if kind in ('nsa', 'nsa_tile', 'dsa') and rotary_base is None:
+    if mechanism.needs_rotary and rotary_base is None:
       raise ConfigError(
         f'kind={kind!r} turns keys of its own; pass rotary_base=10_000'
       )
@@ -153,11 +154,13 @@ class SparseAttention(nnx.Module):
       return (x, {}) if return_aux else x
     out, aux = self.layer(
       x,
-      step=step,
-      rope=self._rope(x, segment_ids),
-      segment_ids=segment_ids,
-      train=train,
-      causal=self.is_causal,
+      context=AttentionContext(
+        step=step,
+        rope=self._rope(x, segment_ids),
+        segment_ids=segment_ids,
+        train=train,
+        causal=self.is_causal,
+      ),
     )
     return (out, aux) if return_aux else out
 

@@ -42,7 +42,8 @@ RULES: Mapping[str, str] = {
 # Last name of an array's path -> names of its axes. A stack of layers has one
 # axis more, in front. Two names or more make a matrix, which the optimiser
 # decays; a stacked vector has two axes but one name. `VECTORS` are exceptions.
-PARAMETERS: Mapping[str, tuple[str, ...]] = {
+# Mechanisms add those of their own parameters (`name_axes`).
+PARAMETERS: dict[str, tuple[str, ...]] = {
   'embedding': ('vocab', 'embed'),
   'wq': ('embed', 'heads', 'head_dim'),
   'wk': ('embed', 'kv', 'head_dim'),
@@ -65,24 +66,6 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'places': ('positions', 'embed'),
   'head': ('embed', 'vocab'),
   'head_bias': ('vocab',),
-  'index_q': ('embed', 'index_heads', 'head_dim'),
-  'index_k': ('embed', 'head_dim'),
-  'index_w': ('embed', 'index_heads'),
-  'sla_position': ('positions', 'kv', 'head_dim'),
-  'sla_conv': ('taps', 'head_dim'),
-  'sla_bias': ('head_dim',),
-  'wk_compress': ('embed', 'kv', 'head_dim'),
-  'wv_compress': ('embed', 'kv', 'head_dim'),
-  'wk_window': ('embed', 'kv', 'head_dim'),
-  'wv_window': ('embed', 'kv', 'head_dim'),
-  'k_place': ('place', 'head_dim'),
-  'k_in': ('place', 'head_dim', 'hidden'),
-  'k_out': ('hidden', 'head_dim'),
-  'v_place': ('place', 'head_dim'),
-  'v_in': ('place', 'head_dim', 'hidden'),
-  'v_out': ('hidden', 'head_dim'),
-  'gate_in': ('embed', 'hidden'),
-  'gate_out': ('hidden', 'heads', 'branch'),
   'scale': ('norm',),
   'bias': ('norm',),
   'bn_scale': ('norm',),
@@ -90,11 +73,27 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
   'mean': ('norm',),
   'var': ('norm',),
   'eta': (),
-  'coefficients': ('power',),
-  'head_importance': ('heads_seen',),
 }
 # Not decayed although they have two axes.
 VECTORS = frozenset({'bq', 'bk', 'bv', 'places'})
+
+
+def name_axes(axes: Mapping[str, tuple[str, ...]]) -> None:
+  """Adds to `PARAMETERS`; `MechanismSpec.axes` come here.
+
+  Args:
+    axes: last name of an array's path -> names of its axes.
+
+  Raises:
+    ConfigError: a name that stands for other axes already.
+  """
+  for name, names in axes.items():
+    if PARAMETERS.get(name, names) != names:
+      raise ConfigError(
+        f'a parameter {name!r} has the axes {PARAMETERS[name]} already, not '
+        f'{names}; give it another name'
+      )
+  PARAMETERS.update(axes)
 
 
 def initialize_distributed() -> None:

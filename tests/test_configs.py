@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from psa_jax import config_dict, tasks
-from psa_jax.recipe import load_recipe
+from psa_jax import config as config_lib
+from psa_jax import tasks
+from psa_jax.config.recipe import load_recipe
 from psa_jax.schedules import ScheduleConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -94,9 +95,11 @@ def test_it_imports_ml_collections_only(path):
 
 def test_loading_recipes_needs_no_jax():
   program = (
-    'import sys; from psa_jax.recipe import load_recipe\n'
-    'for spec in sys.argv[1:]: load_recipe(spec)\n'
-    'print({"jax", "numpy", "flax"} & set(sys.modules))'
+    'import runpy, sys\n'
+    'for spec in sys.argv[1:]:\n'
+    '  path, _, arg = spec.partition(":")\n'
+    '  runpy.run_path(path)["get_config"](*[arg] if arg else [])\n'
+    'print({"jax", "numpy", "flax", "psa_jax"} & set(sys.modules))'
   )
   specs = [f'{path}:{arg}' for path, arg in ALL]
   done = subprocess.run(
@@ -180,12 +183,12 @@ def test_the_controls_of_recall_differ_from_psa_by_the_ranking_only():
   rankings = {arg: arm.model.attention.psa.scoring for arg, arm in arms.items()}
   assert rankings == {'psa': 'mean', 'window': 'recent', 'random': 'random'}
   for arm in arms.values():
-    changes = config_dict.diff(arms['psa'], arm)
+    changes = config_lib.diff(arms['psa'], arm)
     changed = {**changes.runtime, **changes.other}
     assert set(changed) <= {'name', 'model.attention.psa.scoring'}
 
 
 def test_recall_without_a_task_is_the_first_one():
   left, right = load(RECALL, 'psa'), load(RECALL, 'psa,mqar')
-  changes = config_dict.diff(left, right)
+  changes = config_lib.diff(left, right)
   assert set(changes.other) == {'name'} and not changes.runtime

@@ -11,6 +11,7 @@ import pytest
 
 import psa_jax
 from psa_jax.attention.call import dense as dense_call
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import ConfigError
 from tests import oracles
 
@@ -188,10 +189,9 @@ def test_every_public_name_is_there():
 
 @slow
 def test_a_config_and_its_fields_say_the_same():
-  from psa_jax.attention.call import kinds
   from psa_jax.config import AttentionConfig
 
-  settings = kinds.find('psa').settings(
+  settings = PsaConfig(
     block_q=8, block_k=4, window=4, keep=psa_jax.schedules.constant(0.3)
   )
   args = arrays()

@@ -10,13 +10,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from psa_jax import models, sharding
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
   MeshConfig,
   ModelConfig,
   NormConfig,
-  TopkConfig,
 )
 from psa_jax.norm import prepbn
 

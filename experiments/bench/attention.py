@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.timing import Call, timed
-from psa_jax.attention import base
+from psa_jax.attention import attend as attend_by_name
 from psa_jax.attention import psa as psa_lib
-from psa_jax.config import AttentionConfig, PsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.kernels.decode import decode_attention
@@ -76,8 +78,13 @@ def attend(
   q, k, v, *, config: AttentionConfig, step: int = 0, learned=None
 ) -> jax.Array:
   """Any mechanism, at one step of its schedules."""
-  return base.attend(
-    q, k, v, config=config, step=jnp.int32(step), learned=learned
+  return attend_by_name(
+    q,
+    k,
+    v,
+    config=config,
+    learned=learned,
+    context=AttentionContext(step=jnp.int32(step)),
   ).out
 
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 from experiments.bench import cli
 from experiments.bench.rows import ROOT, Book, Row
 from experiments.bench.settings import Changes, GridSettings
-from psa_jax import config_dict
+from psa_jax import config as config_lib
 from psa_jax.config import Config, ConfigError
-from psa_jax.recipe import load_recipe
+from psa_jax.config.recipe import load_recipe
 
 # A fork of this process to set it there might hang: JAX has threads.
 _ON_CORE = (
@@ -175,7 +175,7 @@ def digest(config: Config) -> str:
   goes with the model and the source, and rows of before it had a name stay.
   """
   values, usual = (
-    config_dict.flatten(config_dict.to_dict(x)) for x in (config, Config())
+    config_lib.flatten(config_lib.to_dict(x)) for x in (config, Config())
   )
   own = {
     path: value

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from psa_jax import config_dict
+from psa_jax import config as config_lib
 from psa_jax.config import ConfigError
 
 Changes = tuple[tuple[str, str], ...]
@@ -70,8 +70,8 @@ def apply(settings: Settings, words: Iterable[str]) -> Settings:
     if key in fields:
       read = _read(settings, fields[key], value)
       settings = dataclasses.replace(settings, **{key: read})
-    elif changes is not None and ('.' in key or key in config_dict.leaves()):
-      config_dict.find_leaf(key)
+    elif changes is not None and ('.' in key or key in config_lib.leaves()):
+      config_lib.find_leaf(key)
       changes = (*changes, (key, value))
       settings = dataclasses.replace(settings, changes=changes)
     else:

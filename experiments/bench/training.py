@@ -55,14 +55,15 @@ def forward(step: TrainStep, length: int) -> Call:
   task, program, _, batch = parts(config, length)
   state = state_lib.init_state(config, task.vocab_size, program)
   state = state._replace(step=jnp.int32(sum(config.train.steps)))
-  mechanism = config.model.attention.name
-  loss = step_lib.make_eval_step(task, program, mechanism=mechanism)
+  loss = step_lib.make_eval_step(task, program)
   return timed(loss, state, batch)
 
 
 def with_mechanism(config, name):
   """The same run with another attention mechanism."""
-  attention = dataclasses.replace(config.model.attention, name=name)
+  attention = config.model.attention
+  if name != attention.name:
+    attention = attention.read_by(name)
   model = dataclasses.replace(config.model, attention=attention)
   return dataclasses.replace(config, model=model)
 

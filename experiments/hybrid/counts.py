@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.attention import hybrid
-from psa_jax.config import HybridConfig
+from psa_jax.attention.hybrid import HybridConfig
 
 HEAD = 64
 

@@ -16,11 +16,13 @@ from flax import nnx
 from experiments.bench import attention as lib
 from experiments.bench.passes import passes
 from experiments.bench.timing import Call, Subject, lazily, timed
-from psa_jax.attention import nsa, nsa_compress
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
-from psa_jax.attention.nsa_parameters import NETWORK
+from psa_jax.attention.nsa import NsaConfig, branches
+from psa_jax.attention.nsa import compress as compress_lib
+from psa_jax.attention.nsa.parameters import NETWORK
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import AttentionConfig, ModelConfig, NsaConfig
+from psa_jax.config import AttentionConfig, ModelConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import Learned
@@ -118,7 +120,7 @@ def branch_call(branch: str, length: int, heads: int) -> Call:
 
   def compress(made):
     raw = made.heads['k_compress'], made.heads['v_compress']
-    return nsa_compress.compress_pair(
+    return compress_lib.compress_pair(
       *raw, made, block=cfg.compress_block, stride=cfg.stride
     )
 
@@ -130,7 +132,7 @@ def branch_call(branch: str, length: int, heads: int) -> Call:
   def choose(q, kc, lse):
     blocks = -(-length // cfg.select_block)
     budget = jnp.int32(cfg.blocks.init)
-    return nsa.select(q, kc, lse, full, budget, None, 1, blocks)[:2]
+    return branches.select(q, kc, lse, full, budget, None, 1, blocks)[:2]
 
   def selected(q, k, v, ids, counts):
     return block_sparse_attention(
@@ -138,7 +140,7 @@ def branch_call(branch: str, length: int, heads: int) -> Call:
     )[0]
 
   def window(q, k, v):
-    return nsa.window_attention(q, k, v, full, None, None)
+    return branches.window_attention(q, k, v, full, None, None)
 
   if branch == 'compress':
     return timed(jax.jit(compress), made)
@@ -174,7 +176,9 @@ def layer(mechanism: str, length: int):
   def run(args):
     state, x = args
     table = rotary(jnp.arange(length)[None], head_dim=HEAD_DIM, theta=5e5)
-    return nnx.merge(graph, state)(x, step=0, rope=table, train=True)[0]
+    return nnx.merge(graph, state)(
+      x, context=AttentionContext(step=0, rope=table, train=True)
+    )[0]
 
   return run, ((state, x), grad)
 

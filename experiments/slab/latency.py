@@ -18,6 +18,7 @@ from experiments.bench.grid import Run
 from experiments.bench.rows import Row
 from experiments.slab.grid import configure
 from psa_jax import models
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ImageConfig, ModelConfig
 from psa_jax.models.folding import fold
 
@@ -85,7 +86,9 @@ def program(model, batch: int):
 
   def run(arrays, x):
     net = nnx.merge(graphdef, *arrays)
-    return net.classify(net(x, step=0, train=False).hidden)
+    return net.classify(
+      net(x, context=AttentionContext(step=0, train=False)).hidden
+    )
 
   arrays = jax.device_put(arrays)
   return jax.jit(run).lower(arrays, x).compile(), arrays, x

@@ -130,7 +130,7 @@ def recipe_attention(config, length: int) -> dict[Subject, Call]:
   final = one_head(config)
 
   def attend(mechanism, q, k, v):
-    at = dataclasses.replace(final, name=mechanism)
+    at = final if mechanism == final.name else final.read_by(mechanism)
     return attention.attend(q, k, v, config=at, step=sum(config.train.steps))
 
   contenders = {}

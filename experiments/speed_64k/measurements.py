@@ -21,7 +21,7 @@ from experiments.bench import cli, memory, passes, peers, timing
 from experiments.bench.rows import ROOT, Book
 from experiments.bench.settings import Settings, option
 from experiments.speed_64k import contenders
-from psa_jax.recipe import load_recipe
+from psa_jax.config.recipe import load_recipe
 
 # Read by XLA when it starts: its fused CPU kernels hide their temporaries
 # from memory_analysis, so sizes are taken with them off.

@@ -1,8 +1,7 @@
 """Cross-attention: queries of one sequence read another one, the memory.
 
-`dense` reads all of it, `topk` the best keys of every query, by the schedule
-and the softmax of `attention.topk` (docs/mechanisms.md#topk): of a memory of n
-tokens a query keeps max(1, floor(keep * n)). Queries and keys turn by their
+Which mechanisms can do so, and how, is `cross` of their specs: `dense` reads
+all of it, `topk` the best keys of every query. Queries and keys turn by their
 places in their own sequences (rotary positions), so that near places find each
 other first, as most translations have it.
 """
@@ -14,14 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from psa_jax.attention import topk as topk_lib
-from psa_jax.attention import topk_parameters
+from psa_jax.attention import registry
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.projections import bias_of, fan_in, head_dim, project
 from psa_jax.attention.rotary import Rotary, rotate
 from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
-from psa_jax.kernels.dense import dense_attention
-from psa_jax.kernels.topk_attention import topk_attention
-from psa_jax.types import AttnOut, Learned, Scalar
+from psa_jax.config.attention import names
+from psa_jax.types import AttnOut, Learned
 
 
 class Memory(NamedTuple):
@@ -57,8 +55,8 @@ class CrossAttention(nnx.Module):
     self.bk = bias_of(config, *key[1:])
     self.bv = bias_of(config, *key[1:])
     self.bo = bias_of(config, config.d_model)
-    own = config.attention.name == 'topk'
-    self.mechanism = topk_parameters.make(config, rngs=rngs) if own else None
+    make = registry.get(config.attention.name).parameters
+    self.mechanism = None if make is None else make(config, rngs=rngs)
 
   def remember(
     self,
@@ -75,37 +73,26 @@ class CrossAttention(nnx.Module):
     x: Float[Array, 'B T D'],
     memory: Memory,
     *,
-    step: Scalar,
-    rope: Rotary | None = None,
-    train: bool,
-    mechanism: str | None = None,
+    context: AttentionContext,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Reads the memory.
 
     Args:
       x: normalised residual stream.
       memory: from `remember`.
-      step: optimiser step, which drives the schedules.
-      rope: rotary table of the queries' places.
-      train: whether `topk` follows its training schedule.
-      mechanism: overrides `config.attention.name`.
+      context: step, whether training, rotary table of the queries' places.
 
     Returns:
       The output, and the f32 scalar `cross_density`: keys read as a share of
       those that count.
     """
-    own = mechanism in (None, self.config.attention.name)
-    learned = None
-    if self.mechanism is not None and own:
-      learned = self.mechanism(x, rope=None)
+    learned = None if self.mechanism is None else self.mechanism(x, rope=None)
     out, aux = attend_cached(
-      rotate(project(x, self.wq, self.bq), rope),
+      rotate(project(x, self.wq, self.bq), context.rope),
       memory,
       config=self.config.attention,
-      step=step,
-      train=train,
+      context=context,
       learned=learned,
-      mechanism=mechanism,
     )
     return project(out, self.wo, self.bo, inputs=2), aux
 
@@ -115,60 +102,26 @@ def attend_cached(
   memory: Memory,
   *,
   config: AttentionConfig,
-  step: Scalar,
-  train: bool,
+  context: AttentionContext,
   learned: Learned | None = None,
-  mechanism: str | None = None,
 ) -> AttnOut:
   """Every query reads the first `memory.lengths` keys of its row.
 
   The function of arrays behind `CrossAttention`, and behind decoding, where the
   memory is the cache.
 
-  Args and errors as in `base.attend`; one more error:
+  Args and errors as in `attend`; one more error:
 
   Raises:
     ConfigError: a mechanism that does not read other sequences or caches here.
   """
-  name = mechanism or config.name
-  B, T = q.shape[:2]
-  k, v, lengths = memory
-  mesh = jax.sharding.get_abstract_mesh()
-  # XLA splits its own program over devices, not a kernel.
-  one = mesh.empty or mesh.size == 1
-  implementation = config.implementation if one else 'xla'
-  if name == 'dense':
-    real = jnp.arange(k.shape[1])[None] < lengths[:, None]
-    out, _ = dense_attention(
-      q,
-      k,
-      v,
-      causal=False,
-      q_segment_ids=jnp.ones((B, T), jnp.int32),
-      kv_segment_ids=real.astype(jnp.int32),
-      implementation='auto' if one else 'xla',
-    )
-    return AttnOut(out, {'cross_density': jnp.float32(1)})
-  if name != 'topk':
+  spec = registry.get(config.name)
+  if spec.cross is None:
     raise ConfigError(
-      f'attention {name} reads no other sequence and no cache in a model; take '
-      'dense or topk'
+      f'attention {config.name} reads no other sequence and no cache in a '
+      f'model; take {" or ".join(names(reads_cross=True))}'
     )
-  cfg = config.topk
-  end = jnp.broadcast_to(lengths.astype(jnp.int32)[:, None], (B, T))
-  counts = topk_lib.kept_counts(end, topk_lib.keep_at(cfg, step, train))
-  out = topk_attention(
-    topk_lib.sparsify(q, keep=cfg.sparsify_q),
-    topk_lib.sparsify(k, keep=cfg.sparsify_k),
-    v,
-    topk_lib.coefficients_at(cfg, step, learned),
-    begin=jnp.zeros_like(end),
-    end=end,
-    counts=counts,
-    causal=False,
-    max_count=topk_lib.most_kept(cfg, k.shape[1]),
-    clamp=cfg.clamp,
-    implementation=implementation if name == config.name else 'auto',
+  k, v, lengths = memory
+  return spec.cross(
+    q, k, v, lengths=lengths, config=config, context=context, learned=learned
   )
-  share = counts.astype(jnp.float32) / jnp.maximum(end, 1)
-  return AttnOut(out, {'cross_density': share.mean()})

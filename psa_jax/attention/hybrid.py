@@ -26,6 +26,7 @@ bidirectional models.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -33,10 +34,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention.approximate import softmax_at
-from psa_jax.attention.blocks import (
+from psa_jax.attention.block_lists import (
   BlockList,
   Tiles,
+  WideListConfig,
   read_blocks,
   renew,
   retained_mass,
@@ -45,9 +46,53 @@ from psa_jax.attention.blocks import (
   tile_ranges,
   width_limit,
 )
-from psa_jax.config import AttentionConfig, ConfigError, HybridConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.registry import MechanismSpec, register
+from psa_jax.attention.softmax import softmax_at
+from psa_jax.config import AttentionConfig, ScheduleConfig
+from psa_jax.config.fields import (
+  OPTIONAL,
+  POSITIVE,
+  SHARE,
+  UNIT,
+  choice,
+  number,
+  schedule,
+)
 from psa_jax.kernels import block_scores
 from psa_jax.types import AttnOut, Learned, Scalar
+
+
+@dataclass(frozen=True)
+class HybridConfig(WideListConfig):
+  """Sliding window and global key blocks (MECHANISMS section 5).
+
+  Attributes:
+    block_q: queries that share one block list (1 is per token).
+    block_k: keys per block.
+    window: tokens before each query that are always read.
+    sink_blocks: first blocks of the sequence that are always read.
+    keep: schedule of the cap: most blocks read beside window and sink, as a
+      share of the causally visible ones, in (0, 1]. The default is 0.25
+      throughout; a `length` makes it a ramp from 1.
+    coefficient: c of the dynamic mask, `ceil(c exp(entropy))` blocks.
+    min_blocks: its lower end, unless the cap is below.
+    scoring: `mean` ranks blocks by their mean key, `bounds` by Quest's upper
+      bound; entropy is always that of the means.
+    max_blocks: width M of the block list; 0 means what window, sink and the
+      schedule's largest cap ask for.
+    eval_keep: cap used outside training; 0 means the schedule's value at the
+      step being evaluated.
+  """
+
+  sink_blocks: int = number(0, OPTIONAL)
+  keep: ScheduleConfig = schedule(
+    ScheduleConfig(kind='linear', final=0.25), SHARE
+  )
+  coefficient: float = number(1.0, POSITIVE)
+  min_blocks: int = number(4, OPTIONAL)
+  scoring: str = choice('mean', 'mean', 'bounds')
+  eval_keep: float = number(0.0, UNIT, runtime=True)
 
 
 class Spread(NamedTuple):
@@ -70,28 +115,20 @@ def hybrid(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
   """Attention over the window and the key blocks that a tile needs.
 
-  Args and errors as in `base.attend`. The aux scalars are `density` and
+  Args and errors as in `attend`. The aux scalars are `density` and
   `retained_mass` as in `psa.py`, `entropy` (nats, the mean over tiles and
   heads) and `capped`, the share of tiles that asked for more than the cap.
   """
   del learned  # no parameters
-  if not causal:
-    raise ConfigError(
-      'attention hybrid is causal; a bidirectional model takes dense'
-    )
-  cfg = config.hybrid
-  lists, spread = select_blocks(
-    q, k, cfg, cap=cap_at(cfg, step, train), segment_ids=segment_ids
-  )
-  how = softmax_at(config.softmax, step)
+  cfg, segment_ids = config.hybrid, context.segment_ids
+  cap = cap_at(cfg, context.step, context.train)
+  lists, spread = select_blocks(q, k, cfg, cap=cap, segment_ids=segment_ids)
+  how = softmax_at(config.softmax, context.step)
   out, lse = read_blocks(
     q,
     k,
@@ -154,7 +191,9 @@ def select_blocks(
     cap: traced, see `cap_at`.
     segment_ids: documents; nondecreasing along T.
   """
-  queries, pooled, tiles = summarise(q, k, cfg, segment_ids)
+  queries, pooled, tiles = summarise(
+    q, k, cfg, segment_ids, bounds=cfg.scoring == 'bounds'
+  )
   return _choose(cfg, queries, pooled, tiles, cap)
 
 
@@ -278,3 +317,14 @@ def _spread(scores, order):
   mean = (e * (x - top)).sum(-1) / total
   entropy = jnp.where(some, jnp.log(total) - mean, 0)
   return jnp.exp(entropy.max(-1)), entropy.mean(-1)
+
+
+SPEC = register(
+  MechanismSpec(
+    name='hybrid',
+    function=hybrid,
+    config=HybridConfig,
+    causal_only=True,
+    approximates_softmax=True,
+  )
+)

@@ -7,33 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from psa_jax.config import ConfigError, ModelConfig
+from psa_jax.config import ModelConfig
 from psa_jax.quant.progressive import OFF, Quantizer
 
 
 def head_dim(config: ModelConfig) -> int:
-  """Width of one head: `config.head_dim`, else d_model // num_heads.
-
-  Raises:
-    ConfigError: heads that do not divide, or an odd width.
-  """
-  if config.num_heads % config.num_kv_heads:
-    raise ConfigError(
-      f'model.num_heads={config.num_heads} is not a multiple of '
-      f'model.num_kv_heads={config.num_kv_heads}'
-    )
-  if not config.head_dim and config.d_model % config.num_heads:
-    raise ConfigError(
-      f'model.d_model={config.d_model} is not a multiple of '
-      f'model.num_heads={config.num_heads}; set model.head_dim'
-    )
-  width = config.head_dim or config.d_model // config.num_heads
-  if width < 2 or width % 2:
-    raise ConfigError(
-      f'rotary positions need an even head width, got {width}; set '
-      'model.head_dim'
-    )
-  return width
+  """Width of one head: `config.head_dim`, else d_model // num_heads."""
+  return config.head_dim or config.d_model // config.num_heads
 
 
 def fan_in(in_axis, out_axis, *, scale: float = 1.0):

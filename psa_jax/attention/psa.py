@@ -28,6 +28,9 @@ No gradient flows through the choice. Not done here: the cache of decoding.
 """
 
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +39,11 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
 from psa_jax.attention import controls
-from psa_jax.attention.approximate import softmax_at
-from psa_jax.attention.blocks import (
+from psa_jax.attention.block_lists import (
   BlockList,
   Tiles,
+  WideListConfig,
+  check_ratio,
   read_blocks,
   renew,
   retained_mass,
@@ -48,9 +52,64 @@ from psa_jax.attention.blocks import (
   tile_ranges,
   width_limit,
 )
-from psa_jax.config import AttentionConfig, ConfigError, PsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.registry import MechanismSpec, register
+from psa_jax.attention.softmax import softmax_at
+from psa_jax.config import AttentionConfig, ScheduleConfig
+from psa_jax.config.fields import SHARE, UNIT, choice, number, schedule
 from psa_jax.kernels import block_scores
 from psa_jax.types import AttnOut, Learned, Scalar
+
+
+@dataclass(frozen=True)
+class PsaConfig(WideListConfig):
+  """Progressive sparse attention (MECHANISMS section 3).
+
+  Attributes:
+    block_q: queries that share one block list (1 is per token).
+    block_k: keys per block.
+    window: tokens before each query that are always read.
+    sink_blocks: first blocks of the sequence that are always read.
+    budget: `ratio` keeps `keep(step)` of the causally visible blocks;
+      `mass` keeps the smallest set whose estimated softmax mass reaches
+      `mass(step)`.
+    keep, mass: the schedules of the two budgets, in (0, 1].
+    scoring: `mean` pools keys by their mean; `bounds` by their minimum and
+      maximum per channel (Quest), which makes the mass rule a guarantee.
+      Controls for the ratio budget: `recent` takes the nearest blocks, so all
+      of the budget is sink and window, `random` takes any, others every step.
+    max_blocks: width M of the block list; 0 means what the schedule's
+      largest budget asks for, a share of the sequence's blocks.
+    eval_keep: keep ratio (or mass) used outside training; 0 means the
+      schedule's value at the step being evaluated.
+  """
+
+  budget: str = choice('ratio', 'ratio', 'mass')
+  keep: ScheduleConfig = schedule(ScheduleConfig(), SHARE)
+  mass: ScheduleConfig = schedule(ScheduleConfig(), SHARE)
+  scoring: str = choice('mean', 'mean', 'bounds', 'random', 'recent')
+  eval_keep: float = number(0.0, UNIT, runtime=True)
+
+  def check(self, path: str) -> Iterator[str]:
+    """A budget of mass needs a scorer that estimates mass."""
+    if self.budget == 'mass' and self.scoring in controls.SCORINGS:
+      yield (
+        f'{path}budget is mass, but scoring={self.scoring} estimates no mass; '
+        'use budget=ratio'
+      )
+
+  def check_run(self, path: str, run: Any) -> Iterator[str]:
+    """A budget of mass has a target."""
+    yield from super().check_run(path, run)
+    if self.budget == 'mass' and self.mass == ScheduleConfig():
+      yield (
+        f'{path}budget is mass, but psa.mass is constant 1, which keeps every '
+        'block; set for instance psa.mass.init=0.9 and psa.mass.final=0.9'
+      )
+
+  def check_budget(self, path: str) -> Iterator[str]:
+    """A controller sets a ratio, in place of the schedule."""
+    return check_ratio(path, self.budget, self.keep)
 
 
 def psa(
@@ -59,36 +118,28 @@ def psa(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
-  budget: Scalar | None = None,
 ) -> AttnOut:
   """Attention over the sink, the window and the most important blocks.
 
-  Args and errors as in `base.attend`. The aux scalars are `density` (key
+  Args and errors as in `attend`. The aux scalars are `density` (key
   blocks read as a share of the causally visible ones) and `retained_mass`
   (the share of the exact softmax mass that lies on the keys read, the mean
   over a few sampled queries), and `budget`, the keep ratio (or mass) used.
   """
   del learned  # no parameters
-  if not causal:
-    raise ConfigError(
-      'attention psa is causal; a bidirectional model takes dense'
-    )
-  cfg = config.psa
-  budget = budget_at(cfg, step, train, budget)
+  cfg, segment_ids = config.psa, context.segment_ids
+  budget = budget_at(cfg, context.step, context.train, context.budget)
   blocks = select_blocks(
     q,
     k,
     cfg,
     budget=budget,
     segment_ids=segment_ids,
-    seed=step if train else 0,
+    seed=context.step if context.train else 0,
   )
-  how = softmax_at(config.softmax, step)
+  how = softmax_at(config.softmax, context.step)
   out, lse = read_blocks(
     q,
     k,
@@ -173,7 +224,9 @@ def select_blocks(
     The lists; at least sink and window are kept whatever the budget, and a
     budget of 1 keeps every visible block.
   """
-  queries, pooled, tiles = summarise(q, k, cfg, segment_ids)
+  queries, pooled, tiles = summarise(
+    q, k, cfg, segment_ids, bounds=cfg.scoring == 'bounds'
+  )
   return _choose(cfg, queries, pooled, tiles, budget, seed)
 
 
@@ -299,3 +352,15 @@ def _mass_counts(scores, order, budget):
   left = jnp.pad(left[..., 1:], [(0, 0)] * (left.ndim - 1) + [(0, 1)])
   short = kept * (1 - budget) < budget * left
   return 1 + short.sum(-1).max(-1)
+
+
+SPEC = register(
+  MechanismSpec(
+    name='psa',
+    function=psa,
+    config=PsaConfig,
+    causal_only=True,
+    takes_budget=True,
+    approximates_softmax=True,
+  )
+)

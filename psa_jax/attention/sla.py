@@ -25,19 +25,64 @@ makes it dense softmax attention.
 Decoding keeps the state and four values, whatever the length (`step`).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax.attention.blocks import document_start
-from psa_jax.config import AttentionConfig
+from psa_jax.attention.block_lists import document_start
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.registry import MechanismSpec, register
+from psa_jax.config import AttentionConfig, MechanismConfig, ModelConfig
+from psa_jax.config.fields import COUNT, number
 from psa_jax.kernels.linear_attention import linear_attention
-from psa_jax.types import AttnOut, Learned, Scalar
+from psa_jax.types import AttnOut, Learned
 
 EPS = 1e-6
 TAPS = 5
+
+
+@dataclass(frozen=True)
+class SlaConfig(MechanismConfig):
+  """Simplified linear attention (MECHANISMS section 2).
+
+  Attributes:
+    positions: rows of the learned position bias; later tokens of a document
+      share the last one.
+  """
+
+  positions: int = number(1024, COUNT)
+
+
+class SlaParameters(nnx.Module):
+  """Position bias and convolution of `sla`.
+
+  Attributes:
+    sla_position: [P, K, H], 0 at first.
+    sla_conv: [5, H] and sla_bias: [H], shared by all heads.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    """Creates the parameters."""
+    dtype = jnp.dtype(config.param_dtype)
+    width = config.head_dim or config.d_model // config.num_heads
+    rows = config.attention.sla.positions
+    table = jnp.zeros((rows, config.num_kv_heads, width), dtype)
+    self.sla_position = nnx.Param(table)
+    taps = nnx.initializers.lecun_normal()
+    self.sla_conv = nnx.Param(taps(rngs.params(), (TAPS, width), dtype))
+    self.sla_bias = nnx.Param(jnp.zeros((width,), dtype))
+
+  def __call__(self, x: Float[Array, 'B T D'], *, rope: Any) -> Learned:
+    """The parameters as they are; the table once for every row of `x`."""
+    del rope
+    table = self.sla_position[...][None]
+    table = jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))
+    weights = {'conv': self.sla_conv[...], 'conv_bias': self.sla_bias[...]}
+    return Learned(heads={'position': table}, weights=weights)
 
 
 class SlaState(NamedTuple):
@@ -60,19 +105,17 @@ def sla(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar = 0,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
-  learned: Learned,
+  context: AttentionContext,
+  learned: Learned | None = None,
 ) -> AttnOut:
-  """Linear attention and a convolution of the values; see `base.attend`.
+  """Linear attention and a convolution of the values; see `attend`.
 
   `learned` has `position` [B, P, K, H] among its heads (the same for all rows;
   the axis is there so that a mesh can split it), and `conv` [5, Hv] and
   `conv_bias` [Hv] among its weights.
   """
-  del step, train  # no schedule
+  assert learned is not None  # the spec needs it
+  segment_ids, causal = context.segment_ids, context.causal
   B, T = q.shape[:2]
   at = jnp.arange(T)[None] - document_start(segment_ids, B, T)
   out = linear_attention(
@@ -200,3 +243,20 @@ def _density(q, at, segment_ids, causal):
       )
       visible = visible + jnp.flip(behind, 1)
   return jnp.minimum(1, width / visible.astype(jnp.float32)).mean()
+
+
+SPEC = register(
+  MechanismSpec(
+    name='sla',
+    function=sla,
+    config=SlaConfig,
+    parameters=SlaParameters,
+    needs_learned=True,
+    axes={
+      'sla_position': ('positions', 'kv', 'head_dim'),
+      'sla_conv': ('taps', 'head_dim'),
+      'sla_bias': ('head_dim',),
+    },
+    reads_norm=False,  # bias and taps depend on no token
+  )
+)

@@ -17,21 +17,101 @@ choice. Not done here: the cache of decoding, and sampling keys.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention import blocks
-from psa_jax.attention.approximate import SOFTMAX, mixed
-from psa_jax.config import AttentionConfig, TopkConfig
+from psa_jax.attention import block_lists
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.registry import MechanismSpec, register
+from psa_jax.attention.softmax import SOFTMAX, mixed
+from psa_jax.config import (
+  AttentionConfig,
+  MechanismConfig,
+  ModelConfig,
+  ScheduleConfig,
+)
+from psa_jax.config.attention import check_cubic
+from psa_jax.config.fields import (
+  OPTIONAL,
+  REAL,
+  SHARE,
+  UNIT,
+  number,
+  schedule,
+)
 from psa_jax.kernels import topk as engine
 from psa_jax.kernels.softmax import polynomial
 from psa_jax.kernels.topk_attention import topk_attention
 from psa_jax.types import AttnOut, Learned, Scalar
+
+
+@dataclass(frozen=True)
+class TopkConfig(MechanismConfig):
+  """Token-level top-k, polynomial softmax (MECHANISMS section 4).
+
+  Attributes:
+    keep: schedule of the share of its visible keys that a query keeps, in
+      (0, 1]. The default is 0.25 throughout; a `length` makes it a ramp from 1.
+    coefficients: a0 to a3 of the polynomial, ascending; (0, 1, 0, 0) is the
+      plain softmax.
+    mix: schedule of the share of these coefficients, in [0, 1]; the rest is
+      the plain softmax.
+    learnable: the coefficients are where a layer's own start from.
+    clamp: scores are cut to [-clamp, clamp] before the polynomial; 0 is off.
+    sparsify_q, sparsify_k: share of the channels of each query and key that
+      stay, the largest in magnitude.
+    eval_keep: keep ratio used outside training; 0 means the schedule's value
+      at the step being evaluated.
+  """
+
+  keep: ScheduleConfig = schedule(
+    ScheduleConfig(kind='linear', final=0.25), SHARE
+  )
+  coefficients: tuple[float, ...] = number((0.0, 1.0, 0.0, 0.0), REAL)
+  mix: ScheduleConfig = schedule(ScheduleConfig(), UNIT)
+  learnable: bool = False
+  clamp: float = number(0.0, OPTIONAL)
+  sparsify_q: float = number(1.0, SHARE)
+  sparsify_k: float = number(1.0, SHARE)
+  eval_keep: float = number(0.0, UNIT, runtime=True)
+
+  def check(self, path: str) -> Iterator[str]:
+    """A cubic has four coefficients."""
+    return check_cubic(path, self.coefficients)
+
+
+class Coefficients(nnx.Module):
+  """Four numbers a layer, a0 to a3, that start as configured.
+
+  Attributes:
+    coefficients: [4]. a0 stays: it changes no weight and has no gradient.
+  """
+
+  def __init__(self, config: ModelConfig):
+    """Creates them in f32 whatever the parameters' dtype: they are four."""
+    start = config.attention.topk.coefficients
+    self.coefficients = nnx.Param(jnp.asarray(start, jnp.float32))
+
+  def __call__(self, x, *, rope) -> Learned:
+    """The coefficients; nothing depends on the tokens."""
+    del x, rope
+    return Learned(weights={'coefficients': self.coefficients[...]})
+
+
+def coefficients_of(
+  config: ModelConfig, *, rngs: nnx.Rngs
+) -> Coefficients | None:
+  """The module, or None where the coefficients are not learned."""
+  del rngs  # nothing is random
+  return Coefficients(config) if config.attention.topk.learnable else None
 
 
 class SparseWeights(NamedTuple):
@@ -53,25 +133,22 @@ def topk(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Attention over the best keys of every query; see `base.attend`.
+  """Attention over the best keys of every query; see `attend`.
 
   The aux scalars are `density` (keys kept as a share of the visible ones) and
   `mix`.
   """
-  cfg = config.topk
-  B, T = q.shape[:2]
-  begin = blocks.document_start(segment_ids, B, T)
-  if causal:
+  cfg, (B, T) = config.topk, q.shape[:2]
+  segment_ids, step = context.segment_ids, context.step
+  begin = block_lists.document_start(segment_ids, B, T)
+  if context.causal:
     end = jnp.broadcast_to(jnp.arange(1, T + 1)[None], (B, T))
   else:
-    end = blocks.document_end(segment_ids, B, T)
-  counts = kept_counts(end - begin, keep_at(cfg, step, train))
+    end = block_lists.document_end(segment_ids, B, T)
+  counts = kept_counts(end - begin, keep_at(cfg, step, context.train))
   out = topk_attention(
     sparsify(q, keep=cfg.sparsify_q),
     sparsify(k, keep=cfg.sparsify_k),
@@ -80,7 +157,7 @@ def topk(
     begin=begin,
     end=end,
     counts=counts,
-    causal=causal,
+    causal=context.causal,
     max_count=most_kept(cfg, k.shape[1]),
     clamp=cfg.clamp,
     implementation=config.implementation,
@@ -137,6 +214,43 @@ def decode(
     clamp=cfg.clamp,
     implementation=config.implementation,
   )
+
+
+def topk_cross(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  *,
+  lengths: Int[Array, 'B'],
+  config: AttentionConfig,
+  context: AttentionContext,
+  learned: Learned | None = None,
+) -> AttnOut:
+  """The best of the first `lengths` keys; see `registry.CrossFunction`.
+
+  Of n keys a query keeps max(1, floor(keep * n)).
+  """
+  cfg, (B, T) = config.topk, q.shape[:2]
+  mesh = jax.sharding.get_abstract_mesh()
+  # XLA splits its own program over devices, not a kernel.
+  single = mesh.empty or mesh.size == 1
+  end = jnp.broadcast_to(lengths.astype(jnp.int32)[:, None], (B, T))
+  counts = kept_counts(end, keep_at(cfg, context.step, context.train))
+  out = topk_attention(
+    sparsify(q, keep=cfg.sparsify_q),
+    sparsify(k, keep=cfg.sparsify_k),
+    v,
+    coefficients_at(cfg, context.step, learned),
+    begin=jnp.zeros_like(end),
+    end=end,
+    counts=counts,
+    causal=False,
+    max_count=most_kept(cfg, k.shape[1]),
+    clamp=cfg.clamp,
+    implementation=config.implementation if single else 'xla',
+  )
+  share = counts.astype(jnp.float32) / jnp.maximum(end, 1)
+  return AttnOut(out, {'cross_density': share.mean()})
 
 
 def keep_at(cfg: TopkConfig, step: Scalar, train: bool) -> jax.Array:
@@ -238,3 +352,16 @@ def sparse_poly_softmax(
   total = weights.sum(-1, keepdims=True)
   weights = weights / jnp.where(total > 0, total, 1)
   return SparseWeights(weights, best.indices)
+
+
+SPEC = register(
+  MechanismSpec(
+    name='topk',
+    function=topk,
+    config=TopkConfig,
+    parameters=coefficients_of,
+    axes={'coefficients': ('power',)},
+    cross=topk_cross,
+    reads_norm=False,  # the coefficients depend on no token
+  )
+)

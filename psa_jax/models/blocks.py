@@ -20,17 +20,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 
-from psa_jax.attention.cascade import Importance, Pruning
+from psa_jax.attention.cascade.attention import Importance, Pruning
+from psa_jax.attention.cascade.layer import attend_pruned
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.projections import bias_of, fan_in, project
-from psa_jax.attention.rotary import Rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models.drop import Drop, leave_out
 from psa_jax.norm import Norm
 from psa_jax.quant.progressive import OFF, Quantizer
-from psa_jax.types import Scalar
 
 # What `remat='attention'` keeps; the kernels tag these values themselves.
 KEPT_NAMES = ('attn_out', 'attn_lse', 'attn_ids', 'attn_counts')
@@ -114,45 +114,21 @@ class Block(nnx.Module):
     self,
     x: Float[Array, 'B T D'],
     *,
-    step: Scalar,
-    rope: Rotary | None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    mask: Shaped[Array, 'B T'] | None = None,
-    train: bool,
-    mechanism: str | None = None,
-    budget: Scalar | None = None,
-    causal: bool = True,
+    context: AttentionContext,
     drop: Drop | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """Returns the new residual stream and attention's f32 scalars.
 
     Args:
       x: residual stream.
-      step: optimiser step, for the norm's gamma and attention's schedules.
-      rope: rotary table of the positions.
-      segment_ids: documents of packed rows.
-      mask: tokens that count in the norm's statistics.
-      train: move the norm's statistics; follow the training schedules.
-      mechanism: overrides the configured attention mechanism.
-      budget: replaces attention's schedule.
-      causal: False attends to what comes after as well.
+      context: what varies by call.
       drop: what is left out in training.
     """
-    normed = self.attention_norm(x, step=step, train=train, mask=mask)
-    attended, aux = self.attention(
-      normed,
-      step=step,
-      rope=rope,
-      segment_ids=segment_ids,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
-      causal=causal,
-    )
+    normed = normalise(self.attention_norm, x, context)
+    attended, aux = self.attention(normed, context=context)
     x = x + leave_out(drop, attended, 0, self.config)
-    normed = self.mlp_norm(x, step=step, train=train, mask=mask)
-    quantizer = Quantizer.at(self.quant, step, train=train)
-    fed = self.mlp(normed, quantizer)
+    quantizer = Quantizer.at(self.quant, context.step, train=context.train)
+    fed = self.mlp(normalise(self.mlp_norm, x, context), quantizer)
     return x + leave_out(drop, fed, 1, self.config), aux
 
   def pruned(
@@ -160,25 +136,23 @@ class Block(nnx.Module):
     x: Float[Array, 'B T D'],
     pruning: Pruning,
     *,
-    step: Scalar,
-    rope: Rotary | None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    mask: Shaped[Array, 'B T'] | None = None,
-    train: bool,
-    causal: bool = True,
+    context: AttentionContext,
     drop: Drop | None = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array], Importance]:
-    """`__call__` on what cascade pruning left; see `SelfAttention.pruned`."""
-    normed = self.attention_norm(x, step=step, train=train, mask=mask)
-    attended, aux, importance = self.attention.pruned(
-      normed,
+    """`__call__` on what cascade pruning left; see `attend_pruned`."""
+    attended, aux, importance = attend_pruned(
+      self.attention,
+      normalise(self.attention_norm, x, context),
       pruning,
-      step=step,
-      rope=rope,
-      segment_ids=segment_ids,
-      causal=causal,
+      context=context,
     )
     x = x + leave_out(drop, attended, 0, self.config)
-    normed = self.mlp_norm(x, step=step, train=train, mask=mask)
-    fed = leave_out(drop, self.mlp(normed), 1, self.config)
-    return x + fed, aux, importance
+    fed = self.mlp(normalise(self.mlp_norm, x, context))
+    return x + leave_out(drop, fed, 1, self.config), aux, importance
+
+
+def normalise(
+  norm: Norm, x: Float[Array, 'B T D'], context: AttentionContext
+) -> Float[Array, 'B T D']:
+  """A norm at the context's step, over the tokens that count."""
+  return norm(x, step=context.step, train=context.train, mask=context.mask)

@@ -6,7 +6,8 @@ layer's static size, so queries, keys, values and the feed-forward layer of all
 later layers have fewer rows; the weights of the surviving heads are gathered
 likewise. A pruned token's output is its residual stream as it left; at the end
 every row is back in its place. Rotary positions are those of the input.
-`attention/survivors.py` says how many rows a layer has and who fills them.
+`attention/cascade/survivors.py` says how many rows a layer has and who fills
+them.
 
 What is different in a causal model:
 
@@ -16,8 +17,8 @@ What is different in a causal model:
   reads.
 * Heads: the paper's sum over all queries of the sentence would let the last
   token choose the heads of the first. They are chosen by a running mean of the
-  same sum over earlier training batches instead (`SelfAttention.
-  head_importance`, a statistic like a batch norm's), so one choice holds for
+  same sum over earlier training batches instead (`HeadImportance` of the
+  mechanism, a statistic like a batch norm's), so one choice holds for
   all rows. An encoder chooses anew for every row, as the paper does for a
   sentence; documents that share a row share the choice, and so have a say in
   each other's heads.
@@ -34,6 +35,7 @@ Not done: heads that `mesh.tensor` cannot split evenly after pruning are
 refused; a mesh that splits rows only takes any.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -43,10 +45,12 @@ from flax import nnx
 from jax import lax
 
 from psa_jax import schedules
-from psa_jax.attention import survivors
-from psa_jax.attention.cascade import Pruning
+from psa_jax.attention.cascade import survivors
+from psa_jax.attention.cascade.attention import Pruning
+from psa_jax.attention.cascade.settings import CascadeConfig
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.rotary import Rotary
-from psa_jax.config import CascadeConfig, ConfigError, ModelConfig
+from psa_jax.config import ModelConfig
 from psa_jax.models.blocks import remat
 from psa_jax.models.drop import drops
 from psa_jax.types import Scalar
@@ -100,42 +104,33 @@ class Cascade:
     self,
     graphdef: nnx.GraphDef,
     config: ModelConfig,
-    *,
-    step: Scalar,
-    train: bool,
-    causal: bool,
+    context: AttentionContext,
   ):
     """Remembers what all layers share.
 
     Args:
       graphdef: structure of one block.
       config: the model.
-      step: optimiser step.
-      train: move running statistics.
-      causal: whether a token sees only what is before it.
+      context: of all rows. In a bidirectional model the segment id `PADDING` is
+        no document: it is read by nothing and leaves first.
     """
     self.graphdef, self.config = graphdef, config
     self.cascade = config.attention.cascade
-    self.step, self.train, self.causal = step, train, causal
-    self.drops = drops(config, step, train=train)
-    self.learns_heads = causal and self.cascade.head_keep < 1
-    if self.learns_heads and config.attention.name != 'cascade':
-      raise ConfigError(
-        'a causal model prunes heads by statistics of its training; set '
-        'model.attention.name=cascade, or cascade.head_keep=1'
-      )
+    self.context = context
+    self.step, self.train = context.step, context.train
+    self.causal = context.causal
+    self.drops = drops(config, self.step, train=self.train)
+    self.learns_heads = self.causal and self.cascade.prunes_heads
 
-  def __call__(self, x, arrays, rope: Rotary | None, segment_ids, mask):
+  def __call__(self, x, arrays):
     """The residual stream [B, T, D], moved statistics, and means of scalars.
 
     Args:
       x: [B, T, D] embedded tokens.
       arrays: parameters and statistics with a leading axis of length L.
-      rope: rotary table of the positions.
-      segment_ids: [B, T] documents in runs, or None. In a bidirectional model
-        `PADDING` is no document: it is read by nothing and leaves first.
-      mask: [B, T] tokens that count in norm statistics, or None.
     """
+    context = self.context
+    rope, segment_ids, mask = context.rope, context.segment_ids, context.mask
     amounts = rungs(self.cascade)
     branches = [functools.partial(self._run, amount) for amount in amounts]
     operands = x, arrays, rope, segment_ids, mask
@@ -201,19 +196,15 @@ class Cascade:
     """One block: the residual stream, and everything that it says."""
     arrays, drop = given
     block = nnx.merge(self.graphdef, *arrays)
+    context = dataclasses.replace(
+      self.context, rope=rope, segment_ids=segment_ids, mask=mask
+    )
     run = functools.partial(
-      block.pruned if measured else block,
-      step=self.step,
-      rope=rope,
-      segment_ids=segment_ids,
-      mask=mask,
-      train=self.train,
-      causal=self.causal,
-      drop=drop,
+      block.pruned if measured else block, context=context, drop=drop
     )
     if not measured:
       # The program of dense attention, to the bit where nothing was pruned.
-      (x, aux), found = run(x, mechanism='cascade'), None
+      (x, aux), found = run(x), None
     else:
       x, aux, found = run(x, Pruning(heads, alive))
       found = lax.stop_gradient(found)
@@ -224,7 +215,7 @@ class Cascade:
 
   def _learn_heads(self, attention, found, x, alive, heads):
     """Moves the running importance; what it was before is what prunes."""
-    statistic = attention.head_importance
+    statistic = attention.mechanism.head_importance
     at = slice(None) if heads is None else heads
     old = statistic[...][at]
     if self.train:

@@ -14,10 +14,13 @@ ids every token is text.
 Not done: segment (sentence A, sentence B) embeddings.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ModelConfig
 from psa_jax.models.cascade import PADDING
 from psa_jax.models.transformer import ModelOut, Transformer
@@ -54,25 +57,22 @@ class Encoder(Transformer):
     self,
     tokens: Int[Array, 'B T'],
     *,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    mask: Shaped[Array, 'B T'] | None = None,
-    **settings,
+    context: AttentionContext,
+    positions: Int[Array, 'B T'] | None = None,
   ) -> ModelOut:
     """Runs the model up to the final norm; see `Transformer`.
 
     Args:
       tokens: ids.
-      segment_ids: documents in runs, from 1; 0 is padding. None is one
-        document a row, without padding.
-      mask: tokens that count in norm statistics; None counts all that are not
-        padding.
-      **settings: the others of `Transformer`.
+      context: `segment_ids` are documents in runs, from 1; 0 is padding. None
+        is one document a row, without padding. Without a `mask`, what is not
+        padding counts in norm statistics.
+      positions: see `Transformer`.
     """
-    if mask is None and segment_ids is not None:
-      mask = segment_ids != PADDING
-    return super().__call__(
-      tokens, segment_ids=segment_ids, mask=mask, **settings
-    )
+    if context.mask is None and context.segment_ids is not None:
+      mask = context.segment_ids != PADDING
+      context = dataclasses.replace(context, mask=mask)
+    return super().__call__(tokens, context=context, positions=positions)
 
   def classify(
     self,

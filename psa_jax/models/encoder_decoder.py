@@ -16,26 +16,27 @@ made once a text, whatever the number of hypotheses that read them.
 Not done: quantised training, other mechanisms.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.cross import CrossAttention, Memory
 from psa_jax.attention.layer import Cache
 from psa_jax.attention.projections import head_dim
 from psa_jax.attention.rotary import Rotary, rotary
 from psa_jax.config import ModelConfig
 from psa_jax.models import stack
-from psa_jax.models.blocks import Block, remat
+from psa_jax.models.blocks import Block, normalise, remat
 from psa_jax.models.cascade import PADDING
 from psa_jax.models.drop import Drop, drops, leave_out
 from psa_jax.models.output import TABLE, Output
 from psa_jax.models.transformer import ModelOut
 from psa_jax.norm import Norm, gamma
-from psa_jax.types import Scalar
 
 
 class DecoderBlock(Block):
@@ -56,29 +57,21 @@ class DecoderBlock(Block):
     memory: Float[Array, 'B S D'],
     lengths: Int[Array, 'B'],
     *,
-    step: Scalar,
-    rope: Rotary,
     source_rope: Rotary,
-    mask: Shaped[Array, 'B T'] | None,
-    train: bool,
-    mechanism: str | None,
+    context: AttentionContext,
     drop: Drop | None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
     """The new residual stream of a whole text, and attention's scalars."""
-    given: dict[str, Any] = dict(step=step, train=train)
-    normed = self.attention_norm(x, mask=mask, **given)
-    attended, aux = self.attention(
-      normed, rope=rope, mechanism=mechanism, causal=True, **given
-    )
+    normed = normalise(self.attention_norm, x, context)
+    attended, aux = self.attention(normed, context=context)
     x = x + leave_out(drop, attended, 0, self.config)
-    normed = self.cross_norm(x, mask=mask, **given)
-    found = self.cross.remember(memory, lengths, source_rope)
-    attended, more = self.cross(
-      normed, found, rope=rope, mechanism=mechanism, **given
+    cross_kv = self.cross.remember(memory, lengths, source_rope)
+    attended, cross_aux = self.cross(
+      normalise(self.cross_norm, x, context), cross_kv, context=context
     )
     x = x + leave_out(drop, attended, 2, self.config)
-    fed = self.mlp(self.mlp_norm(x, mask=mask, **given))
-    return x + leave_out(drop, fed, 1, self.config), aux | more
+    fed = self.mlp(normalise(self.mlp_norm, x, context))
+    return x + leave_out(drop, fed, 1, self.config), aux | cross_aux
 
   def extend(
     self,
@@ -87,9 +80,7 @@ class DecoderBlock(Block):
     memory: Memory,
     *,
     at: Int[Array, ''],
-    step: Scalar,
-    rope: Rotary,
-    mechanism: str | None,
+    context: AttentionContext,
   ) -> tuple[Float[Array, 'B W D'], Cache]:
     """`read` of one more token of each of W hypotheses a row.
 
@@ -98,30 +89,21 @@ class DecoderBlock(Block):
       cache: of B * W texts.
       memory: of B texts, for all of their hypotheses.
       at: place of the token.
-      step: optimiser step.
-      rope: rotary table of the place.
-      mechanism: overrides the configured one.
+      context: step, and the rotary table of the place.
     """
-    given: dict[str, Any] = dict(step=step, train=False)
     rows = x.reshape(-1, 1, x.shape[-1])
     attended, cache = self.attention.decode(
-      self.attention_norm(rows, **given),
+      normalise(self.attention_norm, rows, context),
       cache,
       at=at,
-      step=step,
-      rope=rope,
-      mechanism=mechanism,
+      context=context,
     )
     x = x + attended.reshape(x.shape)
     attended, _ = self.cross(
-      self.cross_norm(x, **given),
-      memory,
-      rope=rope,
-      mechanism=mechanism,
-      **given,
+      normalise(self.cross_norm, x, context), memory, context=context
     )
     x = x + attended
-    return x + self.mlp(self.mlp_norm(x, **given)), cache
+    return x + self.mlp(normalise(self.mlp_norm, x, context)), cache
 
 
 class Decoding(NamedTuple):
@@ -168,10 +150,7 @@ class EncoderDecoder(Output):
     *,
     source: Int[Array, 'B S'],
     source_ids: Int[Array, 'B S'],
-    step: Scalar,
-    mask: Shaped[Array, 'B T'] | None = None,
-    train: bool,
-    mechanism: str | None = None,
+    context: AttentionContext,
   ) -> ModelOut:
     """Reads both texts, up to the final norm.
 
@@ -180,17 +159,16 @@ class EncoderDecoder(Output):
         seen by nothing before it.
       source: of the text to translate; padding comes last.
       source_ids: 1 where there is text, 0 where there is padding.
-      step: optimiser step, which drives every schedule.
-      mask: tokens that count in the decoder's norm statistics; None is all.
-      train: move running statistics and follow the training schedules.
-      mechanism: overrides the configured attention mechanism.
+      context: step, and the mask of the decoder's norm statistics.
     """
-    given: dict[str, Any] = dict(step=step, train=train, mechanism=mechanism)
-    memory, aux = self.encode(source, source_ids, **given)
+    memory, aux = self.encode(source, source_ids, context=context)
     lengths = (source_ids != PADDING).sum(1)
     graphdef, params, stats = nnx.split(self.layers, nnx.Param, nnx.BatchStat)
-    rope = self._rope(jnp.arange(tokens.shape[1]))
+    train = context.train
     source_rope = self._rope(jnp.arange(source.shape[1]))
+    context = dataclasses.replace(
+      context, rope=self._rope(jnp.arange(tokens.shape[1])), causal=True
+    )
 
     def layer(x, inputs):
       arrays, drop = inputs
@@ -199,55 +177,47 @@ class EncoderDecoder(Output):
         x,
         memory,
         lengths,
-        rope=rope,
         source_rope=source_rope,
-        mask=mask,
+        context=context,
         drop=drop,
-        **given,
       )
-      moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
-      return x, (moved, aux)
+      stats = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
+      return x, (stats, aux)
 
     scan = self.config.scan_layers
     layer = remat(layer, self.config.remat, in_scan=scan)
     loop = jax.lax.scan if scan else stack.unrolled
     arrays = nnx.as_pure((params, stats))
-    drop = drops(self.config, step, train=train, stack=1)
-    x, (moved, own) = loop(layer, self._embed(tokens), (arrays, drop))
+    drop = drops(self.config, context.step, train=train, stack=1)
+    x, (stats, scalars) = loop(layer, self._embed(tokens), (arrays, drop))
     if train:
-      nnx.update(self.layers, moved)
-    own = {name: jnp.mean(values) for name, values in own.items()}
+      nnx.update(self.layers, stats)
+    means = {name: jnp.mean(values) for name, values in scalars.items()}
     # Of both self-attentions: a token of either text counts once.
-    own['density'] = (own['density'] + aux['density']) / 2
+    means['density'] = (means['density'] + aux['density']) / 2
     if self.config.norm.kind == 'prepbn':
-      own['gamma'] = gamma(self.config.norm, step)
-    hidden = self.final_norm(x, step=step, train=train, mask=mask)
-    return ModelOut(hidden, own)
+      means['gamma'] = gamma(self.config.norm, context.step)
+    return ModelOut(normalise(self.final_norm, x, context), means)
 
   def encode(
     self,
     source: Int[Array, 'B S'],
     source_ids: Int[Array, 'B S'],
     *,
-    step: Scalar,
-    train: bool,
-    mechanism: str | None = None,
+    context: AttentionContext,
   ) -> tuple[Float[Array, 'B S D'], dict[str, jax.Array]]:
     """The memory, and the encoder's scalars."""
-    mask = source_ids != PADDING
-    x, aux = stack.apply_layers(
-      self.encoder_layers,
-      self.config,
-      self._embed(source),
-      step=step,
+    context = dataclasses.replace(
+      context,
       rope=self._rope(jnp.arange(source.shape[1])),
       segment_ids=source_ids,
-      mask=mask,
-      train=train,
-      mechanism=mechanism,
+      mask=source_ids != PADDING,
       causal=False,
     )
-    return self.encoder_norm(x, step=step, train=train, mask=mask), aux
+    x, aux = stack.apply_layers(
+      self.encoder_layers, self.config, self._embed(source), context=context
+    )
+    return normalise(self.encoder_norm, x, context), aux
 
   def start(
     self,
@@ -256,13 +226,10 @@ class EncoderDecoder(Output):
     *,
     hypotheses: int,
     length: int,
-    step: Scalar,
-    mechanism: str | None = None,
+    context: AttentionContext,
   ) -> Decoding:
     """Reads the texts; room for so many hypotheses of `length` tokens each."""
-    memory, _ = self.encode(
-      source, source_ids, step=step, train=False, mechanism=mechanism
-    )
+    memory, _ = self.encode(source, source_ids, context=context)
     lengths = (source_ids != PADDING).sum(1)
     graphdef, state = nnx.split(self.layers)
 
@@ -283,24 +250,21 @@ class EncoderDecoder(Output):
     tokens: Int[Array, 'B W'],
     at: Int[Array, ''],
     *,
-    step: Scalar,
-    mechanism: str | None = None,
+    context: AttentionContext,
   ) -> tuple[Float[Array, 'B W V'], Decoding]:
     """Logits after one more token of every hypothesis; f32."""
     graphdef, state = nnx.split(self.layers)
-    rope = self._rope(at[None])
+    context = dataclasses.replace(context, rope=self._rope(at[None]))
 
     def layer(x, arrays):
       state, cache, memory = arrays
       block = nnx.merge(graphdef, state)
-      return block.extend(
-        x, cache, memory, at=at, step=step, rope=rope, mechanism=mechanism
-      )
+      return block.extend(x, cache, memory, at=at, context=context)
 
     x, caches = jax.lax.scan(
       layer, self._embed(tokens), (nnx.as_pure(state), *decoding)
     )
-    hidden = self.final_norm(x, step=step, train=False)
+    hidden = normalise(self.final_norm, x, context)
     return self.unembed(hidden), Decoding(caches, decoding.memories)
 
   def _embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:

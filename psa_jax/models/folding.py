@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from psa_jax.attention import registry
 from psa_jax.config import ConfigError, ModelConfig, NormConfig
 from psa_jax.norm import gamma
 from psa_jax.norm.fold import ScaleShift, into_following
 from psa_jax.norm.prepbn import BATCH_KINDS
 
-# Mechanisms whose own parameters read the normalised stream.
-READERS = ('nsa', 'dsa')
 Tree = dict[str, Any]
 
 
@@ -137,7 +136,7 @@ def _check(config: ModelConfig, step: int, has_head: bool) -> None:
       'folds from step norm.warmup_steps + norm.decay_steps = '
       f'{config.norm.warmup_steps + config.norm.decay_steps} on'
     )
-  if config.attention.name in READERS:
+  if registry.get(config.attention.name).reads_norm:
     raise ConfigError(
       f'attention {config.attention.name} has parameters of its own that read '
       'the norm, so it does not fold'

@@ -14,14 +14,14 @@ whatever `scan_layers` says.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 
-from psa_jax.attention.rotary import Rotary
+from psa_jax.attention import registry
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ModelConfig
 from psa_jax.models import cascade
 from psa_jax.models.blocks import Block, remat
 from psa_jax.models.drop import drops
-from psa_jax.types import Scalar
 
 
 def make_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
@@ -35,14 +35,7 @@ def apply_layers(
   config: ModelConfig,
   x: Float[Array, 'B T D'],
   *,
-  step: Scalar,
-  rope: Rotary | None,
-  segment_ids: Int[Array, 'B T'] | None,
-  mask: Shaped[Array, 'B T'] | None,
-  train: bool,
-  mechanism: str | None,
-  causal: bool,
-  budget: Scalar | None = None,
+  context: AttentionContext,
 ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
   """Runs the layers and moves their statistics.
 
@@ -50,14 +43,7 @@ def apply_layers(
     layers: from `make_layers`.
     config: the model.
     x: embedded tokens.
-    step: optimiser step, which drives every schedule.
-    rope: rotary table of the positions.
-    segment_ids: documents of packed rows.
-    mask: tokens that count in norm statistics.
-    train: move running statistics and follow the training schedules.
-    mechanism: overrides the configured attention mechanism.
-    causal: whether a token sees only what is before it.
-    budget: replaces attention's schedule; see `base.attend`.
+    context: what varies by call, the same for all layers.
 
   Returns:
     The residual stream after the last layer, and means of the layers' f32
@@ -65,38 +51,27 @@ def apply_layers(
   """
   graphdef, params, stats = nnx.split(layers, nnx.Param, nnx.BatchStat)
   arrays = nnx.as_pure((params, stats))
-  if (mechanism or config.attention.name) == 'cascade':
-    run = cascade.Cascade(
-      graphdef, config, step=step, train=train, causal=causal
-    )
-    x, moved, aux = run(x, arrays, rope, segment_ids, mask)
+  train = context.train
+  if registry.get(config.attention.name).prunes_stack:
+    x, stats, aux = cascade.Cascade(graphdef, config, context)(x, arrays)
   else:
 
-    def layer(x, given):
-      arrays, drop = given
+    def layer(x, inputs):
+      arrays, drop = inputs
       block = nnx.merge(graphdef, *arrays)
-      x, aux = block(
-        x,
-        step=step,
-        rope=rope,
-        segment_ids=segment_ids,
-        mask=mask,
-        train=train,
-        mechanism=mechanism,
-        causal=causal,
-        budget=budget,
-        drop=drop,
-      )
-      moved = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
-      return x, (moved, aux)
+      x, aux = block(x, context=context, drop=drop)
+      stats = nnx.as_pure(nnx.state(block, nnx.BatchStat)) if train else None
+      return x, (stats, aux)
 
     scan = config.scan_layers
     layer = remat(layer, config.remat, in_scan=scan)
     loop = jax.lax.scan if scan else unrolled
-    x, (moved, aux) = loop(layer, x, (arrays, drops(config, step, train=train)))
+    x, (stats, aux) = loop(
+      layer, x, (arrays, drops(config, context.step, train=train))
+    )
     aux = {name: jnp.mean(values) for name, values in aux.items()}
   if train:
-    nnx.update(layers, moved)
+    nnx.update(layers, stats)
   return x, aux
 
 

@@ -1,25 +1,27 @@
 """What every Transformer is: an embedding, L blocks, a final norm.
 
-`Trunk` is the last two; `Transformer` reads tokens of a vocabulary.
+`Backbone` is the last two; `Transformer` reads tokens of a vocabulary.
 
 The running statistics that the layers moved are written to the module; a
 caller under `jax.jit` has to return them in turn (see `stack.py`).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.projections import head_dim
-from psa_jax.attention.rotary import Rotary, rotary
+from psa_jax.attention.rotary import rotary
 from psa_jax.config import ConfigError, ModelConfig
 from psa_jax.models import stack
+from psa_jax.models.blocks import normalise
 from psa_jax.models.output import TABLE
 from psa_jax.norm import Norm, gamma
-from psa_jax.types import Scalar
 
 
 class ModelOut(NamedTuple):
@@ -35,7 +37,7 @@ class ModelOut(NamedTuple):
   aux: dict[str, jax.Array]
 
 
-class Trunk(nnx.Module):
+class Backbone(nnx.Module):
   """Blocks and final norm; a subclass says who sees whom.
 
   Attributes:
@@ -62,50 +64,23 @@ class Trunk(nnx.Module):
       rngs=rngs,
     )
 
-  def through(
-    self,
-    x: Float[Array, 'B T D'],
-    *,
-    step: Scalar,
-    rope: Rotary | None = None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    mask: Shaped[Array, 'B T'] | None = None,
-    train: bool,
-    mechanism: str | None = None,
-    budget: Scalar | None = None,
+  def forward(
+    self, x: Float[Array, 'B T D'], *, context: AttentionContext
   ) -> ModelOut:
     """Runs embedded tokens through the blocks and the final norm.
 
     Args:
       x: embedded tokens.
-      step: optimiser step, which drives every schedule.
-      rope: rotary table of the positions; None turns nothing.
-      segment_ids: documents of packed rows; None is one document a row.
-      mask: tokens that count in norm statistics; None counts all.
-      train: move running statistics and follow the training schedules.
-      mechanism: overrides the configured attention mechanism.
-      budget: replaces attention's schedule.
+      context: what varies by call; whether it is causal is the model's to say.
     """
-    x, aux = stack.apply_layers(
-      self.layers,
-      self.config,
-      x,
-      step=step,
-      rope=rope,
-      segment_ids=segment_ids,
-      mask=mask,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
-      causal=self.causal,
-    )
+    context = dataclasses.replace(context, causal=self.causal)
+    x, aux = stack.apply_layers(self.layers, self.config, x, context=context)
     if self.config.norm.kind == 'prepbn':
-      aux['gamma'] = gamma(self.config.norm, step)
-    hidden = self.final_norm(x, step=step, train=train, mask=mask)
-    return ModelOut(hidden, aux)
+      aux['gamma'] = gamma(self.config.norm, context.step)
+    return ModelOut(normalise(self.final_norm, x, context), aux)
 
 
-class Transformer(Trunk):
+class Transformer(Backbone):
   """A Transformer over tokens of a vocabulary.
 
   Attributes:
@@ -138,34 +113,23 @@ class Transformer(Trunk):
     self,
     tokens: Int[Array, 'B T'],
     *,
-    step: Scalar,
+    context: AttentionContext,
     positions: Int[Array, 'B T'] | None = None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    mask: Shaped[Array, 'B T'] | None = None,
-    train: bool,
-    mechanism: str | None = None,
-    budget: Scalar | None = None,
   ) -> ModelOut:
     """Runs the model up to the final norm.
 
     Args:
       tokens: ids; one outside the vocabulary gives NaN.
-      step: optimiser step, which drives every schedule.
+      context: step, documents, mask and budget; its rotary table is made here.
       positions: rotary positions; None counts from 0 in every row.
-      segment_ids: documents of packed rows; None is one document a row.
-      mask: tokens that count in norm statistics; None counts all.
-      train: move running statistics and follow the training schedules.
-      mechanism: overrides the configured attention mechanism.
-      budget: share of the visible keys that attention may read, in place of
-        its schedule.
 
     Raises:
       ValueError: companions whose shape is not that of `tokens`.
     """
     for name, companion in (
       ('positions', positions),
-      ('segment_ids', segment_ids),
-      ('mask', mask),
+      ('segment_ids', context.segment_ids),
+      ('mask', context.mask),
     ):
       if companion is not None and companion.shape != tokens.shape:
         raise ValueError(
@@ -174,17 +138,11 @@ class Transformer(Trunk):
         )
     if positions is None:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return self.through(
-      self.embed(tokens),
-      step=step,
-      rope=rotary(
-        positions, head_dim=self.head_dim, theta=self.config.rope_theta
-      ),
-      segment_ids=segment_ids,
-      mask=mask,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
+    rope = rotary(
+      positions, head_dim=self.head_dim, theta=self.config.rope_theta
+    )
+    return self.forward(
+      self.embed(tokens), context=dataclasses.replace(context, rope=rope)
     )
 
   def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:

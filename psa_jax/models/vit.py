@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.projections import fan_in
 from psa_jax.config import ModelConfig
-from psa_jax.models.transformer import ModelOut, Trunk
-from psa_jax.types import Scalar
+from psa_jax.models.transformer import Backbone, ModelOut
 
 # Standard deviation of the initial positions: that of the projected patches. At
 # DeiT's 0.02 small sets learn slowly where things are: 300 steps of
@@ -24,7 +24,7 @@ from psa_jax.types import Scalar
 _PLACES = 1.0
 
 
-class ViT(Trunk):
+class ViT(Backbone):
   """Patches, blocks, and a linear head on the mean of the tokens.
 
   Attributes:
@@ -60,31 +60,18 @@ class ViT(Trunk):
     self,
     images: Float[Array, 'B S S C'],
     *,
-    step: Scalar,
-    train: bool,
-    mechanism: str | None = None,
-    budget: Scalar | None = None,
+    context: AttentionContext,
   ) -> ModelOut:
     """Runs the model up to the final norm.
 
     Args:
       images: pictures of the size and channels of `config.image`.
-      step: optimiser step, which drives every schedule.
-      train: move running statistics and follow the training schedules.
-      mechanism: overrides the configured attention mechanism.
-      budget: share of the visible keys that attention may read, in place of
-        its schedule.
+      context: step, budget, and whether training.
 
     Raises:
       ValueError: pictures of another shape.
     """
-    return self.through(
-      self.embed(images),
-      step=step,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
-    )
+    return self.forward(self.embed(images), context=context)
 
   def embed(self, images: Float[Array, 'B S S C']) -> Float[Array, 'B T D']:
     """Patches as tokens, row by row."""

@@ -27,12 +27,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.config import OnDemandConfig
 from psa_jax.kernels import arguments, platform, softmax
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.platform import Implementation
 from psa_jax.quant import on_demand_xla
-from psa_jax.quant.split import SplitKeys, join, largest_sum, split, to_integers
+from psa_jax.quant.split import (
+  OnDemandConfig,
+  SplitKeys,
+  join,
+  largest_sum,
+  split,
+  to_integers,
+)
 from psa_jax.types import Scalar
 
 

@@ -8,16 +8,36 @@ Integer products are exact: f32 products where all sums stay below 2^24, int32
 ones else.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from psa_jax.config import OnDemandConfig
+from psa_jax.config import MechanismConfig
+from psa_jax.config.fields import OPTIONAL, number
 from psa_jax.kernels import softmax
 
 EXACT = 2**24  # integers up to it are exact in f32
+
+
+@dataclass(frozen=True)
+class OnDemandConfig(MechanismConfig):
+  """Scores from the high bits of the keys (MECHANISMS section 8, SpAtten).
+
+  Attributes:
+    high_bits: bits of a key channel that are always read.
+    low_bits: bits that are read on demand.
+    query_bits: bits of a query channel.
+    threshold: a query row whose largest probability is below it reads the low
+      bits too; 0 never does, above 1 always.
+  """
+
+  high_bits: int = number(6, '[2, 12]')
+  low_bits: int = number(4, '[1, 8]')
+  query_bits: int = number(12, '[2, 12]')
+  threshold: float = number(0.1, OPTIONAL)
 
 
 class SplitKeys(NamedTuple):

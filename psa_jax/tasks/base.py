@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.data import pipeline
-from psa_jax.types import Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +123,15 @@ class Task(Protocol):
     self,
     model: nnx.Module,
     batch: Mapping[str, jax.Array],
-    *,
-    step: Scalar,
-    train: bool,
-    mechanism: str | None = None,
-    budget: Scalar | None = None,
+    context: AttentionContext,
   ) -> Loss:
-    """The loss of one batch; pure apart from the module's statistics."""
+    """The loss of one batch; pure apart from the module's statistics.
+
+    Args:
+      model: called with the context, to which the batch adds its own.
+      batch: rows of a batch.
+      context: step, budget, and whether training.
+    """
     ...
 
   def metrics(self, loss: Loss) -> dict[str, Any]:
@@ -167,7 +169,6 @@ class Generator(Protocol):
     program: Any,
     state: Any,
     *,
-    mechanism: str | None,
     before_batch: Callable[[], None],
   ) -> dict[str, Any]:
     """Metrics of what the model writes for the judged data."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.data import sources
 from psa_jax.data.examples import labelled
@@ -30,16 +31,12 @@ class TextClassification(encoding.Encoding):
   def text(self, example: labelled.Labelled) -> bytes:
     return example.text
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the labels; `confusion` counts guesses by label."""
-    out = self.hidden(
-      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
-    )
+    out = self.hidden(model, batch, context)
     labels, weights = batch['labels'], batch['weights'][:, 0]
     logits = model.classify(out.hidden, batch['segment_ids'])
-    smoothing = self.config.train.label_smoothing if train else 0.0
+    smoothing = self.config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(logits, labels, weights, smoothing=smoothing)
     guesses = jnp.argmax(logits, -1)
     counts = f1.confusion(guesses, labels, weights, classes=self.classes)

@@ -1,5 +1,6 @@
 """What classification and tagging share: text read by an encoder."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
 from psa_jax.data import pipeline
 from psa_jax.data.examples import rows
@@ -66,19 +68,15 @@ class Encoding:
     """What the tokenizer learns from an example."""
     raise NotImplementedError
 
-  def hidden(self, model, batch, *, step, train, mechanism, budget):
+  def hidden(self, model, batch, context: AttentionContext):
     """The encoder's output on a batch, some tokens hidden in training."""
     tokens = batch['inputs']
-    if train and self.config.data.word_dropout:
-      key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+    if context.train and self.config.data.word_dropout:
+      key = jax.random.fold_in(jax.random.key(self.config.seed), context.step)
       tokens = word_dropout(tokens, key, share=self.config.data.word_dropout)
     return model(
       tokens,
-      segment_ids=batch['segment_ids'],
-      step=step,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
+      context=dataclasses.replace(context, segment_ids=batch['segment_ids']),
     )
 
   def train_iterator(self, stage: Stage) -> pipeline.DataIterator:

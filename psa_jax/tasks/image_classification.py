@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
 from psa_jax.data import pipeline, sources
 from psa_jax.data.images import augment, mixing, sets
@@ -63,31 +64,27 @@ class ImageClassification:
       )
     self.vocab_size = len(data.classes)
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the labels, smoothed and mixed in training.
 
     `hits` are right answers; of a mixed picture, what most of it is.
     """
     pixels, labels = batch['images'], batch['labels']
     weights, data = batch['weights'][:, 0], self._config.data
-    key = jax.random.fold_in(jax.random.key(self._config.seed), step)
-    if train and data.shift:
+    key = jax.random.fold_in(jax.random.key(self._config.seed), context.step)
+    if context.train and data.shift:
       pixels = shift(pixels, key, most=data.shift)
     images, share = self._data.normalize(pixels), None
-    if train and (data.augment.mixup or data.augment.cutmix):
+    if context.train and (data.augment.mixup or data.augment.cutmix):
       images, share = mixing.mix(
         images,
         jax.random.fold_in(key, 1),
         mixup=data.augment.mixup,
         cutmix=data.augment.cutmix,
       )
-    out = model(
-      images, step=step, train=train, mechanism=mechanism, budget=budget
-    )
+    out = model(images, context=context)
     logits = model.classify(out.hidden)
-    smoothing = self._config.train.label_smoothing if train else 0.0
+    smoothing = self._config.train.label_smoothing if context.train else 0.0
     judge = functools.partial(
       label_loss, logits, weights=weights, smoothing=smoothing
     )

@@ -1,11 +1,13 @@
 """Language modelling on packed windows of text."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.data import pipeline, sources
 from psa_jax.data.text.corpus import Corpus, build_corpus
@@ -51,21 +53,18 @@ class LanguageModel:
     spare = self.vocab_size - len(lengths)
     self._byte_lengths = np.pad(lengths, (0, spare)).astype(np.float32)
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the next tokens; `bytes` are those the targets stand for."""
     cut = self._config.data.cut_documents
     weights = batch['weights']
     out = model(
       batch['inputs'],
-      step=step,
+      context=dataclasses.replace(
+        context,
+        segment_ids=batch['segment_ids'] if cut else None,
+        mask=weights,
+      ),
       positions=batch['positions'],
-      segment_ids=batch['segment_ids'] if cut else None,
-      mask=weights,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
     )
     total, weight = next_token_loss(
       model,

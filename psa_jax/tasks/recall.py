@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
 from psa_jax.data import pipeline, sources, synthetic
 from psa_jax.eval import recall
@@ -50,17 +51,9 @@ class Recall:
       needles=data.config.needles,
     )
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the answers; `hits` are questions that are wholly right."""
-    out = model(
-      batch['inputs'],
-      step=step,
-      train=train,
-      mechanism=mechanism,
-      budget=budget,
-    )
+    out = model(batch['inputs'], context=context)
     answers, asked = batch['answers'], batch['weights']
     total, weight, hits = answer_loss(
       model, out.hidden, answers, batch['targets'], asked

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.data import sources
 from psa_jax.data.examples import tagged
@@ -31,17 +32,13 @@ class Tagging(encoding.Encoding):
   def text(self, example: tagged.Tagged) -> bytes:
     return ''.join(f' {word}' for word in example.words).encode()
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the tags; `spans` counts those right, found and there."""
-    out = self.hidden(
-      model, batch, step=step, train=train, mechanism=mechanism, budget=budget
-    )
+    out = self.hidden(model, batch, context)
     tags, weights = batch['tags'], batch['weights']
     first = batch['first'][..., None]
     logits = model.label(jnp.take_along_axis(out.hidden, first, axis=1))
-    smoothing = self.config.train.label_smoothing if train else 0.0
+    smoothing = self.config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(
       logits.reshape(-1, logits.shape[-1]),
       tags.reshape(-1),

@@ -1,5 +1,6 @@
 """Translation by an encoder and a decoder."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from psa_jax import sharding
-from psa_jax.config import Config
+from psa_jax.attention.context import AttentionContext
+from psa_jax.config import AttentionConfig, Config
 from psa_jax.data import pipeline, sources
 from psa_jax.data.examples.pairs import PairRows, PairSet
 from psa_jax.data.text.tokenizer import SEPARATOR, make_tokenizer
@@ -57,23 +59,17 @@ class Translation:
       config.data, (text for pair in train for text in pair)
     )
     self.vocab_size = fitting_vocabulary(config, self._tokenizer)
-    self._translators: dict[str | None, Any] = {}
+    self._translators: dict[AttentionConfig, Any] = {}
 
-  def loss(
-    self, model, batch, *, step, train, mechanism=None, budget=None
-  ) -> Loss:
+  def loss(self, model, batch, context: AttentionContext) -> Loss:
     """Nats of the next tokens, smoothed in training."""
-    del budget  # no mechanism of this model has one
     out = model(
       batch['inputs'],
       source=batch['source'],
       source_ids=batch['source_ids'],
-      step=step,
-      mask=batch['weights'],
-      train=train,
-      mechanism=mechanism,
+      context=dataclasses.replace(context, mask=batch['weights']),
     )
-    smoothing = self._config.train.label_smoothing if train else 0.0
+    smoothing = self._config.train.label_smoothing if context.train else 0.0
     targets, weights = batch['targets'], batch['weights']
     if smoothing:
       logits = model.unembed(out.hidden)
@@ -118,9 +114,7 @@ class Translation:
       'windows': self._count(),
     }
 
-  def generate(
-    self, program, state, *, mechanism: str | None, before_batch
-  ) -> dict[str, Any]:
+  def generate(self, program, state, *, before_batch) -> dict[str, Any]:
     """BLEU of the translations of the same pairs.
 
     Returns:
@@ -129,9 +123,10 @@ class Translation:
     """
     from sacrebleu.metrics import BLEU
 
-    if mechanism not in self._translators:
-      self._translators[mechanism] = self._translator(program, mechanism)
-    translate, seconds, written = self._translators[mechanism], 0.0, []
+    attention = program.config.model.attention
+    if attention not in self._translators:
+      self._translators[attention] = self._translator(program)
+    translate, seconds, written = self._translators[attention], 0.0, []
     compiled = None
     for batch in self._batches():
       before_batch()
@@ -172,18 +167,22 @@ class Translation:
     )
     return {'copied source': BLEU().corpus_score(sources, [targets]).score}
 
-  def _translator(self, program, mechanism) -> Callable:
+  def _translator(self, program) -> Callable:
     """The jitted (state, texts) -> tokens [B, T]."""
     config = self._config.eval
     length = self._length()
 
     def translate(state, texts):
       model = program.merge(state.params, state.model_state)
-      given: dict[str, Any] = dict(step=state.step, mechanism=mechanism)
+      context = AttentionContext(step=state.step, train=False)
       source, width = texts['source'], config.beam
       rows = source.shape[0]
       decoding = model.start(
-        source, texts['source_ids'], hypotheses=width, length=length, **given
+        source,
+        texts['source_ids'],
+        hypotheses=width,
+        length=length,
+        context=context,
       )
 
       def reorder(decoding: Decoding, parents):
@@ -192,7 +191,9 @@ class Translation:
         return decoding._replace(caches=moved)
 
       return beam.search(
-        lambda at, tokens, place: model.advance(at, tokens, place, **given),
+        lambda decoding, tokens, place: model.advance(
+          decoding, tokens, place, context=context
+        ),
         reorder,
         decoding,
         rows=rows,

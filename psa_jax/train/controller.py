@@ -71,9 +71,9 @@ def init(config: ControllerConfig) -> Any:
   )
 
 
-def given(state: Any) -> dict[str, jax.Array]:
-  """The budget as a keyword of `Task.loss`; none without a controller."""
-  return {'budget': state.keep} if isinstance(state, ControllerState) else {}
+def budget(state: Any) -> jax.Array | None:
+  """Share of the visible keys that attention may read; None: its schedule's."""
+  return state.keep if isinstance(state, ControllerState) else None
 
 
 def observe(

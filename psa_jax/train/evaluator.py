@@ -27,7 +27,7 @@ class Evaluator:
     """
     self._task, self._program = task, program
     self._model = config.model
-    self._steps: dict[str, _TimedStep] = {}
+    self._steps: dict[str, tuple[Program, _TimedStep]] = {}
     self.seq_len = config.eval.seq_len or config.train.seq_len[-1]
     name = config.model.attention.name
     dense = config.eval.dense and name != 'dense'
@@ -51,16 +51,14 @@ class Evaluator:
       RunError: the loss is not finite.
     """
     if mechanism not in self._steps:
-      self._steps[mechanism] = _TimedStep(
-        step_lib.make_eval_step(self._task, self._program, mechanism=mechanism)
-      )
-    step = self._steps[mechanism]
+      program = self._program.read_by(mechanism)
+      step = _TimedStep(step_lib.make_eval_step(self._task, program))
+      self._steps[mechanism] = program, step
+    program, step = self._steps[mechanism]
     step.seconds = 0.0
     found = self._task.evaluate(step, state, before_batch=before_batch)
     if isinstance(self._task, Generator):
-      found |= self._task.generate(
-        self._program, state, mechanism=mechanism, before_batch=before_batch
-      )
+      found |= self._task.generate(program, state, before_batch=before_batch)
     if not math.isfinite(found['loss']):
       raise RunError(
         f'step {int(state.step)}: the validation loss with {mechanism} '

@@ -21,9 +21,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from psa_jax import config_dict, workdir
+from psa_jax import config as config_lib
 from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.models.folding import fold
+from psa_jax.train import workdir
 from psa_jax.train.state import Program, TrainState
 
 FOLDER = 'export'  # in the work directory of the run
@@ -74,7 +75,7 @@ def save(
   except (OSError, SafetensorError) as e:
     draft.unlink(missing_ok=True)
     raise RunError(f'cannot write {target / WEIGHTS}: {e}') from e
-  workdir.write_json(target / workdir.CONFIG, config_dict.to_dict(config))
+  workdir.write_json(target / workdir.CONFIG, config_lib.to_dict(config))
   return config, target
 
 

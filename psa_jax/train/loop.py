@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from psa_jax import sharding, tasks
-from psa_jax import workdir as workdir_lib
 from psa_jax.config import Config, RunError
 from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
@@ -22,6 +21,7 @@ from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
+from psa_jax.train import workdir as workdir_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.evaluator import Evaluator
 from psa_jax.train.interrupt import Stopped

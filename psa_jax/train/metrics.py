@@ -21,7 +21,7 @@ import jax
 import tensorboardX
 from absl import logging
 
-from psa_jax import config_dict
+from psa_jax import config as config_lib
 from psa_jax.config import Config
 
 METRICS = 'metrics.jsonl'
@@ -167,7 +167,7 @@ class Log:
       self._writers.append(
         TensorBoard(
           folder / TENSORBOARD,
-          config_dict.flatten(config_dict.to_dict(config)),
+          config_lib.flatten(config_lib.to_dict(config)),
           metric=f'final_{config.model.attention.name}/{quality}',
           step=step,
         )

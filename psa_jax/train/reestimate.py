@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config, ConfigError
 from psa_jax.data.pipeline import DataIterator
 from psa_jax.norm.prepbn import BATCH_KINDS
@@ -68,7 +69,7 @@ def reestimate(
   @jax.jit
   def of_batch(batch):
     model = program.merge(state.params, old)
-    task.loss(model, batch, step=state.step, train=True)
+    task.loss(model, batch, AttentionContext(step=state.step))
     moved = program.model_state(model)
     return jax.tree.map(
       lambda r, x: (x - momentum * r) / (1 - momentum), old, moved

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 
-from psa_jax import config_dict, tasks, workdir
+from psa_jax import config as config_lib
+from psa_jax import tasks
 from psa_jax.config import Config
 from psa_jax.eval import recall
 from psa_jax.train import stages as stages_lib
+from psa_jax.train import workdir
 from psa_jax.train.console import Console, Table, clock
 
 RESULT = 'result.json'
@@ -55,7 +57,7 @@ def build(
     **evaluation(config, total, validation, baselines, quality),
     'tokens': stages_lib.tokens_seen(plan, total),
     'train_seconds': seconds,
-    'config': config_dict.to_dict(config),
+    'config': config_lib.to_dict(config),
     'stages': [_stage(stage, rows) for stage in plan],
   }
 
@@ -98,8 +100,8 @@ def load_complete(
     result = json.loads((folder / RESULT).read_text('utf-8'))
   except (FileNotFoundError, ValueError):
     return None
-  asked = json.loads(json.dumps(config_dict.to_dict(config)))
-  saved = config_dict.with_task(result.get('config', {}))
+  asked = json.loads(json.dumps(config_lib.to_dict(config)))
+  saved = config_lib.with_task(result.get('config', {}))
   return result if saved == asked else None
 
 

@@ -11,6 +11,7 @@ known before a byte is allocated, then by one compiled call that puts each
 shard where it belongs.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from psa_jax import models, sharding
-from psa_jax.config import Config, ConfigError
+from psa_jax.config import Config, ConfigError, ControllerConfig
 from psa_jax.train import controller, optim
 
 
@@ -56,6 +57,8 @@ class Program(NamedTuple):
     optimizer: gradients to directions (see `optim.make_optimizer`).
     mesh: devices.
     abstract: shape, dtype and sharding of every array of the state.
+    config: the run.
+    vocab_size: the tokenizer's.
     classes: outputs of the model's head; 0 for none.
   """
 
@@ -63,11 +66,38 @@ class Program(NamedTuple):
   optimizer: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState
+  config: Config
+  vocab_size: int
   classes: int = 0
 
   def merge(self, params: Any, model_state: Any) -> nnx.Module:
-    """The module with these arrays in it."""
+    """The module with these arrays in it.
+
+    They may be another program's that holds more: see `read_by`.
+    """
+    params = _picked(params, self.abstract.params)
+    model_state = _picked(model_state, self.abstract.model_state)
     return nnx.merge(self.graphdef, params, model_state)
+
+  def read_by(self, mechanism: str) -> 'Program':
+    """The program whose model reads the same weights with another attention.
+
+    Args:
+      mechanism: its name. What the configured one learned for itself is left
+        out; the other one's own parameters have to be there.
+    """
+    if mechanism == self.config.model.attention.name:
+      return self
+    attention = self.config.model.attention.read_by(mechanism)
+    model = dataclasses.replace(self.config.model, attention=attention)
+    # Nothing trains with this program, and the controller is the other one's.
+    train = dataclasses.replace(
+      self.config.train, controller=ControllerConfig()
+    )
+    config = dataclasses.replace(self.config, model=model, train=train)
+    return make_program(
+      config, self.vocab_size, self.mesh, classes=self.classes
+    )
 
   def model_state(self, model: nnx.Module) -> Any:
     """The arrays of a module that are not trained, after it ran."""
@@ -109,7 +139,15 @@ def make_program(
     shapes,
     shardings,
   )
-  return Program(structure['graphdef'], optimizer, mesh, abstract, classes)
+  return Program(
+    structure['graphdef'],
+    optimizer,
+    mesh,
+    abstract,
+    config,
+    vocab_size,
+    classes,
+  )
 
 
 def abstract_state(config: Config, vocab_size: int, mesh: Mesh) -> TrainState:
@@ -177,6 +215,13 @@ def adopt(
 
   params, model_state = take('params'), take('model_state')
   return state._replace(params=params, model_state=model_state), new
+
+
+def _picked(tree: Any, like: Any) -> Any:
+  """The nested dicts of `tree` with the keys that `like` has."""
+  if not isinstance(like, Mapping):
+    return tree
+  return {key: _picked(tree[key], value) for key, value in like.items()}
 
 
 def _create(config, vocab_size, classes, optimizer, seed):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import Config
 from psa_jax.tasks import Loss, Task
 from psa_jax.train import controller, optim
@@ -100,29 +101,33 @@ def make_train_step(config: Config, task: Task, program: Program):
   )
 
 
-def make_eval_step(
-  task: Task, program: Program, *, mechanism: str | None = None
-):
+def make_eval_step(task: Task, program: Program):
   """Returns the jitted `(state, batch) -> Loss`; leaves the state alone.
 
   Args:
     task: the loss.
-    program: model structure and mesh.
-    mechanism: attention mechanism instead of the configured one.
+    program: model structure and mesh; its attention may be another one than
+      that of the run (`Program.read_by`).
   """
 
   def eval_step(state: TrainState, batch) -> Loss:
     model = program.merge(state.params, state.model_state)
-    return task.loss(
-      model,
-      batch,
-      step=state.step,
-      train=False,
-      mechanism=mechanism,
-      **controller.given(state.controller),
-    )
+    return task.loss(model, batch, _context(program, state, train=False))
 
   return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
+
+
+def _context(
+  program: Program, state: TrainState, *, train: bool
+) -> AttentionContext:
+  """What the state says of a call: its step, and a budget if one is set."""
+  mechanism = program.config.model.attention.mechanism
+  budget = controller.budget(state.controller)
+  return AttentionContext(
+    step=state.step,
+    train=train,
+    budget=budget if mechanism.takes_budget else None,
+  )
 
 
 def _gradients(accumulate, task, program, state, batch):
@@ -131,8 +136,7 @@ def _gradients(accumulate, task, program, state, batch):
   def micro(model_state, batch):
     def loss_of(params):
       model = program.merge(params, model_state)
-      given = controller.given(state.controller)
-      loss = task.loss(model, batch, step=state.step, train=True, **given)
+      loss = task.loss(model, batch, _context(program, state, train=True))
       total = loss.total + loss.auxiliary
       return total, (loss, program.model_state(model))
 

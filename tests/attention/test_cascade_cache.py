@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import cascade_cache
-from psa_jax.attention.cascade_cache import PrunedCache
+from psa_jax.attention.cascade import cache as cascade_cache
+from psa_jax.attention.cascade.cache import PrunedCache
 from tests import oracles
 
 B, N, K, H, HV = 2, 4, 2, 8, 6

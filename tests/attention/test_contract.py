@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.cascade import CascadeConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.dsa import DsaConfig
+from psa_jax.attention.hybrid import HybridConfig
+from psa_jax.attention.nsa import NsaConfig
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
-  DsaConfig,
-  HybridConfig,
-  NsaConfig,
-  PsaConfig,
+  ConfigError,
   ScheduleConfig,
   SoftmaxConfig,
-  TopkConfig,
 )
 from psa_jax.types import Learned
 from tests import oracles
@@ -124,7 +126,9 @@ class Row:
 
 
 ROWS = {
-  'dense': Row(AttentionConfig(), AttentionConfig(), sparse=False),
+  'dense': Row(
+    AttentionConfig('dense'), AttentionConfig('dense'), sparse=False
+  ),
   'psa': Row(psa(), psa(keep=1.0)),
   'psa per token': Row(psa(block_q=1), psa(keep=1.0, block_q=1)),
   'psa mass': Row(psa_mass(), psa_mass(mass=1.0)),
@@ -224,15 +228,13 @@ def documents(t=T):
 
 def eager(q, k, v, config, segment_ids=None, step=0, train=True):
   make = LEARNED.get(config.name)
-  return base.attend(
+  return library_attend(
     q,
     k,
     v,
     config=config,
-    step=step,
-    segment_ids=segment_ids,
-    train=train,
     learned=None if make is None else make(q, k, v),
+    context=AttentionContext(step=step, segment_ids=segment_ids, train=train),
   )
 
 
@@ -241,15 +243,17 @@ attend = jax.jit(eager, static_argnames=('config', 'train'))
 
 def changed(config, **changes):
   """`config` with other settings of its own mechanism."""
-  own = config.name.removesuffix('_tile')
-  new = dataclasses.replace(getattr(config, own), **changes)
-  return dataclasses.replace(config, **{own: new})
+  section = config.mechanism.section
+  new = dataclasses.replace(config.own, **changes)
+  return dataclasses.replace(config, **{section: new})
 
 
 def scheduled(config, schedule):
   """`config` with every schedule of its own mechanism replaced."""
-  own = vars(getattr(config, config.name.removesuffix('_tile')))
+  own = vars(config.own)
   names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
+  if config.name == 'dsa':  # its other budget is a share
+    names = ['top_k']
   return changed(config, **dict.fromkeys(names, schedule))
 
 
@@ -418,5 +422,5 @@ def test_one_compilation_for_all_steps(name):
 
 
 def test_unknown_mechanism_is_named():
-  with pytest.raises(ValueError, match=r"unknown attention 'nope'.*psa"):
-    base.attend(*arrays(), config=AttentionConfig(), step=0, mechanism='nope')
+  with pytest.raises(ConfigError, match=r"unknown 'nsaa'; did you mean 'nsa'"):
+    AttentionConfig('nsaa')

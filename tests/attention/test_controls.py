@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base
-from psa_jax.attention.psa import psa, select_blocks, select_for_decode
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import (
+  PsaConfig,
+  psa,
+  select_blocks,
+  select_for_decode,
+)
+from psa_jax.config import AttentionConfig, ScheduleConfig
 from psa_jax.kernels import block_scores
 
 B, T, N, K, H = 2, 128, 4, 2, 8
@@ -100,7 +106,9 @@ def test_training_varies_and_evaluation_does_not():
   @jax.jit
   def out(step):
     return [
-      psa(q, k, k, config=config, step=step, train=train).out
+      psa(
+        q, k, k, config=config, context=AttentionContext(step=step, train=train)
+      ).out
       for train in (True, False)
     ]
 
@@ -129,10 +137,10 @@ def test_decoding_reads_what_prefill_reads(scoring):
 
 
 def test_they_are_configured_by_one_key():
-  out = base.attend(
+  out = library_attend(
     *arrays(),
     arrays()[1],
     config=AttentionConfig('psa', psa=settings('recent')),
-    step=0,
+    context=AttentionContext(step=0),
   )
   assert 0 < float(out.aux['density']) < 0.7

@@ -1,18 +1,21 @@
 """Cross-attention, against a plain one in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.cross import CrossAttention, Memory, attend_cached
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
   ModelConfig,
   ScheduleConfig,
-  TopkConfig,
 )
 
 B, T, S, N, K, H = 2, 5, 9, 4, 2, 8
@@ -54,9 +57,11 @@ def test_reads_the_keys_that_count(name, keep):
   q, k, v = arrays()
   memory = Memory(k, v, jnp.asarray(LENGTHS))
   found = attend_cached(
-    jnp.asarray(q), jax.tree.map(jnp.asarray, memory),
-    config=attention(name, keep), step=0, train=True,
-  )  # fmt: skip
+    jnp.asarray(q),
+    jax.tree.map(jnp.asarray, memory),
+    config=attention(name, keep),
+    context=AttentionContext(step=0, train=True),
+  )
   np.testing.assert_allclose(found.out, oracle(q, k, v, keep), atol=2e-6)
   counts = [max(1, int(keep * n + 1e-3)) / n for n in LENGTHS]
   assert float(found.aux['cross_density']) == pytest.approx(np.mean(counts))
@@ -70,7 +75,10 @@ def test_padding_moves_nothing_and_gets_no_gradient(name):
   def run(k, v):
     lengths = jnp.full((B,), 4, jnp.int32)
     return attend_cached(
-      q, Memory(k, v, lengths), config=attention(name, 0.5), step=0, train=True
+      q,
+      Memory(k, v, lengths),
+      config=attention(name, 0.5),
+      context=AttentionContext(step=0, train=True),
     ).out
 
   np.testing.assert_array_equal(run(k, v), run(k + noise, v + noise))
@@ -84,16 +92,22 @@ def test_other_mechanisms_are_refused():
     ConfigError, match='psa reads no other sequence.*dense or'
   ):
     attend_cached(
-      q, Memory(k, v, jnp.asarray(LENGTHS)),
-      config=attention('psa'), step=0, train=True,
-    )  # fmt: skip
+      q,
+      Memory(k, v, jnp.asarray(LENGTHS)),
+      config=attention('psa'),
+      context=AttentionContext(step=0, train=True),
+    )
 
 
 def test_the_layer_is_projections_around_it():
   config = ModelConfig(
-    d_model=16, num_heads=N, num_kv_heads=K, head_dim=H, biases=True,
+    d_model=16,
+    num_heads=N,
+    num_kv_heads=K,
+    head_dim=H,
+    biases=True,
     attention=attention('topk', 0.5),
-  )  # fmt: skip
+  )
   layer = CrossAttention(config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(1)
   for name in ('bq', 'bk', 'bv', 'bo'):
@@ -101,7 +115,9 @@ def test_the_layer_is_projections_around_it():
     bias[...] = jnp.asarray(rng.normal(size=bias.shape), jnp.float32)
   x, memory = (rng.normal(size=(B, n, 16)).astype(np.float32) for n in (T, S))
   kept = layer.remember(jnp.asarray(memory), jnp.asarray(LENGTHS))
-  out, _ = layer(jnp.asarray(x), kept, step=0, train=True)
+  out, _ = layer(
+    jnp.asarray(x), kept, context=AttentionContext(step=0, train=True)
+  )
 
   def project(x, w, b):
     return np.einsum('btd,dnh->btnh', x, np.asarray(w)) + np.asarray(b)
@@ -113,7 +129,12 @@ def test_the_layer_is_projections_around_it():
   want = np.einsum('btnh,nhd->btd', want, layer.wo[...])
   want = want + np.asarray(layer.bo[...])
   np.testing.assert_allclose(out, want, atol=1e-5)
-  out, aux = layer(jnp.asarray(x), kept, step=0, train=True, mechanism='dense')
+  layer.config = dataclasses.replace(
+    layer.config, attention=layer.config.attention.read_by('dense')
+  )
+  out, aux = layer(
+    jnp.asarray(x), kept, context=AttentionContext(step=0, train=True)
+  )
   want = np.einsum('btnh,nhd->btd', oracle(q, k, v), layer.wo[...])
   np.testing.assert_allclose(out, want + np.asarray(layer.bo[...]), atol=1e-5)
   assert float(aux['cross_density']) == 1

@@ -10,15 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from psa_jax.attention import dsa as module
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.dsa import DsaConfig
+from psa_jax.attention.dsa import attention as module
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import (
-  AttentionConfig,
-  DsaConfig,
-  ModelConfig,
-  ScheduleConfig,
-)
+from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
 from psa_jax.kernels.indexer import Index
 from psa_jax.types import Learned
 from tests import oracles
@@ -134,9 +132,8 @@ def run(q, k, v, index, config, step=0, train=True):
     k,
     v,
     config=config,
-    step=step,
-    train=train,
     learned=Learned(tokens=index._asdict()),
+    context=AttentionContext(step=step, train=train),
   )
 
 
@@ -210,7 +207,9 @@ def gradients(of, made, x, step=3):
   rope = rotary(jnp.arange(T)[None], head_dim=H, theta=1e4)
 
   def loss(state, x):
-    out, aux = nnx.merge(graphdef, state)(x, step=step, rope=rope, train=True)
+    out, aux = nnx.merge(graphdef, state)(
+      x, context=AttentionContext(step=step, rope=rope, train=True)
+    )
     return out.sum() if of == 'out' else aux[of]
 
   return jax.jit(jax.grad(loss, (0, 1)))(state, x)
@@ -276,7 +275,9 @@ def test_stage_one_teaches_the_indexer_where_the_mass_is():
 
   def run(params, step):
     merged = nnx.merge(graphdef, params, rest)
-    return merged(x, step=step, rope=rope, train=True)[1]
+    return merged(
+      x, context=AttentionContext(step=step, rope=rope, train=True)
+    )[1]
 
   optimizer = optax.adam(0.02)
 
@@ -301,14 +302,13 @@ def test_stage_one_teaches_the_indexer_where_the_mass_is():
 def test_a_bidirectional_model_is_refused():
   index, q, k, v = arrays()
   with pytest.raises(ValueError, match='dsa is causal'):
-    module.dsa(
+    library_attend(
       q,
       k,
       v,
       config=AttentionConfig('dsa'),
-      step=0,
-      causal=False,
       learned=Learned(tokens=index._asdict()),
+      context=AttentionContext(step=0, causal=False),
     )
 
 

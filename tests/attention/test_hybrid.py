@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from psa_jax.attention import attend as library_attend
 from psa_jax.attention import hybrid as module
-from psa_jax.config import (
-  AttentionConfig,
-  ConfigError,
-  HybridConfig,
-  ScheduleConfig,
-)
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.hybrid import HybridConfig
+from psa_jax.config import AttentionConfig, ConfigError, ScheduleConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.decode import decode_attention
 from tests import oracles
@@ -179,7 +177,9 @@ def test_density_falls_smoothly_from_dense_to_the_rule():
   @jax.jit
   def density(step):
     traces.append(1)
-    return module.hybrid(q, k, k, config=config, step=step).aux['density']
+    return module.hybrid(
+      q, k, k, config=config, context=AttentionContext(step=step)
+    ).aux['density']
 
   seen = [float(density(jnp.int32(i))) for i in range(13)]
   assert len(traces) == 1 and seen[0] == seen[1] == 1
@@ -189,7 +189,9 @@ def test_density_falls_smoothly_from_dense_to_the_rule():
     name='hybrid',
     hybrid=dataclasses.replace(cfg, keep=ScheduleConfig(init=0.25, final=0.25)),
   )
-  alone = module.hybrid(q, k, k, config=final, step=0).aux['density']
+  alone = module.hybrid(
+    q, k, k, config=final, context=AttentionContext(step=0)
+  ).aux['density']
   assert seen[11] == seen[12] == pytest.approx(float(alone), abs=1e-6)
 
 
@@ -224,7 +226,9 @@ def test_the_automatic_width_drops_nothing():
 def test_a_bidirectional_model_is_refused():
   config = AttentionConfig(name='hybrid', hybrid=settings())
   with pytest.raises(ConfigError, match='hybrid is causal'):
-    module.hybrid(*arrays(), config=config, step=0, causal=False)
+    library_attend(
+      *arrays(), config=config, context=AttentionContext(causal=False)
+    )
 
 
 SETTINGS = {
@@ -279,7 +283,9 @@ def test_decode_is_prefill_token_by_token(name, cut):
   starts = np.maximum.accumulate(np.where(begins, np.arange(t), 0), 1)
   seg = jnp.asarray(np.cumsum(begins, 1), jnp.int32) if cut else None
   config = AttentionConfig(name='hybrid', hybrid=cfg)
-  want = module.hybrid(q, k, v, config=config, step=0, segment_ids=seg)
+  want = module.hybrid(
+    q, k, v, config=config, context=AttentionContext(step=0, segment_ids=seg)
+  )
   width = module.list_width(cfg, -(-room // cfg.block_k))
   state = (
     jnp.zeros((B, room, K, H)),

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention import layer as layer_lib
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.projections import head_dim
 from psa_jax.attention.rotary import rotary, rotate
@@ -72,7 +73,7 @@ def calls(monkeypatch):
     calls.append((q, k, v, kwargs))
     return AttnOut(2 * q, {'density': jnp.float32(0.25)})
 
-  monkeypatch.setattr(layer_lib.base, 'attend', attend)
+  monkeypatch.setattr(layer_lib, 'attend', attend)
   return calls
 
 
@@ -84,10 +85,12 @@ def test_dense_layer_equals_the_oracle(kv_heads, packed):
   segments = SEGMENTS if packed else np.zeros_like(SEGMENTS)
   y, aux = layer(
     jnp.asarray(x),
-    step=0,
-    rope=table(positions),
-    segment_ids=jnp.asarray(segments) if packed else None,
-    train=True,
+    context=AttentionContext(
+      step=0,
+      rope=table(positions),
+      segment_ids=jnp.asarray(segments) if packed else None,
+      train=True,
+    ),
   )
   want = oracle(layer, x.astype(np.float64), positions, segments)
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
@@ -100,7 +103,9 @@ def test_every_kernel_gets_a_gradient():
 
   def loss(params):
     block = nnx.merge(graphdef, params)
-    y, _ = block(x, step=0, rope=table(POSITIONS), train=True)
+    y, _ = block(
+      x, context=AttentionContext(step=0, rope=table(POSITIONS), train=True)
+    )
     return jnp.sum(jnp.sin(y))
 
   grads = jax.grad(loss)(nnx.as_pure(params))
@@ -111,7 +116,9 @@ def test_every_kernel_gets_a_gradient():
 def test_one_rotary_row_serves_the_whole_batch():
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24))
   one, both = (
-    layer(x, step=0, rope=table(positions), train=True)[0]
+    layer(
+      x, context=AttentionContext(step=0, rope=table(positions), train=True)
+    )[0]
     for positions in (POSITIONS[:1], POSITIONS[[0, 0]])
   )
   np.testing.assert_array_equal(one, both)
@@ -121,26 +128,22 @@ def test_mechanism_gets_what_the_layer_was_given(calls):
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24))
   y, aux = layer(
     x,
-    step=jnp.int32(3),
-    rope=table(POSITIONS),
-    segment_ids=jnp.asarray(SEGMENTS),
-    train=False,
-    mechanism='dense',
+    context=AttentionContext(
+      step=jnp.int32(3),
+      rope=table(POSITIONS),
+      segment_ids=jnp.asarray(SEGMENTS),
+      train=False,
+    ),
   )
   (q, k, v, kwargs), *more = calls
   assert not more and aux == {'density': 0.25}
   assert q.shape == (2, 9, 4, 6)
   assert k.shape == v.shape == (2, 9, 2, 6)
   assert kwargs.pop('config') == CONFIG.attention
-  assert kwargs.pop('step') == 3
-  np.testing.assert_array_equal(kwargs.pop('segment_ids'), SEGMENTS)
-  assert kwargs == {
-    'train': False,
-    'causal': True,
-    'learned': None,
-    'mechanism': 'dense',
-    'budget': None,
-  }
+  context = kwargs.pop('context')
+  assert (context.step, context.train, context.causal) == (3, False, True)
+  np.testing.assert_array_equal(context.segment_ids, SEGMENTS)
+  assert context.budget is None and kwargs == {'learned': None}
   w = {n: np.asarray(getattr(layer, n)[...], np.float64) for n in KERNELS}
   want_q = turn(np.einsum('btd,dnh->btnh', x, w['wq']), POSITIONS)
   want_k = turn(np.einsum('btd,dkh->btkh', x, w['wk']), POSITIONS)
@@ -156,7 +159,7 @@ def test_bf16_activations_meet_bf16_kernels_and_f32_angles(calls):
   layer, x = make_layer(), jnp.asarray(normal(2, 9, 24), jnp.bfloat16)
   far = table(POSITIONS + 65_000)
   assert far.cos.dtype == far.sin.dtype == jnp.float32
-  y, _ = layer(x, step=0, rope=far, train=True)
+  y, _ = layer(x, context=AttentionContext(step=0, rope=far, train=True))
   q, k, v, _ = calls[0]
   assert {a.dtype.name for a in (q, k, v, y)} == {'bfloat16'}
   assert layer.wq[...].dtype == jnp.float32
@@ -220,10 +223,13 @@ def test_head_width():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(num_kv_heads=3), 'num_heads=4 is not a multiple'),
-    (dict(head_dim=0, num_heads=10), 'd_model=24 is not a multiple'),
-    (dict(head_dim=5), 'even head width, got 5'),
-    (dict(head_dim=0, num_heads=8), 'even head width, got 3'),
+    (dict(num_kv_heads=3), 'num_heads is 4, but it must be a multiple'),
+    (dict(head_dim=0, num_heads=10), 'd_model is 24, not a multiple'),
+    (dict(head_dim=5), 'is 5, but RoPE needs an even'),
+    (
+      dict(head_dim=0, num_heads=8),
+      'is 3, but RoPE needs an even',
+    ),
   ],
 )
 def test_heads_that_do_not_fit_are_refused(change, words):

@@ -18,7 +18,7 @@ CHILD = """
 import json, sys
 import jax
 import jax.numpy as jnp
-from psa_jax.attention import base
+from psa_jax.attention import AttentionContext, attend as library_attend
 from tests.attention.test_contract import LEARNED, ROWS, changed
 
 def temporaries(config, T):
@@ -27,7 +27,10 @@ def temporaries(config, T):
   make = LEARNED.get(config.name, lambda *args: None)
   def loss(q, k, v):
     learned = make(q, k, v)
-    out, aux = base.attend(q, k, v, config=config, step=0, learned=learned)
+    context = AttentionContext()
+    out, aux = library_attend(
+      q, k, v, config=config, context=context, learned=learned
+    )
     return out.sum() + sum(x for n, x in aux.items() if n[:5] == 'loss/')
   shape = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
   step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape)

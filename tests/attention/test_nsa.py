@@ -11,14 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base, nsa
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.nsa import NsaConfig, branches, compress
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import (
-  AttentionConfig,
-  ConfigError,
-  NsaConfig,
-  ScheduleConfig,
-)
+from psa_jax.config import AttentionConfig, ConfigError, ScheduleConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.compressed import ranking, selection
 from psa_jax.types import Learned
@@ -83,15 +80,13 @@ def learned(x):
 
 def attend(x, cfg, segments=None, step=0, train=True):
   x = {n: jnp.asarray(a) for n, a in x.items()}
-  return base.attend(
+  return library_attend(
     x['q'],
     x['k'],
     x['v'],
     config=cfg,
-    step=step,
-    segment_ids=segments,
-    train=train,
     learned=learned(x),
+    context=AttentionContext(step=step, segment_ids=segments, train=train),
   )
 
 
@@ -116,8 +111,8 @@ def chosen(x, sizes):
   x = {n: jnp.asarray(a) for n, a in x.items()}
   cfg, raw = config(sizes).nsa, learned(x)
   q, k, v = (x[n] for n in 'qkv')
-  kc, vc = nsa.nsa_compress.compress_pair(
-    *nsa.nsa_compress.raw_pair(k, v, raw),
+  kc, vc = compress.compress_pair(
+    *compress.raw_pair(k, v, raw),
     raw,
     block=sizes.l,
     stride=sizes.d,
@@ -126,12 +121,12 @@ def chosen(x, sizes):
     q, kc, vc, block=sizes.l, stride=sizes.d
   )
   T = q.shape[1]
-  ids, counts, _ = nsa.select(
+  ids, counts, _ = branches.select(
     q,
     kc,
     lse,
     config(sizes),
-    nsa.blocks_at(cfg, 0, True),
+    branches.blocks_at(cfg, 0, True),
     None,
     sizes.tile,
     -(-T // sizes.select),
@@ -258,7 +253,7 @@ def test_selection_is_that_of_the_oracle(G, tile):
 def test_equal_scores_take_the_earlier_block():
   """The forced ones first, then by position, though all scores are the same."""
   cfg = config(Sizes(l=4, d=4, select=4, n=5, w=1)).nsa
-  ranges = nsa.visible_blocks(cfg, jnp.asarray([[47, 30]]), None)
+  ranges = branches.visible_blocks(cfg, jnp.asarray([[47, 30]]), None)
   for score in (0.0, 0.25):
     scores = jnp.full((1, 1, 2, 12), score)
     ids = ranking.rank(scores, ranges, 5)
@@ -375,7 +370,7 @@ def test_a_needle_far_back_is_selected():
       jnp.asarray(kc),
       lse,
       t,
-      nsa.visible_blocks(config(sizes).nsa, t, None),
+      branches.visible_blocks(config(sizes).nsa, t, None),
       block=32,
       stride=16,
       select_block=64,
@@ -419,22 +414,30 @@ def test_scan_and_vmap_and_grad_trace():
 def test_what_cannot_be_is_refused():
   x = {n: jnp.asarray(a) for n, a in inputs(SMALL, T=9).items()}
   with pytest.raises(ConfigError, match='causal'):
-    base.attend(
+    library_attend(
       x['q'],
       x['k'],
       x['v'],
       config=config(SMALL),
-      step=0,
-      causal=False,
       learned=learned(x),
+      context=AttentionContext(step=0, causal=False),
     )
-  with pytest.raises(ConfigError, match='needs the gates'):
-    base.attend(x['q'], x['k'], x['v'], config=config(SMALL), step=0)
+  with pytest.raises(ConfigError, match='learned is None'):
+    library_attend(
+      x['q'],
+      x['k'],
+      x['v'],
+      config=config(SMALL),
+      context=AttentionContext(step=0),
+    )
   with pytest.raises(ConfigError, match=r'network \(6, 8, 5\)'):
     attend(x, config(dataclasses.replace(SMALL, l=4)))
-  with pytest.raises(ConfigError, match=r'tile=3 must divide select_block=8'):
+  with pytest.raises(
+    ConfigError,
+    match='tile is 3, but it must divide',
+  ):
     attend(x, config(dataclasses.replace(SMALL, tile=3)))
-  with pytest.raises(ConfigError, match='at most 2, less than the 3'):
+  with pytest.raises(ConfigError, match='goes down to 2, but'):
     attend(x, config(dataclasses.replace(SMALL, n=2)))
   with pytest.raises(ValueError, match='multiple of stride=4'):
     attend(x, config(dataclasses.replace(SMALL, d=4)))

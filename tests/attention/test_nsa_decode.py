@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import nsa_decode
+from psa_jax.attention.nsa import decode as nsa_decode
 from psa_jax.config import ScheduleConfig
 from psa_jax.types import Learned
 from tests import oracles

@@ -9,15 +9,12 @@ import pytest
 from flax import nnx
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
-from psa_jax.attention.nsa_parameters import NsaParameters
+from psa_jax.attention.nsa import NsaConfig
+from psa_jax.attention.nsa.parameters import NsaParameters
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import (
-  AttentionConfig,
-  ModelConfig,
-  NsaConfig,
-  ScheduleConfig,
-)
+from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
 from tests.attention.nsa_oracle import rotate, silu
 
 NSA = NsaConfig(
@@ -102,7 +99,9 @@ def test_every_parameter_learns_and_has_axis_names(name, share):
   )
 
   def loss(state):
-    out, _ = nnx.merge(graph, state)(x, step=0, rope=table(21), train=True)
+    out, _ = nnx.merge(graph, state)(
+      x, context=AttentionContext(step=0, rope=table(21), train=True)
+    )
     return (out**2).sum()
 
   grads = jax.jit(jax.grad(loss))(state)
@@ -111,10 +110,15 @@ def test_every_parameter_learns_and_has_axis_names(name, share):
 
 
 def test_another_mechanism_ignores_them():
-  """Evaluation with dense attention runs the same layer."""
+  """Evaluation with dense attention reads the same projections."""
   layer = SelfAttention(configured(), rngs=nnx.Rngs(0))
+  layer.config = dataclasses.replace(
+    layer.config, attention=layer.config.attention.read_by('dense')
+  )
   x = jnp.asarray(
     np.random.default_rng(1).normal(size=(2, 21, 12)), jnp.float32
   )
-  out, aux = layer(x, step=0, rope=table(21), train=False, mechanism='dense')
+  out, aux = layer(
+    x, context=AttentionContext(step=0, rope=table(21), train=False)
+  )
   assert out.shape == x.shape and aux['density'] == 1

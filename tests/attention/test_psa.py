@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import blocks as blocks_lib
+from psa_jax.attention import block_lists as blocks_lib
 from psa_jax.attention import psa as module
-from psa_jax.config import (
-  AttentionConfig,
-  ConfigError,
-  PsaConfig,
-  ScheduleConfig,
-)
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig, ConfigError, ScheduleConfig
 from psa_jax.kernels.block_scores import xla as block_scores_xla
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from tests import oracles
@@ -161,7 +158,7 @@ def test_retained_mass_is_the_exact_share():
   config = AttentionConfig(
     name='psa', psa=settings(keep=ScheduleConfig(init=0.4, final=0.4))
   )
-  _, aux = module.psa(q, k, v, config=config, step=0)
+  _, aux = module.psa(q, k, v, config=config, context=AttentionContext(step=0))
   blocks = module.select_blocks(q, k, config.psa, budget=0.4)
   read = oracles.list_mask(
     np.asarray(blocks.ids), np.asarray(blocks.counts), T, T, 16, 8
@@ -187,7 +184,9 @@ def test_the_schedule_sets_the_density_without_compiling_again():
   @jax.jit
   def density(step):
     traces.append(1)
-    return module.psa(q, k, k, config=config, step=step)[1]['density']
+    return module.psa(
+      q, k, k, config=config, context=AttentionContext(step=step)
+    )[1]['density']
 
   seen = [float(density(jnp.int32(i))) for i in range(9)]
   assert len(traces) == 1

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from psa_jax.attention import psa as module
-from psa_jax.config import AttentionConfig, PsaConfig, ScheduleConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig, ScheduleConfig
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.decode import decode_attention
 from tests import oracles
@@ -61,8 +63,7 @@ def prefill(cfg, q, k, v, segment_ids=None):
       k,
       v,
       config=AttentionConfig(name='psa', psa=cfg),
-      step=0,
-      segment_ids=segment_ids,
+      context=AttentionContext(step=0, segment_ids=segment_ids),
     )
     return out.out, lists
 

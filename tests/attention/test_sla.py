@@ -10,8 +10,9 @@ from flax import nnx
 
 from psa_jax import sharding
 from psa_jax.attention import sla as module
-from psa_jax.attention.sla_parameters import SlaParameters
-from psa_jax.config import AttentionConfig, ModelConfig, SlaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.sla import SlaConfig, SlaParameters
+from psa_jax.config import AttentionConfig, ModelConfig
 from psa_jax.kernels.linear_attention import linear_attention, xla
 from psa_jax.models import DecoderLM
 from psa_jax.types import Learned
@@ -52,9 +53,8 @@ def run(q, k, v, given, seg, causal):
     k,
     v,
     config=CONFIG,
-    segment_ids=seg,
-    causal=causal,
     learned=learned(*given),
+    context=AttentionContext(segment_ids=seg, causal=causal),
   )
 
 
@@ -212,7 +212,7 @@ def test_in_a_model_every_parameter_learns_and_no_token_sees_the_future():
   @functools.partial(jax.jit, static_argnums=2)
   def total(params, tokens, upto):
     model = nnx.merge(graphdef, params)
-    hidden = model(tokens, step=0, train=True).hidden
+    hidden = model(tokens, context=AttentionContext(step=0, train=True)).hidden
     return (hidden[:, :upto] ** 3).sum(), hidden
 
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (B, T)))

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_jax.attention import survivors
-from psa_jax.config import CascadeConfig
+from psa_jax.attention.cascade import CascadeConfig, survivors
 from tests.models.cascade_oracle import best_of_document, judged_on_arrival
 
 T = 40

@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from psa_jax.attention import base, topk_parameters
+from psa_jax.attention import attend as library_attend
 from psa_jax.attention import topk as module
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.rotary import rotary
-from psa_jax.config import (
-  AttentionConfig,
-  ModelConfig,
-  ScheduleConfig,
-  TopkConfig,
-)
+from psa_jax.attention.topk import TopkConfig
+from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
 from psa_jax.types import Learned
 from tests import oracles
 
@@ -69,14 +66,14 @@ def test_the_ratio_is_of_the_visible_keys(keep, cut, causal):
   """Not of S: an early query would else keep everything it sees."""
   q, k, v = arrays()
   seg = np.stack([np.arange(T) >= 13, np.arange(T) >= 21]).astype(np.int32)
-  out, aux = base.attend(
+  out, aux = library_attend(
     q,
     k,
     v,
     config=settings(keep, coefficients=CUBIC, clamp=2.0),
-    step=0,
-    segment_ids=jnp.asarray(seg) if cut else None,
-    causal=causal,
+    context=AttentionContext(
+      step=0, segment_ids=jnp.asarray(seg) if cut else None, causal=causal
+    ),
   )
   want, density = oracle(
     q,
@@ -123,7 +120,12 @@ def test_coefficients_are_ascending_and_default_to_the_softmax():
   config = settings(1.0)
   assert config.topk.coefficients == module.SOFTMAX == (0, 1, 0, 0)
   want = oracles.attention(q, k, v, oracles.causal_mask(B, K, T, T))[0]
-  oracles.check_close(base.attend(q, k, v, config=config, step=0).out, want)
+  oracles.check_close(
+    library_attend(
+      q, k, v, config=config, context=AttentionContext(step=0)
+    ).out,
+    want,
+  )
 
 
 def test_mix_moves_from_the_softmax_to_the_coefficients():
@@ -158,28 +160,40 @@ def test_learned_coefficients_belong_to_the_layer():
   graph, params = nnx.split(layer, nnx.Param)
 
   def loss(params):
-    y, _ = nnx.merge(graph, params)(x, step=0, rope=rope, train=True)
+    y, _ = nnx.merge(graph, params)(
+      x, context=AttentionContext(step=0, rope=rope, train=True)
+    )
     return jnp.sin(5 * y).sum()
 
   grads = nnx.as_pure(jax.grad(loss)(params))
   coefficients = grads['mechanism']['coefficients']
   assert coefficients.shape == (4,) and coefficients[0] == 0
   assert (np.abs(coefficients[1:]) > 1e-6).all()
-  dense, _ = layer(x, step=0, rope=rope, train=False, mechanism='dense')
-  assert np.isfinite(dense).all()
 
 
 def test_learned_coefficients_take_the_place_of_the_configured():
   q, k, v = arrays()
   learned = Learned(weights={'coefficients': jnp.asarray(CUBIC)})
   want, _ = oracle(q, k, v, 0.25, CUBIC)
-  run = base.attend(
-    q, k, v, config=settings(learnable=True), step=0, learned=learned
+  run = library_attend(
+    q,
+    k,
+    v,
+    config=settings(learnable=True),
+    learned=learned,
+    context=AttentionContext(step=0),
   )
   oracles.check_close(run.out, want)
-  fixed = base.attend(q, k, v, config=settings(), step=0, learned=learned)
+  fixed = library_attend(
+    q,
+    k,
+    v,
+    config=settings(),
+    learned=learned,
+    context=AttentionContext(step=0),
+  )
   oracles.check_close(fixed.out, oracle(q, k, v, 0.25, module.SOFTMAX)[0])
-  own = topk_parameters.make(model(learnable=True), rngs=nnx.Rngs(0))
+  own = module.coefficients_of(model(learnable=True), rngs=nnx.Rngs(0))
   assert own is not None
   start = own(None, rope=None).weights['coefficients']
   np.testing.assert_array_equal(start, np.float32(module.SOFTMAX))
@@ -216,7 +230,12 @@ def test_sparsify_reaches_queries_and_keys():
       for x, letter in ((q, 'q'), (k, 'k'))
     ]
     want, _ = oracle(*thin, v, 0.25, module.SOFTMAX)
-    oracles.check_close(base.attend(q, k, v, config=config, step=0).out, want)
+    oracles.check_close(
+      library_attend(
+        q, k, v, config=config, context=AttentionContext(step=0)
+      ).out,
+      want,
+    )
 
 
 @pytest.mark.parametrize('cut', [False, True])
@@ -226,7 +245,9 @@ def test_decoding_is_prefill_token_by_token(cut):
   config = settings(0.3, coefficients=CUBIC, clamp=2.0, sparsify_k=0.5)
   begins = np.stack([np.arange(T) >= 13, np.arange(T) >= 21])
   seg = jnp.asarray(begins.astype(np.int32)) if cut else None
-  want = base.attend(q, k, v, config=config, step=0, segment_ids=seg).out
+  want = library_attend(
+    q, k, v, config=config, context=AttentionContext(step=0, segment_ids=seg)
+  ).out
   room = [(0, 0), (0, 7), (0, 0), (0, 0)]
   cache = [jnp.pad(x, room, constant_values=3e4) for x in (k, v)]
   decode = jax.jit(

@@ -15,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import launch
-from psa_jax import recipe
+from psa_jax.config import recipe
 from tests.docs.pages import README, RECIPES, ROOT, code, commands, name_of
 
 MAKEFILE = (ROOT / 'Makefile').read_text()

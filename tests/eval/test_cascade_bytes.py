@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from psa_jax.attention import survivors
-from psa_jax.config import CascadeConfig
+from psa_jax.attention.cascade import CascadeConfig, survivors
 from psa_jax.eval.cascade_bytes import Bits, cascade_bytes
 
 MODEL = dict(tokens=10, heads=4, head_dim=8)

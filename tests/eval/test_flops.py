@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from psa_jax import models
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ImageConfig, ModelConfig
 from psa_jax.eval import flops
 
@@ -19,7 +20,7 @@ BASE = ModelConfig(
   num_kv_heads=1,
   mlp_dim=128,
   scan_layers=False,  # XLA counts the body of a scan once
-  attention=AttentionConfig(implementation='reference'),
+  attention=AttentionConfig('dense', implementation='reference'),
 )
 KINDS = {
   'decoder_lm': {},
@@ -39,7 +40,7 @@ def counts(kind):
 
   def run(state):
     model = nnx.merge(graphdef, state)
-    call = dict(step=0, train=False)
+    call = dict(context=AttentionContext(train=False))
     if kind == 'vit':
       return model.classify(model(jnp.ones((1, 32, 32, 3)), **call).hidden)
     if kind == 'encoder_decoder':

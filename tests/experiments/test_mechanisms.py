@@ -8,7 +8,7 @@ from experiments.bench.grid import Run, digest
 from experiments.bench.settings import GridSettings
 from experiments.mechanisms import cost, grid, plot, tables
 from experiments.mechanisms.__main__ import EXPERIMENT
-from psa_jax.attention import base
+from psa_jax.attention import registry
 
 STAMP = dict(
   date='2026-01-01', commit='abc', jax='1', python='3', machine='two cores'
@@ -33,7 +33,7 @@ def row(task='mqar', arm='psa', seed=0, **fields):
 
 def test_every_mechanism_is_an_arm():
   # `on_demand` is for inference alone: nothing trains with it.
-  trained = set(base.MECHANISMS) - {'on_demand'}
+  trained = set(registry.names()) - {'on_demand'}
   names = {
     grid.configure(Run('text', arm, 0)).model.attention.name
     for arm in grid.ARMS

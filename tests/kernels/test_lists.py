@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.attention import base
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig
 from psa_jax.kernels.block_sparse import block_sparse_attention, lists
 
@@ -133,7 +134,13 @@ def test_the_config_switches_the_check_on(on, monkeypatch):
   monkeypatch.setattr(lists, 'check', lambda *args, **_: seen.append(args))
   x = jnp.ones((1, 8, 1, 4))
   config = AttentionConfig(name='psa', check_lists=on)
-  out = jax.jit(lambda x: base.attend(x, x, x, config=config, step=0).out)(x)
+  out = jax.jit(
+    lambda x: (
+      library_attend(
+        x, x, x, config=config, context=AttentionContext(step=0)
+      ).out
+    )
+  )(x)
   out.block_until_ready()
   jax.effects_barrier()
   assert bool(seen) == on

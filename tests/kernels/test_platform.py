@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from psa_jax.attention import base
+from psa_jax.attention import attend as library_attend
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ConfigError
 from psa_jax.kernels import (
   block_scores,
@@ -91,10 +92,12 @@ def test_an_implementation_is_named_for_the_configured_mechanism_only():
   """Evaluation with dense attention does not inherit the sparse kernel's."""
   config = AttentionConfig(name='psa', implementation='pallas_gpu')
   x = jnp.ones((1, 8, 1, 8))
-  out, _ = base.attend(x, x, x, config=config, step=0, mechanism='dense')
+  out, _ = library_attend(
+    x, x, x, config=config.read_by('dense'), context=AttentionContext(step=0)
+  )
   assert out.shape == x.shape
   with pytest.raises(ConfigError, match='pallas_gpu'):
-    base.attend(x, x, x, config=config, step=0)
+    library_attend(x, x, x, config=config, context=AttentionContext(step=0))
   config = dataclasses.replace(config, implementation='cudnn')
   with pytest.raises(ConfigError, match='unknown implementation'):
-    base.attend(x, x, x, config=config, step=0)
+    library_attend(x, x, x, config=config, context=AttentionContext(step=0))

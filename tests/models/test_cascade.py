@@ -10,11 +10,10 @@ import pytest
 from flax import nnx
 
 from psa_jax import models, sharding
-from psa_jax.attention import survivors
+from psa_jax.attention.cascade import CascadeConfig, survivors
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
-  ConfigError,
   MeshConfig,
   ModelConfig,
   NormConfig,
@@ -96,13 +95,14 @@ def compiled(function):
 
 
 @functools.cache
-def forward_of(cfg, train=True, mechanism=None):
+def forward_of(cfg, train=True):
   """(params, stats, tokens, step, companions) -> output, statistics, sets.
 
   The sets are the rows of every layer that pruned, seen on their way.
   """
 
   def run(state, batch, step, companions):
+    companions = dict(companions)
     sets, prune = [], cascade_lib.Cascade._prune
 
     def spy(self, *args):
@@ -112,9 +112,9 @@ def forward_of(cfg, train=True, mechanism=None):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(cascade_lib.Cascade, '_prune', spy)
       model = nnx.merge(structure(cfg)[0], *state)
-      out = model(
-        batch, step=step, train=train, mechanism=mechanism, **companions
-      )
+      positions = companions.pop('positions', None)
+      context = AttentionContext(step=step, train=train, **companions)
+      out = model(batch, context=context, positions=positions)
     one_rung = len(cascade_lib.rungs(cfg.attention.cascade)) == 1
     moved = nnx.as_pure(nnx.state(model, nnx.BatchStat))
     return out, moved, [(r.place, r.alive) for r in sets] if one_rung else []
@@ -122,8 +122,13 @@ def forward_of(cfg, train=True, mechanism=None):
   return compiled(run)
 
 
-def forward(cfg, batch, *, step=0, train=True, mechanism=None, **companions):
-  run = forward_of(cfg, train, mechanism)
+def read_densely(cfg):
+  """The model that reads the same weights with dense attention."""
+  return dataclasses.replace(cfg, attention=cfg.attention.read_by('dense'))
+
+
+def forward(cfg, batch, *, step=0, train=True, **companions):
+  run = forward_of(cfg, train)
   return run(arrays(cfg), batch, jnp.int32(step), companions)
 
 
@@ -139,7 +144,7 @@ def oracle_rows(cfg, state, batch, segments):
   causal = cfg.kind == 'decoder_lm'
   statistics = None
   if causal:
-    statistics = stats['layers']['attention']['head_importance']
+    statistics = stats['layers']['attention']['mechanism']['head_importance']
   own = cfg.attention.cascade
   return [
     cascade_oracle.row(
@@ -183,7 +188,10 @@ def test_gradient_equals_differences_of_the_oracle():
   def gradient(state, batch):
     def loss(params):
       model = nnx.merge(structure(cfg)[0], params, state[1])
-      out = model(batch, step=0, train=False, segment_ids=SEGMENTS)
+      out = model(
+        batch,
+        context=AttentionContext(step=0, train=False, segment_ids=SEGMENTS),
+      )
       return (out.hidden * weight).sum()
 
     return jax.grad(loss)(state[0])
@@ -337,7 +345,7 @@ def test_keep_one_is_bit_equal_to_dense(kind):
   cfg = config(kind, everything, 'xla')
   for segments in (None, SEGMENTS):
     got, *_ = forward(cfg, tokens(), segment_ids=segments)
-    dense, *_ = forward(cfg, tokens(), segment_ids=segments, mechanism='dense')
+    dense, *_ = forward(read_densely(cfg), tokens(), segment_ids=segments)
     np.testing.assert_array_equal(got.hidden, dense.hidden)
     assert [float(got.aux[k]) for k in sorted(got.aux)] == [1, 1, 1, 1]
 
@@ -353,12 +361,12 @@ def test_the_schedule_climbs_its_rungs_in_one_program():
     out, *_ = forward(moving, tokens(), step=step)
     seen.append([float(out.aux[k]) for k in ('kept_tokens', 'kept_heads')])
     hidden[step] = out.hidden
-  assert forward_of(moving, True, None)._cache_size() == 1
+  assert forward_of(moving, True)._cache_size() == 1
   assert seen[0] == seen[1] == seen[2] == seen[3] == [1, 1]
   assert seen[4] == seen[5] and seen[6] == seen[7]
   assert all(a > b for a, b in zip(seen[3], seen[4], strict=True))
   assert all(a > b for a, b in zip(seen[5], seen[6], strict=True))
-  dense, *_ = forward(moving, tokens(), mechanism='dense')
+  dense, *_ = forward(read_densely(moving), tokens())
   np.testing.assert_array_equal(hidden[0], dense.hidden)
   still, *_ = forward(config('decoder_lm', whole, 'xla'), tokens())
   oracles.check_close(hidden[7], still.hidden, gradient=True)
@@ -376,12 +384,12 @@ def test_rungs():
   assert of('piecewise', **steps) == (0, 0.9)
 
 
-def flops(cfg, length, mechanism=None):
+def flops(cfg, length):
   """Of the compiled forward pass, by XLA's own account."""
 
   def run(state, batch):
     model = nnx.merge(structure(cfg)[0], *state)
-    return model(batch, step=0, train=False, mechanism=mechanism).hidden
+    return model(batch, context=AttentionContext(step=0, train=False)).hidden
 
   batch = jax.ShapeDtypeStruct((2, length), jnp.int32)
   program = compiled(run).lower(structure(cfg)[1], batch).compile()
@@ -411,7 +419,7 @@ def test_flops_of_the_compiled_program_fall(kind, keep):
     return 2 * 2 * total
 
   every = [survivors.LayerSize(length, 4, 1024)] * 4
-  got, dense = flops(cfg, length), flops(cfg, length, 'dense')
+  got, dense = flops(cfg, length), flops(read_densely(cfg), length)
   assert dense == pytest.approx(work(every, False), rel=0.15)
   assert got == pytest.approx(work(sizes, True), rel=0.2)
   assert got < 0.75 * dense if keep == 0.5 else got < 0.55 * dense
@@ -421,24 +429,30 @@ def test_heads_of_a_causal_model_come_from_earlier_batches():
   """This batch moves the statistics and has no say in its own pruning."""
   cfg = config('decoder_lm')
   params, stats = arrays(cfg)
-  old = np.asarray(stats['layers']['attention']['head_importance'])
+  old = np.asarray(stats['layers']['attention']['mechanism']['head_importance'])
   _, moved, _ = forward(cfg, tokens())
-  new = np.asarray(moved['layers']['attention']['head_importance'])
+  new = np.asarray(moved['layers']['attention']['mechanism']['head_importance'])
   # Heads that a layer lacks are not seen there, and keep what they had.
   assert [int((new[l] != old[l]).sum()) for l in range(L)] == list(HEADS)
   _, same, _ = forward(cfg, tokens(), train=False)
   np.testing.assert_array_equal(
-    same['layers']['attention']['head_importance'], old
+    same['layers']['attention']['mechanism']['head_importance'], old
   )
   # What remains is chosen by the sum over the layers so far.
   ranked = np.argsort(-(old[0] + old[1]), kind='stable')
   assert set(np.flatnonzero(new[2] != old[2])) == set(ranked[:3])
   lifted = np.array(old)
   lifted[:2, ranked[3]] += 10
-  stats = {'layers': {'attention': {'head_importance': jnp.asarray(lifted)}}}
-  run = forward_of(cfg, True, None)
+  stats = {
+    'layers': {
+      'attention': {'mechanism': {'head_importance': jnp.asarray(lifted)}}
+    }
+  }
+  run = forward_of(cfg, True)
   _, moved, _ = run((params, stats), tokens(), jnp.int32(0), {})
-  after = np.asarray(moved['layers']['attention']['head_importance'])
+  after = np.asarray(
+    moved['layers']['attention']['mechanism']['head_importance']
+  )
   assert after[2, ranked[3]] != lifted[2, ranked[3]]
 
 
@@ -497,7 +511,10 @@ def test_a_mesh_changes_nothing(kind):
 
 
 def test_head_statistics_belong_to_a_model_that_has_them():
-  attention = AttentionConfig('dense', cascade=CASCADE)
-  cfg = config('decoder_lm', attention=attention)
-  with pytest.raises(ConfigError, match='statistics of its training'):
-    forward(cfg, tokens(), mechanism='cascade')
+  cfg = config('decoder_lm', CASCADE)
+  paths = jax.tree_util.tree_leaves_with_path(structure(cfg)[1:])
+  names = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in paths}
+  assert 'head_importance' in names
+  paths = jax.tree_util.tree_leaves_with_path(structure(read_densely(cfg))[1:])
+  names = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in paths}
+  assert 'head_importance' not in names

@@ -12,20 +12,21 @@ from flax import nnx
 
 from psa_jax import models, sharding
 from psa_jax.attention import layer as attention_layer
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
   MeshConfig,
   ModelConfig,
   NormConfig,
-  PsaConfig,
   ScheduleConfig,
 )
 from psa_jax.types import AttnOut
 
 V, T = 28, 24
 PREPBN = NormConfig(kind='prepbn', decay_steps=8, scale_init=0.5, eta_init=0.5)
-DENSE = AttentionConfig()
+DENSE = AttentionConfig('dense')
 PSA = AttentionConfig(
   name='psa',
   psa=PsaConfig(
@@ -86,23 +87,24 @@ def arrays(cfg):
 
 
 @functools.cache
-def forward_of(cfg, train, mechanism):
+def forward_of(cfg, train):
   graphdef = structure(cfg)[0]
 
   @jax.jit
   def run(params, stats, batch, step, companions):
     model = nnx.merge(graphdef, params, stats)
-    out = model(
-      batch, step=step, train=train, mechanism=mechanism, **companions
-    )
+    companions = dict(companions)
+    positions = companions.pop('positions', None)
+    context = AttentionContext(step=step, train=train, **companions)
+    out = model(batch, context=context, positions=positions)
     return out, nnx.as_pure(nnx.state(model, nnx.BatchStat))
 
   return run
 
 
-def forward(cfg, batch, *, step, train, mechanism=None, **companions):
+def forward(cfg, batch, *, step, train, **companions):
   """The compiled forward pass: `ModelOut` and the statistics after it."""
-  run = forward_of(cfg, train, mechanism)
+  run = forward_of(cfg, train)
   return run(*arrays(cfg), batch, jnp.int32(step), companions)
 
 
@@ -114,7 +116,7 @@ def loss_and_grads(cfg, batch, state=None, step=4):
   def run(params, stats, batch, step):
     def loss(params):
       model = nnx.merge(graphdef, params, stats)
-      out = model(batch, step=step, train=True)
+      out = model(batch, context=AttentionContext(step=step, train=True))
       nll = -jax.nn.log_softmax(model.unembed(out.hidden)[:, :-1])
       nll = jnp.take_along_axis(nll, batch[:, 1:, None], -1).mean()
       return nll, (out.aux, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
@@ -223,7 +225,9 @@ def test_remat_attention_does_not_run_attention_twice(attention):
 
     def loss(params, stats, graphdef=graphdef):
       model = nnx.merge(graphdef, params, stats)
-      return model(tokens(), step=4, train=True).hidden.sum()
+      return model(
+        tokens(), context=AttentionContext(step=4, train=True)
+      ).hidden.sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, stats)
     exponentials[remat] = count_exponentials(jaxpr.jaxpr)
@@ -275,7 +279,8 @@ def test_aux_scalars_are_means_over_layers():
   aux = forward(cfg, tokens(), step=6, train=True)[0].aux
   assert aux['gamma'] == 0.25 and 0 < aux['density'] < 1
   assert all(v.shape == () and v.dtype == jnp.float32 for v in aux.values())
-  dense, _ = forward(cfg, tokens(), step=6, train=False, mechanism='dense')
+  reading = config(attention=PSA.read_by('dense'))
+  dense, _ = forward(reading, tokens(), step=6, train=False)
   assert dense.aux['density'] == 1
   plain = config(norm=NormConfig())
   out = jax.eval_shape(lambda: forward(plain, tokens(), step=6, train=False)[0])
@@ -289,9 +294,9 @@ def test_aux_is_the_mean_of_what_every_layer_said(monkeypatch):
     said.append(jnp.mean(jnp.abs(q)))
     return AttnOut(q, {'density': said[-1]})
 
-  monkeypatch.setattr(attention_layer.base, 'attend', attend)
+  monkeypatch.setattr(attention_layer, 'attend', attend)
   model = nnx.merge(structure(config(scan_layers=False))[0], *arrays(SMALL))
-  aux = model(tokens(), step=0, train=False).aux
+  aux = model(tokens(), context=AttentionContext(step=0, train=False)).aux
   assert len(said) == 2 and abs(said[0] - said[1]) > 0.01
   np.testing.assert_allclose(aux['density'], np.mean(said), rtol=1e-6)
 
@@ -301,7 +306,7 @@ def test_one_compilation_serves_every_step():
   for step in (0, 1, 4, 7, 8, 9):
     aux = forward(cfg, tokens(), step=step, train=True)[0].aux
     seen.append((float(aux['gamma']), float(aux['density'])))
-  assert forward_of(cfg, True, None)._cache_size() == 1
+  assert forward_of(cfg, True)._cache_size() == 1
   assert seen[0] == (1, 1) and seen[-1] == seen[-2]
   assert all(a >= b for a, b in zip(seen, seen[1:], strict=False))
 
@@ -349,7 +354,7 @@ def test_initial_values():
   @jax.jit
   def start(seed, batch):
     model = models.build(cfg, V, rngs=nnx.Rngs(jax.random.key(seed)))
-    hidden = model(batch, step=0, train=False).hidden
+    hidden = model(batch, context=AttentionContext(step=0, train=False)).hidden
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     return params, model.unembed(hidden)
 
@@ -431,7 +436,7 @@ def test_a_7b_model_is_built_abstractly():
 
   def loss(params, stats, batch):
     model = nnx.merge(graphdef, params, stats)
-    out = model(batch, step=0, train=True)
+    out = model(batch, context=AttentionContext(step=0, train=True))
     return model.unembed(out.hidden).sum()
 
   batch = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
@@ -459,8 +464,8 @@ def test_vocabulary_of_the_recipe_may_be_larger_but_not_smaller():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(kind='decoder'), 'unknown model.kind'),
-    (dict(num_kv_heads=3), 'not a multiple'),
+    (dict(kind='decoder'), "kind: unknown 'decoder'"),
+    (dict(num_kv_heads=3), 'must be a multiple'),
   ],
 )
 def test_an_impossible_model_is_refused(change, words):
@@ -469,7 +474,7 @@ def test_an_impossible_model_is_refused(change, words):
 
 
 def test_an_unknown_remat_is_refused():
-  with pytest.raises(ConfigError, match='unknown model.remat'):
+  with pytest.raises(ConfigError, match="remat: unknown 'some'"):
     forward(config(remat='some'), tokens(), step=0, train=True)
 
 

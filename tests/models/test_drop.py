@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from psa_jax import models
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ImageConfig, ModelConfig
 from psa_jax.models.drop import Drop, drops, leave_out
 
@@ -37,7 +38,9 @@ def forward(cfg, *, step=0, train=True):
 
   def run(state, step):
     model = nnx.merge(graphdef, state)
-    return model(tokens, step=step, train=train, **given).hidden
+    return model(
+      tokens, **given, context=AttentionContext(step=step, train=train)
+    ).hidden
 
   return jax.jit(run), (state, jnp.int32(step))
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from psa_jax import models
-from psa_jax.config import AttentionConfig, ConfigError, ModelConfig, PsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.config import AttentionConfig, ConfigError, ModelConfig
 from psa_jax.models import encoder as encoder_lib
 from tests import oracles
 from tests.models import cascade_oracle
@@ -23,7 +25,7 @@ CONFIG = ModelConfig(
   num_heads=4,
   num_kv_heads=2,
   mlp_dim=24,
-  attention=AttentionConfig(implementation='reference'),
+  attention=AttentionConfig('dense', implementation='reference'),
 )
 SEGMENTS = jnp.asarray([[1] * T, [1] * 8 + [0] * 4], jnp.int32)
 
@@ -45,7 +47,9 @@ def hidden(model):
   @compiled
   def run(state, batch, segments):
     model = nnx.merge(graphdef, state)
-    return model(batch, step=0, train=False, segment_ids=segments).hidden
+    return model(
+      batch, context=AttentionContext(step=0, train=False, segment_ids=segments)
+    ).hidden
 
   return lambda batch, segments=SEGMENTS: run(state, batch, segments)
 
@@ -96,12 +100,21 @@ def test_a_causal_mechanism_is_refused(model):
   cfg = dataclasses.replace(CONFIG, attention=attention)
   causal = models.build(cfg, V, rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match='psa is causal'):
-    jax.eval_shape(lambda: causal(tokens(), step=0, train=False).hidden)
+    jax.eval_shape(
+      lambda: (
+        causal(tokens(), context=AttentionContext(step=0, train=False)).hidden
+      )
+    )
 
 
 def test_companions_of_another_shape_are_refused(model):
   with pytest.raises((ValueError, TypeError), match='segment_ids'):
-    model(tokens(), step=0, train=False, segment_ids=SEGMENTS[:, :3])
+    model(
+      tokens(),
+      context=AttentionContext(
+        step=0, train=False, segment_ids=SEGMENTS[:, :3]
+      ),
+    )
 
 
 def test_a_vocabulary_that_is_too_small_is_refused():

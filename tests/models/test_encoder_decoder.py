@@ -1,5 +1,7 @@
 """The encoder-decoder: what it sees, an oracle, decoding with its cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 from flax import nnx
 
 from psa_jax import models, sharding
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   ModelConfig,
   NormConfig,
   ScheduleConfig,
-  TopkConfig,
 )
 
 V, S, T, L, N, K, D, H = 23, 7, 6, 2, 4, 2, 16, 4
@@ -55,9 +58,18 @@ def texts(seed=0):
 
 def run(cfg, model, *, train=False, step=0, **changes):
   source, ids, tokens = texts()
-  given = dict(source=source, source_ids=ids, tokens=tokens) | changes
-  tokens = given.pop('tokens')
-  return model(tokens, step=step, train=train, **given)
+  inputs = dict(source=source, source_ids=ids, tokens=tokens) | changes
+  tokens, mask = inputs.pop('tokens'), inputs.pop('mask', None)
+  context = AttentionContext(step=step, train=train, mask=mask)
+  return model(tokens, **inputs, context=context)
+
+
+def read_densely(model):
+  """The model of the same weights with dense attention."""
+  attention = model.config.attention.read_by('dense')
+  cfg = dataclasses.replace(model.config, attention=attention)
+  params = nnx.state(model, lambda path, _: 'mechanism' not in path)
+  return nnx.merge(nnx.graphdef(build(cfg)), params)
 
 
 def oracle(model, source, tokens):
@@ -145,7 +157,7 @@ def test_sees_the_source_and_what_is_before(name):
 def test_topk_that_keeps_all_is_dense_and_less_is_not():
   model = build(config('topk', keep=1.0))
   whole = run(config(), model).hidden
-  dense = run(config(), model, mechanism='dense').hidden
+  dense = run(config(), read_densely(model)).hidden
   np.testing.assert_allclose(whole, dense, atol=2e-5)
   sparse = run(config(), build(config('topk', keep=0.3)))
   assert np.abs(sparse.hidden - dense).max() > 1e-2
@@ -167,10 +179,13 @@ def test_decoding_a_token_at_a_time_is_reading_all(name, norm):
       run(cfg, model, tokens=tokens[:, w], step=9).hidden
     ) for w in range(width)
   ], 1)  # fmt: skip
-  decoding = model.start(source, ids, hypotheses=width, length=T, step=9)
+  context = AttentionContext(step=9, train=False)
+  decoding = model.start(
+    source, ids, hypotheses=width, length=T, context=context
+  )
   for t in range(T):
     logits, decoding = model.advance(
-      decoding, tokens[:, :, t], jnp.int32(t), step=9
+      decoding, tokens[:, :, t], jnp.int32(t), context=context
     )
     np.testing.assert_allclose(logits, want[:, :, t], atol=3e-5)
 

@@ -9,18 +9,19 @@ import pytest
 from flax import nnx
 
 from psa_jax import models
+from psa_jax.attention.cascade import CascadeConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.hybrid import HybridConfig
+from psa_jax.attention.psa import PsaConfig
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
   ConfigError,
-  HybridConfig,
   ImageConfig,
   ModelConfig,
   NormConfig,
-  PsaConfig,
   QuantConfig,
   ScheduleConfig,
-  TopkConfig,
 )
 from psa_jax.models.folding import fold
 
@@ -32,7 +33,7 @@ def half():
 
 
 ATTENTION = {
-  'dense': AttentionConfig(),
+  'dense': AttentionConfig('dense'),
   'psa': AttentionConfig(
     'psa', psa=PsaConfig(block_q=4, block_k=4, window=4, keep=half())
   ),
@@ -100,7 +101,7 @@ def logits(parts):
   @jax.jit
   def run(arrays, tokens):
     model = nnx.merge(graphdef, *arrays)
-    out = model(tokens, step=STEP, train=False)
+    out = model(tokens, context=AttentionContext(step=STEP, train=False))
     return model.unembed(out.hidden)
 
   return run, arrays
@@ -168,7 +169,9 @@ def test_a_vision_transformer(attention):
 
     def run(arrays, x):
       model = nnx.merge(graphdef, *arrays)
-      return model.classify(model(x, step=STEP, train=False).hidden)
+      return model.classify(
+        model(x, context=AttentionContext(step=STEP, train=False)).hidden
+      )
 
     compiled = jax.jit(run).lower(arrays, x).compile()
     return compiled(arrays, x), 'rsqrt' in compiled.as_text()
@@ -193,14 +196,22 @@ def test_an_encoder_decoder_reads_and_writes_the_same(attention, biases):
     graphdef, *arrays = parts
 
     def run(arrays, source, ids, tokens):
-      model, given = nnx.merge(graphdef, *arrays), {'step': STEP}
-      out = model(tokens, source=source, source_ids=ids, train=False, **given)
+      model = nnx.merge(graphdef, *arrays)
+      context = AttentionContext(step=STEP, train=False)
+      out = model(
+        tokens,
+        source=source,
+        source_ids=ids,
+        context=context,
+      )
       # Decoding takes another way through the same arrays.
-      decoding = model.start(source, ids, hypotheses=1, length=4, **given)
+      decoding = model.start(
+        source, ids, hypotheses=1, length=4, context=context
+      )
 
       def write(decoding, at):
         row = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
-        one, decoding = model.advance(decoding, row, at, **given)
+        one, decoding = model.advance(decoding, row, at, context=context)
         return decoding, one
 
       written = jax.lax.scan(write, decoding, jnp.arange(3))[1]

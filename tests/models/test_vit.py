@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 from psa_jax import models
+from psa_jax.attention.cascade import CascadeConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
   ImageConfig,
   ModelConfig,
   NormConfig,
   ScheduleConfig,
-  TopkConfig,
 )
 
 CLASSES = 5
@@ -66,7 +67,9 @@ def test_every_patch_is_seen_by_every_other():
   model, x = build(), pictures(1)
 
   def first(x):
-    return model(x, step=0, train=False).hidden[0, 0].sum()
+    return (
+      model(x, context=AttentionContext(step=0, train=False)).hidden[0, 0].sum()
+    )
 
   slope = np.abs(jax.grad(first)(x))[0].sum(-1)
   assert (slope > 0).all()
@@ -79,7 +82,9 @@ def test_without_positions_the_order_of_patches_does_not_matter():
   )
 
   def logits(x):
-    return model.classify(model(x, step=0, train=False).hidden)
+    return model.classify(
+      model(x, context=AttentionContext(step=0, train=False)).hidden
+    )
 
   swapped = jnp.concatenate([x[:, 4:], x[:, 2:4], x[:, :2]], 1)
   assert np.abs(logits(x) - logits(swapped)).max() > 1e-3
@@ -117,7 +122,7 @@ def test_other_attention_runs_and_learns(attention):
 
   def loss(params):
     model = nnx.merge(graphdef, params, rest)
-    out = model(pictures(), step=0, train=True)
+    out = model(pictures(), context=AttentionContext(step=0, train=True))
     return (out.hidden * jnp.arange(16.0)[None, None]).sum(), out.aux
 
   grads, aux = jax.grad(loss, has_aux=True)(params)
@@ -128,4 +133,4 @@ def test_other_attention_runs_and_learns(attention):
 
 def test_pictures_of_another_shape_are_refused():
   with pytest.raises(ValueError, match=r'must be \[B, 6, 6, 3\]'):
-    build()(jnp.zeros((1, 8, 8, 3)), step=0, train=False)
+    build()(jnp.zeros((1, 8, 8, 3)), context=AttentionContext())

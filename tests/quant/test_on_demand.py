@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.config import ConfigError, OnDemandConfig
+from psa_jax.config import ConfigError
 from psa_jax.quant import on_demand_xla
 from psa_jax.quant.on_demand import (
   IMPLEMENTATIONS,
+  OnDemandConfig,
   attend_split,
   on_demand_attention,
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.layer import SelfAttention
 from psa_jax.attention.rotary import rotary
 from psa_jax.config import ModelConfig, NormConfig, QuantConfig
@@ -202,7 +203,9 @@ def oracle_layer(layer, x, quant, bits):
 def test_the_layer_quantises_what_is_asked_for(quant, granularity):
   quant = dataclasses.replace(quant, granularity=granularity)
   layer, x = attention_layer(quant), normal(2, 9, 24)
-  y, aux = layer(jnp.asarray(x), step=5, rope=table(9), train=True)
+  y, aux = layer(
+    jnp.asarray(x), context=AttentionContext(step=5, rope=table(9), train=True)
+  )
   assert aux['bits'] == 4 and aux['bits'].dtype == jnp.float32
   want = oracle_layer(layer, x, quant, 4)
   # A value between two points of the grid may fall to either in f32.
@@ -236,7 +239,9 @@ def test_no_token_sees_the_size_of_a_later_one():
   """A scale over the sequence would; no gradient shows it."""
   layer = attention_layer(ALL)
   run = jax.jit(
-    lambda x: layer(x, step=jnp.int32(7), rope=table(9), train=True)[0]
+    lambda x: layer(
+      x, context=AttentionContext(step=jnp.int32(7), rope=table(9), train=True)
+    )[0]
   )
   x = normal(2, 9, 24)
   other = x.copy()
@@ -253,7 +258,9 @@ def test_the_bits_that_are_reported(dtype, full):
 
   @jax.jit
   def bits(step):
-    return layer(x, step=step, rope=table(4), train=True)[1]['bits']
+    return layer(
+      x, context=AttentionContext(step=step, rope=table(4), train=True)
+    )[1]['bits']
 
   got = [int(bits(jnp.int32(step))) for step in (0, 2, 3, 5, 100)]
   assert got == [full, full, 8, 4, 2]
@@ -263,7 +270,12 @@ def test_the_bits_that_are_reported(dtype, full):
 def test_nothing_is_reported_when_it_is_off():
   layer = attention_layer(QuantConfig())
   x = jnp.asarray(normal(1, 4, 24))
-  assert 'bits' not in layer(x, step=0, rope=table(4), train=True)[1]
+  assert (
+    'bits'
+    not in layer(
+      x, context=AttentionContext(step=0, rope=table(4), train=True)
+    )[1]
+  )
 
 
 # A whole train step.

@@ -8,8 +8,13 @@ import re
 import pytest
 
 from psa_jax import tasks
-from psa_jax.config import Config, ConfigError, DataConfig, ModelConfig
-from psa_jax.config_dict import apply_overrides
+from psa_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  apply_overrides,
+)
 from psa_jax.tasks import registry
 from psa_jax.train import loop
 from tests.train import tiny
@@ -61,7 +66,7 @@ def test_a_task_that_is_none_is_named():
 
 
 @pytest.mark.parametrize('task', FITTING)
-@pytest.mark.parametrize('kind', {kind for kind, _ in FITTING.values()})
+@pytest.mark.parametrize('kind', sorted({kind for kind, _ in FITTING.values()}))
 def test_a_model_of_another_kind_is_refused(task, kind):
   if kind == FITTING[task][0]:
     return
@@ -196,9 +201,9 @@ from psa_jax import tasks
 class Reversed(tasks.LanguageModel):
   quality = 'backward'
 
-  def loss(self, model, batch, **call):
+  def loss(self, model, batch, context):
     back = {k: jnp.flip(batch[k], 1) for k in ('inputs', 'targets')}
-    return super().loss(model, batch | back, **call)
+    return super().loss(model, batch | back, context)
 
   def metrics(self, loss):
     return {'loss': loss.total / loss.weight, 'backward': loss.total}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from psa_jax import tasks
+from psa_jax.attention.context import AttentionContext
 from psa_jax.train import step as step_lib
 from tests.train import tiny
 
@@ -38,7 +39,7 @@ def test_the_gradient_is_that_of_the_text_and_the_auxiliary_loss(steps):
 
   def loss_of(params):
     model = steps.program.merge(params, state.model_state)
-    loss = steps.task.loss(model, rows, step=2, train=True)
+    loss = steps.task.loss(model, rows, AttentionContext(step=2, train=True))
     mean = loss.total / loss.weight + loss.means['loss/index_kl']
     return mean, loss
 

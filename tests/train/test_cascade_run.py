@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from psa_jax.attention.cascade import CascadeConfig
 from psa_jax.config import (
   AttentionConfig,
-  CascadeConfig,
   EvalConfig,
   ScheduleConfig,
   TrainConfig,

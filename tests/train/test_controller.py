@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.config import BUDGETED, ConfigError, ControllerConfig
-from psa_jax.config_dict import apply_overrides
+from psa_jax.attention import attend, registry
+from psa_jax.attention.context import AttentionContext
+from psa_jax.config import (
+  AttentionConfig,
+  ConfigError,
+  ControllerConfig,
+  apply_overrides,
+)
 from psa_jax.train import controller, loop, metrics
-from psa_jax.validate import validate
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted
 
@@ -149,24 +154,21 @@ def test_after_backing_off_it_holds():
 )
 def test_what_cannot_be_controlled_is_refused(changes, text):
   fine = {'train.controller.kind': 'mass', 'model.attention.name': 'psa'}
-  validate(apply_overrides(tiny.config(), fine.items()))
-  bad = apply_overrides(tiny.config(), {**fine, **changes}.items())
+  apply_overrides(tiny.config(), fine.items())
   with pytest.raises(ConfigError) as error:
-    validate(bad)
+    apply_overrides(tiny.config(), {**fine, **changes}.items())
   assert text in str(error.value)
 
 
-def test_every_budgeted_mechanism_takes_a_budget():
-  import inspect
-
-  from psa_jax.attention.base import MECHANISMS
-
-  taken = {
-    name
-    for name, mechanism in MECHANISMS.items()
-    if 'budget' in inspect.signature(mechanism).parameters
-  }
-  assert taken == set(BUDGETED)
+def test_only_mechanisms_with_a_budget_take_one():
+  x = jnp.ones((1, 8, 1, 8))
+  context = AttentionContext(budget=jnp.float32(0.5))
+  for name in registry.names():
+    if not registry.get(name).takes_budget:
+      with pytest.raises(ConfigError, match=f'{name} has no budget.*psa'):
+        attend(x, x, x, config=AttentionConfig(name), context=context)
+  out = attend(x, x, x, config=AttentionConfig('psa'), context=context)
+  assert out.aux['budget'] == 0.5
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from psa_jax import config_dict, sharding
+from psa_jax import config as config_lib
+from psa_jax import sharding
 from psa_jax.config import (
   AttentionConfig,
   AugmentConfig,
@@ -26,8 +27,8 @@ from psa_jax.config import (
   RunError,
   TrainConfig,
 )
+from psa_jax.config.recipe import default_workdir, load_recipe
 from psa_jax.data.images import sets
-from psa_jax.recipe import default_workdir, load_recipe
 from psa_jax.tasks import make_task
 from psa_jax.train import export, loop, reestimate
 from psa_jax.train import stages as stages_lib
@@ -256,7 +257,10 @@ def test_what_does_not_export_says_why(tmp_path):
   with pytest.raises(ConfigError, match='at step 3 PRepBN is still 25%'):
     loop.export_checkpoint(early, tmp_path, corpus=pictures())
   rules = dataclasses.replace(early.train, controller=ControllerConfig('loss'))
-  controlled = dataclasses.replace(early, train=rules)
+  psa = dataclasses.replace(
+    early.model, kind='decoder_lm', attention=AttentionConfig('psa')
+  )
+  controlled = dataclasses.replace(early, model=psa, train=rules)
   with pytest.raises(ConfigError, match='controller sets the budget'):
     export.save(tmp_path, controlled, TrainState(3, {}, {}, (), 0))
   assert not (tmp_path / 'export').exists()
@@ -276,7 +280,7 @@ def test_a_resolved_configuration_is_a_recipe(tmp_path):
   path = tmp_path / 'config.json'
   with pytest.raises(ConfigError, match='there is no configuration'):
     load_recipe(str(path))
-  path.write_text(json.dumps(config_dict.to_dict(config())))
+  path.write_text(json.dumps(config_lib.to_dict(config())))
   assert load_recipe(str(path)) == config()
   with pytest.raises(ConfigError, match='takes no argument :quick'):
     load_recipe(f'{path}:quick')

@@ -21,7 +21,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope='module')
 def dense(source, tmp_path_factory):
   folder = tmp_path_factory.mktemp('dense')
-  config = sparse(source, '', attention=AttentionConfig())
+  config = sparse(source, '', attention=AttentionConfig('dense'))
   loop.train_and_evaluate(config, folder)
   return folder
 
@@ -56,7 +56,9 @@ def test_a_dense_run_becomes_a_sparse_one(dense, source, tmp_path, capsys):
 
 
 def test_parameters_are_taken_over_bit_for_bit(source):
-  left = tiny.Steps(sparse(source, '', attention=AttentionConfig())).init()
+  left = tiny.Steps(
+    sparse(source, '', attention=AttentionConfig('dense'))
+  ).init()
   steps = tiny.Steps(sparse(source, ''))
   saved = {
     'params': jax.tree.map(lambda x: np.asarray(x) + 1, left.params),

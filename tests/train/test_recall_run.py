@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from psa_jax import sharding
+from psa_jax.attention.context import AttentionContext
 from psa_jax.config import ConfigError
 from psa_jax.models import ModelOut
 from psa_jax.tasks import LanguageModel, Recall, load_data, make_task
@@ -46,7 +47,7 @@ def batch_of(config, mesh):
 class Constant:
   """A model whose logits are the same everywhere: token 3 is most likely."""
 
-  def __call__(self, tokens, *, step, train, mechanism, budget):
+  def __call__(self, tokens, *, context):
     shape = (*tokens.shape, 64)
     hidden = jax.numpy.zeros(shape).at[..., 3].set(2.0)
     return ModelOut(hidden, {'density': jax.numpy.float32(1)})
@@ -59,7 +60,7 @@ def test_the_loss_is_that_of_the_answers(config):
   mesh = sharding.make_mesh(config.mesh)
   task, batch = batch_of(config, mesh)
   arrays = sharding.put_batch(batch, mesh)
-  loss = task.loss(Constant(), arrays, step=0, train=True)
+  loss = task.loss(Constant(), arrays, AttentionContext(step=0, train=True))
   real = batch['weights'] == 1
   targets = batch['targets'][real]
   log_z = np.log(np.exp(2.0) + 63)

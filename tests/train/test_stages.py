@@ -6,14 +6,23 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from psa_jax.config import Config, ConfigError, RunError, TrainConfig
+from psa_jax.config import (
+  Config,
+  ConfigError,
+  OptimConfig,
+  RunError,
+  TrainConfig,
+)
 from psa_jax.train import stages as lib
 
+OPTIM = OptimConfig(warmup_steps=1)
 TRAIN = TrainConfig(steps=(3, 2), seq_len=(8, 32), batch_size=(4, 1))
 
 
 def plan(**changes):
-  return lib.plan(Config(train=dataclasses.replace(TRAIN, **changes)))
+  return lib.plan(
+    Config(optim=OPTIM, train=dataclasses.replace(TRAIN, **changes))
+  )
 
 
 def test_stages_lie_end_to_end():
@@ -25,7 +34,7 @@ def test_stages_lie_end_to_end():
 
 
 def test_the_seed_of_the_run_reaches_every_stage():
-  other = lib.plan(Config(seed=1, train=TRAIN))
+  other = lib.plan(Config(seed=1, optim=OPTIM, train=TRAIN))
   assert not {s.seed for s in plan()} & {s.seed for s in other}
   for stage in (*plan(), *other):
     assert 0 <= stage.seed < 2**32

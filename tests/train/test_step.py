@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from psa_jax.attention.context import AttentionContext
 from psa_jax.train import step as step_lib
 from tests.train import tiny
 
@@ -106,7 +107,7 @@ def test_update_is_adamw_with_clipping(steps):
 
   def mean_loss(params):
     model = steps.program.merge(params, state.model_state)
-    loss = steps.task.loss(model, batch, step=0, train=True)
+    loss = steps.task.loss(model, batch, AttentionContext(step=0, train=True))
     return loss.total / loss.weight
 
   before = tiny.host(state.params)
@@ -161,7 +162,7 @@ def test_accumulation_passes_statistics_on(steps, halves):
 
 def _statistics_after(steps, state, batch):
   model = steps.program.merge(state.params, state.model_state)
-  steps.task.loss(model, batch, step=state.step, train=True)
+  steps.task.loss(model, batch, AttentionContext(step=state.step, train=True))
   return steps.program.model_state(model)
 
 

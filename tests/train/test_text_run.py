@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
@@ -17,12 +18,11 @@ from psa_jax.config import (
   NormConfig,
   OptimConfig,
   ScheduleConfig,
-  TopkConfig,
   TrainConfig,
 )
+from psa_jax.config.recipe import load_recipe
 from psa_jax.data.examples import labelled, tagged
 from psa_jax.data.examples import pairs as pairs_lib
-from psa_jax.recipe import load_recipe
 from psa_jax.tasks import encoding, translation
 from psa_jax.train import loop
 

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 
 from psa_jax import sharding
+from psa_jax.attention.dsa import DsaConfig
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import (
   AttentionConfig,
   CheckpointConfig,
   Config,
   ControllerConfig,
   DataConfig,
-  DsaConfig,
   EvalConfig,
   MeshConfig,
   ModelConfig,
   NormConfig,
   OptimConfig,
-  PsaConfig,
   ScheduleConfig,
   SyntheticConfig,
   TrainConfig,

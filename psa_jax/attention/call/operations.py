@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from psa_jax.attention import topk as topk_lib
-from psa_jax.attention.approximate import SOFTMAX
+from psa_jax.attention.softmax import SOFTMAX
 from psa_jax.attention.topk import SparseWeights
 from psa_jax.kernels import topk as engine
 from psa_jax.kernels.topk import TopK

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from psa_jax.attention.call import kinds
+from psa_jax.attention.registry import MechanismSpec
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
@@ -52,14 +53,14 @@ def resolve(
     if implementation == 'auto':
       implementation = config.implementation
     config = getattr(config, kind.section)
-  settings = kind.settings() if config is None else config
-  if not isinstance(settings, kind.settings):
+  settings = kind.config() if config is None else config
+  if not isinstance(settings, kind.config):
     hint = ''
     if isinstance(config, numbers.Real):
       hint = f'; a setting has a name, as keep={config}'
     raise ConfigError(
       f'config is a {type(config).__name__}, but kind={kind.name!r} takes a '
-      f'{kind.settings.__name__}{hint}'
+      f'{kind.config.__name__}{hint}'
     )
   if isinstance(softmax, str):
     softmax = SoftmaxConfig(softmax)
@@ -70,7 +71,7 @@ def resolve(
   return kinds.configure(kind, settings, softmax, implementation)
 
 
-def _coerce(kind: kinds.Kind, settings: Any, key: str, value: Any) -> Any:
+def _coerce(kind: MechanismSpec, settings: Any, key: str, value: Any) -> Any:
   """`value` as the field `key` of the settings holds it."""
   fields = {field.name: field for field in dataclasses.fields(settings)}
   if key not in fields:

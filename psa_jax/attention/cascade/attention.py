@@ -33,8 +33,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention.survivors import runs, whole_row
-from psa_jax.config import AttentionConfig, CascadeConfig
+from psa_jax.attention.cascade.settings import CascadeConfig
+from psa_jax.attention.cascade.survivors import runs, whole_row
+from psa_jax.attention.context import AttentionContext
+from psa_jax.config import AttentionConfig
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.dense.columns import column_mass, self_mass
 from psa_jax.kernels.dense.few_values import few_values_attention
@@ -67,19 +69,16 @@ def cascade(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
-  """Dense attention with local value pruning; see `base.attend`.
+  """Dense attention with local value pruning; see `attend`.
 
   The aux scalars are `density`, which is 1 (every score is computed), and
   `kept_values`: the share of the visible values that is read.
   """
-  del train, learned  # one schedule for both; no parameters
-  out, _, aux = _attention(q, k, v, config, step, segment_ids, causal)
+  del learned  # of heads only, which `models/cascade.py` reads
+  out, _, aux = _attention(q, k, v, config, context)
   return AttnOut(out, aux)
 
 
@@ -89,17 +88,16 @@ def attend_and_measure(
   v: Float[Array, 'B T K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  causal: bool = True,
+  context: AttentionContext,
 ) -> tuple[AttnOut, Float[Array, 'B T']]:
   """`cascade`, and what its probabilities add to the importance of tokens.
 
   The probabilities are those before value pruning. Bidirectional attention
   computes its scores a second time for them.
   """
-  out, lse, aux = _attention(q, k, v, config, step, segment_ids, causal)
-  if causal:
+  segment_ids = context.segment_ids
+  out, lse, aux = _attention(q, k, v, config, context)
+  if context.causal:
     mass = self_mass(q, k, lse)
   else:
     mass = column_mass(
@@ -138,9 +136,10 @@ def value_keep(config: CascadeConfig, step: Scalar):
   return 1 - amount * jnp.float32(1 - config.value_keep)
 
 
-def _attention(q, k, v, config, step, segment_ids, causal):
+def _attention(q, k, v, config, context):
   """Output, log-sum-exp and aux scalars."""
-  one = jnp.float32(1)
+  one, causal = jnp.float32(1), context.causal
+  segment_ids = context.segment_ids
   where = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
   where |= dict(causal=causal, implementation=config.implementation)
   if config.cascade.value_keep == 1:
@@ -148,7 +147,7 @@ def _attention(q, k, v, config, step, segment_ids, causal):
     return out, lse, {'density': one, 'kept_values': one}
   seen = visible_keys(segment_ids, *q.shape[:2], causal=causal)
   # The small constant keeps rounding in f32 from adding a value.
-  wanted = value_keep(config.cascade, step) * seen.astype(jnp.float32)
+  wanted = value_keep(config.cascade, context.step) * seen.astype(jnp.float32)
   counts = jnp.clip(jnp.ceil(wanted - 1e-3).astype(jnp.int32), 1, seen)
   out, lse = few_values_attention(q, k, v, counts, **where)
   kept = ((seen - counts) / seen).mean()

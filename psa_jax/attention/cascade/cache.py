@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax.attention.survivors import compact
+from psa_jax.attention.cascade.survivors import compact
 from psa_jax.kernels import topk
 from psa_jax.kernels.decode import decode_attention
 

@@ -3,7 +3,7 @@
   out_t = sum over the branches c of g^c_t * Attn(q_t, K^c_t, V^c_t)   (eq. 5)
 
 * compress: every complete block of l keys that starts at a multiple of d, as
-  one key and value (`nsa_compress.py`, eq. 7);
+  one key and value (`compress.py`, eq. 7);
 * select: whole blocks of l' keys, the n most important ones by the compressed
   branch's own probabilities (eq. 8 to 12), of which the document's first and
   the query's own and the one before it are always there and count;
@@ -27,15 +27,28 @@ what it reads. Not done: bidirectional attention.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention import nsa_compress
-from psa_jax.attention.blocks import document_start, read_blocks
-from psa_jax.config import AttentionConfig, ConfigError, NsaConfig
+from psa_jax.attention.block_lists import document_start, read_blocks
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.nsa import compress as compression
+from psa_jax.config import (
+  AttentionConfig,
+  MechanismConfig,
+  ScheduleConfig,
+)
+from psa_jax.config.fields import (
+  COUNT,
+  OPTIONAL,
+  number,
+  schedule,
+)
 from psa_jax.kernels import compressed
 from psa_jax.kernels.block_scores import Ranges
 from psa_jax.kernels.block_sparse import block_sparse_attention
@@ -45,27 +58,94 @@ from psa_jax.types import AttnOut, Learned, Scalar
 WINDOW_ROWS, WINDOW_KEYS = 1024, 64
 
 
+@dataclass(frozen=True)
+class NsaConfig(MechanismConfig):
+  """Native sparse attention (MECHANISMS section 6).
+
+  Attributes:
+    compress_block: l, keys that are compressed into one.
+    stride: d, keys from the start of one compressed block to the next.
+    select_block: l', keys of a block that is selected.
+    blocks: n, selected blocks a query, forced ones included, as a schedule.
+    initial_blocks: first blocks of the document, always selected.
+    local_blocks: the query's own block and those before it, always selected.
+    window: w, tokens up to and including the query that the window reads.
+    tile: queries that share a selection in `nsa_tile`; divides `select_block`.
+      `nsa` selects for every token.
+    share_kv: one key and value for all three branches, not one each.
+    compress_dim: hidden width of the compression networks.
+    gate_dim: hidden width of the gate's network.
+    eval_blocks: n outside training; 0 means the schedule's value at the step
+      being evaluated.
+  """
+
+  compress_block: int = number(32, COUNT)
+  stride: int = number(16, COUNT)
+  select_block: int = number(64, COUNT)
+  blocks: ScheduleConfig = schedule(ScheduleConfig(init=16.0), COUNT)
+  initial_blocks: int = number(1, OPTIONAL)
+  local_blocks: int = number(2, COUNT)
+  window: int = number(512, COUNT)
+  tile: int = number(64, COUNT)
+  share_kv: bool = False
+  compress_dim: int = number(128, COUNT)
+  gate_dim: int = number(64, COUNT)
+  eval_blocks: int = number(0, OPTIONAL, runtime=True)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Blocks that are selected whatever their scores."""
+    return self.initial_blocks + self.local_blocks
+
+  def check(self, path: str) -> Iterator[str]:
+    """Block sizes divide each other, and forced blocks fit the budget."""
+    for key in ('compress_block', 'select_block'):
+      if getattr(self, key) % self.stride:
+        yield (
+          f'{path}{key} is {getattr(self, key)}, but it must be a multiple of '
+          f'{path}stride, which is {self.stride}'
+        )
+    if self.compress_block > self.select_block:
+      yield (
+        f'{path}compress_block is {self.compress_block}, but it must be at '
+        f'most {path}select_block, which is {self.select_block}'
+      )
+    if self.select_block % self.tile:
+      yield (
+        f'{path}tile is {self.tile}, but it must divide {path}select_block, '
+        f'which is {self.select_block}'
+      )
+    blocks = self.blocks
+    values = {
+      'constant': (blocks.init,),
+      'piecewise': blocks.values,
+    }.get(blocks.kind, (blocks.init, blocks.final))
+    if self.eval_blocks:
+      values = (*values, self.eval_blocks)
+    if values and min(values) < self.forced_blocks:
+      yield (
+        f'{path}blocks goes down to {min(values):g}, but initial_blocks and '
+        f'local_blocks, which count, are {self.forced_blocks} together'
+      )
+
+
 def nsa(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
   """Compressed, selected and recent keys; a selection for every token.
 
-  Args and errors as in `base.attend`; `learned` as `NsaParameters` returns
+  Args and errors as in `attend`; `learned` as `NsaParameters` returns
   it. The aux scalars are `density` (rows of keys read by all branches as a
   share of the visible ones; a query that reads as many as it sees, or more,
   counts as 1) and `selected_blocks` (the mean a query).
   """
-  budget = blocks_at(config.nsa, step, train)
-  return _attend(q, k, v, config, budget, segment_ids, causal, learned, tile=1)
+  return _attend(q, k, v, config, context, learned, tile=1)
 
 
 def nsa_tile(
@@ -74,18 +154,12 @@ def nsa_tile(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
+  context: AttentionContext,
   learned: Learned | None = None,
 ) -> AttnOut:
   """As `nsa`, but `config.nsa.tile` queries share a selection."""
-  budget = blocks_at(config.nsa, step, train)
   tile = config.nsa.tile
-  return _attend(
-    q, k, v, config, budget, segment_ids, causal, learned, tile=tile
-  )
+  return _attend(q, k, v, config, context, learned, tile=tile)
 
 
 def blocks_at(cfg: NsaConfig, step: Scalar, train: bool) -> jax.Array:
@@ -97,52 +171,20 @@ def blocks_at(cfg: NsaConfig, step: Scalar, train: bool) -> jax.Array:
 
 
 def list_width(cfg: NsaConfig, blocks: int) -> int:
-  """M: entries of a list over `blocks` key blocks (static).
-
-  Raises:
-    ConfigError: n is less than the blocks that are always selected.
-  """
+  """M: entries of a list over `blocks` key blocks (static)."""
   most = math.ceil(schedules.upper_bound(cfg.blocks) - 1e-3)
-  if most < cfg.forced_blocks:
-    raise ConfigError(
-      f'attention.nsa.blocks is at most {most}, less than the '
-      f'{cfg.forced_blocks} initial and local blocks that count'
-    )
   return min(max(most, cfg.eval_blocks), blocks)
 
 
-def check(config: AttentionConfig, causal: bool, learned: Learned | None):
-  """Refuses what NSA cannot do.
-
-  Raises:
-    ConfigError: bidirectional attention, no parameters, or block sizes that
-      do not divide.
-  """
-  cfg = config.nsa
-  if not causal:
-    raise ConfigError(
-      'attention nsa is causal; a bidirectional model takes dense'
-    )
-  if learned is None or 'gates' not in learned.heads:
-    raise ConfigError(
-      'attention nsa needs the gates and networks that its parameters make '
-      '(attention.base.PARAMETERS)'
-    )
-  if cfg.select_block % cfg.tile:
-    raise ConfigError(
-      f'attention.nsa.tile={cfg.tile} must divide select_block='
-      f'{cfg.select_block}'
-    )
-
-
-def _attend(q, k, v, config, budget, segment_ids, causal, learned, *, tile):
+def _attend(q, k, v, config, context, learned, *, tile):
   """Both mechanisms; `tile` queries share a selection."""
-  check(config, causal, learned)
+  segment_ids = context.segment_ids
+  budget = blocks_at(config.nsa, context.step, context.train)
   cfg, gates = config.nsa, learned.heads['gates']
   starts = document_starts(segment_ids)
-  raw = nsa_compress.raw_pair(k, v, learned)
+  raw = compression.raw_pair(k, v, learned)
   sizes = dict(block=cfg.compress_block, stride=cfg.stride)
-  kc, vc = nsa_compress.compress_pair(*raw, learned, **sizes)
+  kc, vc = compression.compress_pair(*raw, learned, **sizes)
   out_c, lse = compressed.compressed_attention(
     q,
     kc,

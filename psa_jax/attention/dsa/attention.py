@@ -32,6 +32,9 @@ The indexer's own cost stays O(T^2 / block_q) products, and O(T^2) in stage 1;
 nothing is of size T x T in memory. Cached decoding: `select_for_decode`.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,24 +42,86 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from psa_jax import schedules
-from psa_jax.attention.blocks import (
+from psa_jax.attention.block_lists import (
   BlockList,
+  BlockListConfig,
   Tiles,
+  check_ratio,
   read_blocks,
   retained_mass,
   share_read,
   tile_ranges,
 )
-from psa_jax.config import AttentionConfig, ConfigError, DsaConfig
+from psa_jax.attention.context import AttentionContext
+from psa_jax.config import AttentionConfig, ScheduleConfig
+from psa_jax.config.fields import (
+  COUNT,
+  OPTIONAL,
+  SHARE,
+  choice,
+  number,
+  schedule,
+)
 from psa_jax.kernels import dense as dense_lib
 from psa_jax.kernels import indexer, topk
 from psa_jax.kernels.block_scores import Ranges
 from psa_jax.kernels.indexer import Index
 from psa_jax.types import AttnOut, Learned, Scalar
 
-HEAD_AXIS = 'tensor'  # mesh axis that splits the heads inside `base.attend`
+HEAD_AXIS = 'tensor'  # mesh axis that splits the heads inside `attend`
 DENSE_TILE = 128, 512  # queries and keys of a tile of the dense divergence
 FIRST, LAST = 1e30, -1e30  # importance that no score can have
+
+
+@dataclass(frozen=True)
+class DsaConfig(BlockListConfig):
+  """A learned indexer chooses the keys (MECHANISMS section 11).
+
+  `block_q=1, block_k=1, window=1, sink_blocks=0` is the paper's choice of
+  tokens for every query; it is exact, and slow.
+
+  Attributes:
+    heads, width: J heads of the indexer, and the channels of each.
+    block_q, block_k, window, sink_blocks: as in `PsaConfig`.
+    budget: `tokens` reads `top_k(step)` keys a query, `ratio` reads
+      `keep(step)` of the causally visible blocks.
+    top_k, keep: the schedules of the two budgets.
+    pooling: a block's score: the `max` or `sum` of its tokens' scores, or their
+      `mass`, the logarithm of the sum of their exponentials.
+    warmup_steps: steps of stage 1: attention is dense and only the indexer
+      trains. Then stage 2: sparse attention, and everything trains.
+    eval_budget: budget used outside training; 0 means the schedule's.
+  """
+
+  heads: int = number(4, COUNT)
+  width: int = number(32, COUNT)
+  budget: str = choice('tokens', 'tokens', 'ratio')
+  top_k: ScheduleConfig = schedule(ScheduleConfig(init=2048.0), COUNT)
+  keep: ScheduleConfig = schedule(ScheduleConfig(), SHARE)
+  pooling: str = choice('max', 'max', 'sum', 'mass')
+  warmup_steps: int = number(0, OPTIONAL)
+  eval_budget: float = number(0.0, OPTIONAL, runtime=True)
+
+  @property
+  def frozen_steps(self) -> int:
+    """Stage 1: only the indexer trains."""
+    return self.warmup_steps
+
+  def check(self, path: str) -> Iterator[str]:
+    """The width has pairs of channels; a share is at most 1."""
+    if self.width % 2:
+      yield (
+        f'{path}width is {self.width}, but rotary positions need an even one'
+      )
+    if self.budget == 'ratio' and self.eval_budget > 1:
+      yield (
+        f'{path}eval_budget is {self.eval_budget:g}, but with budget=ratio it '
+        'must be in [0, 1]'
+      )
+
+  def check_budget(self, path: str) -> Iterator[str]:
+    """A controller sets a ratio, in place of the schedule."""
+    return check_ratio(path, self.budget, self.keep)
 
 
 def dsa(
@@ -65,27 +130,21 @@ def dsa(
   v: Float[Array, 'B S K Hv'],
   *,
   config: AttentionConfig,
-  step: Scalar,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  train: bool = True,
-  causal: bool = True,
-  learned: Learned,
-  budget: Scalar | None = None,
+  context: AttentionContext,
+  learned: Learned | None = None,
 ) -> AttnOut:
-  """Attention over what the indexer chose; see `base.attend`.
+  """Attention over what the indexer chose; see `attend`.
 
   `learned.tokens` are the fields of `Index`. The aux scalars are those of
   `psa`; `budget` is in tokens or a share of the visible blocks, as the
   configuration has it. In training there is `loss/index_kl` too, in nats a
   query.
   """
-  if not causal:
-    raise ConfigError(
-      'attention dsa is causal; a bidirectional model takes dense'
-    )
-  cfg = config.dsa
+  assert learned is not None  # the spec needs it
+  cfg, train = config.dsa, context.train
+  step, segment_ids = context.step, context.segment_ids
   index = Index(**learned.tokens)
-  budget = budget_at(cfg, step, train, budget)
+  budget = budget_at(cfg, step, train, context.budget)
 
   def sparse():
     return _sparse(q, k, v, index, config, budget, segment_ids, train)

@@ -24,9 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax.attention import nsa, nsa_compress
+from psa_jax.attention.context import AttentionContext
+from psa_jax.attention.nsa import branches
+from psa_jax.attention.nsa import compress as compression
+from psa_jax.attention.nsa.branches import NsaConfig
 from psa_jax.attention.rotary import rotate
-from psa_jax.config import AttentionConfig, NsaConfig
+from psa_jax.config import AttentionConfig
 from psa_jax.kernels import compressed
 from psa_jax.kernels.compressed import newest
 from psa_jax.kernels.decode import decode_attention
@@ -80,7 +83,7 @@ def empty(
   """
   cfg = config.nsa
   blocks = compressed.count(room, block=cfg.compress_block, stride=cfg.stride)
-  width = nsa.list_width(cfg, -(-room // cfg.select_block))
+  width = branches.list_width(cfg, -(-room // cfg.select_block))
   batch, _, kv_heads, _ = k.shape
 
   def pair(length):
@@ -129,7 +132,6 @@ def step(
     The attention output and the cache with the new tokens.
   """
   cfg = config.nsa
-  nsa.check(config, True, learned)
   if starts is None:
     starts = jnp.zeros_like(cache.lengths)
   if active is None:
@@ -150,7 +152,7 @@ def step(
     starts=starts,
     implementation=implementation,
   )
-  block_k = nsa.WINDOW_KEYS
+  block_k = branches.WINDOW_KEYS
   keys = cache.k if cache.k_window is None else cache.k_window
   values = cache.v if cache.v_window is None else cache.v_window
   ids, counts = _window_list(cfg, t, keys.shape[1], block_k, k.shape[2])
@@ -166,7 +168,7 @@ def step(
     starts=starts,
     implementation=implementation,
   )
-  return nsa.combine(learned.heads['gates'], out_c, out_s, out_w), cache
+  return branches.combine(learned.heads['gates'], out_c, out_s, out_w), cache
 
 
 def prefill(
@@ -196,11 +198,12 @@ def prefill(
     The attention output, meaningless behind the lengths, and the cache.
   """
   cfg, T = config.nsa, k.shape[1]
-  run = nsa.nsa_tile if config.name == 'nsa_tile' else nsa.nsa
-  out, _ = run(q, k, v, config=config, step=at, train=False, learned=learned)
+  run = branches.nsa_tile if config.name == 'nsa_tile' else branches.nsa
+  context = AttentionContext(step=at, train=False)
+  out, _ = run(q, k, v, config=config, context=context, learned=learned)
   cache = empty(k, v, config, room=room)
-  raw = nsa_compress.raw_pair(k, v, learned)
-  pair = nsa_compress.compress_pair(
+  raw = compression.raw_pair(k, v, learned)
+  pair = compression.compress_pair(
     *raw, learned, block=cfg.compress_block, stride=cfg.stride
   )
 
@@ -243,7 +246,7 @@ def _lists_of_last_tile(q, cache, config, at):
 def _append(cache, k, v, learned, cfg: NsaConfig, active):
   """The cache with one token more in every active row."""
   row, S = jnp.arange(len(active)), cache.k.shape[1]
-  raw = nsa_compress.raw_pair(k, v, learned)
+  raw = compression.raw_pair(k, v, learned)
   t = cache.lengths
 
   def put(whole, part, at):  # idle rows write nowhere
@@ -279,9 +282,9 @@ def _compress(cache, learned, cfg, begin, complete):
     for ring in (cache.k_ring, cache.v_ring)
   )
   sizes = dict(block=size, stride=cfg.stride)
-  k = nsa_compress.compress(k, nsa_compress.network(learned, 'k'), **sizes)
-  v = nsa_compress.compress(v, nsa_compress.network(learned, 'v'), **sizes)
-  table = nsa_compress.rotary_table(learned)
+  k = compression.compress(k, compression.network(learned, 'k'), **sizes)
+  v = compression.compress(v, compression.network(learned, 'v'), **sizes)
+  table = compression.rotary_table(learned)
   if table is not None:
     k = rotate(k, table)
   row = jnp.arange(len(begin))
@@ -299,7 +302,7 @@ def _compressed(q, cache, cfg, t, starts):
   reads lists is given one that names all which exist.
   """
   rooms, K = cache.k_compressed.shape[1], cache.k.shape[2]
-  block_k = min(nsa.WINDOW_KEYS, rooms)
+  block_k = min(branches.WINDOW_KEYS, rooms)
   seen = jnp.maximum(newest(t, cfg.compress_block, cfg.stride) + 1, 0)
   first = -(-starts // cfg.stride)
   counts = jnp.where(seen > 0, (seen - 1) // block_k + 1, 0)
@@ -324,7 +327,7 @@ def _renew_lists(q, lse, cache, config, t, starts, at, active):
   width = cache.ids.shape[-1]
 
   def renew():
-    ranges = nsa.visible_blocks(cfg, t[:, None], starts[:, None])
+    ranges = branches.visible_blocks(cfg, t[:, None], starts[:, None])
     ids = compressed.top_blocks(
       q,
       cache.k_compressed,
@@ -337,10 +340,10 @@ def _renew_lists(q, lse, cache, config, t, starts, at, active):
       blocks=-(-cache.k.shape[1] // cfg.select_block),
       width=width,
       starts=starts[:, None],
-      implementation=nsa.own_kernel(config),
+      implementation=branches.own_kernel(config),
     )[:, :, 0]
-    budget = nsa.blocks_at(cfg, at, train=False)
-    counts = nsa.count_blocks(cfg, ranges, budget, width)
+    budget = branches.blocks_at(cfg, at, train=False)
+    counts = branches.count_blocks(cfg, ranges, budget, width)
     counts = jnp.broadcast_to(counts, cache.counts.shape)
     return cache._replace(
       ids=jnp.where(begins[:, None, None], ids, cache.ids),

@@ -7,8 +7,9 @@ list is made anew in decoding, and the scalars that say what was read.
 Not done here: scores and budgets; see `psa.py` and `hybrid.py`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,82 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from psa_jax.attention.approximate import PLAIN, Softmax
+from psa_jax.attention.softmax import PLAIN, Softmax
 from psa_jax.config import (
   AttentionConfig,
   ConfigError,
-  DsaConfig,
-  HybridConfig,
-  PsaConfig,
+  MechanismConfig,
+  ScheduleConfig,
 )
+from psa_jax.config.fields import COUNT, OPTIONAL, number
 from psa_jax.kernels import block_scores
 from psa_jax.kernels.block_sparse import block_sparse_attention
 
 SAMPLES = 8  # queries whose retained mass is measured
+
+
+@dataclass(frozen=True)
+class BlockListConfig(MechanismConfig):
+  """Settings of the mechanisms with a sink and a window.
+
+  Attributes:
+    block_q: queries that share one block list (1 is per token).
+    block_k: keys per block.
+    window: tokens before each query that are always read.
+    sink_blocks: first blocks of the sequence that are always read.
+  """
+
+  block_q: int = number(128, COUNT)
+  block_k: int = number(64, COUNT)
+  window: int = number(512, COUNT)
+  sink_blocks: int = number(1, OPTIONAL)
+
+  @property
+  def forced_blocks(self) -> int:
+    """Most blocks that sink, window and own tile take, whatever the budget."""
+    own = -(-self.block_q // self.block_k)
+    window = -(-self.window // self.block_k)
+    return self.sink_blocks + own + window + 1
+
+
+@dataclass(frozen=True)
+class WideListConfig(BlockListConfig):
+  """Settings of those whose lists may be cut.
+
+  Attributes:
+    max_blocks: width M of the block list; 0 means what the schedule's
+      largest budget asks for.
+  """
+
+  max_blocks: int = number(0, OPTIONAL)
+
+  def check_run(self, path: str, run: Any) -> Iterator[str]:
+    """A list has room for what is always read."""
+    lengths = run.train.seq_len
+    blocks = max((-(-T // self.block_k) for T in lengths), default=0)
+    forced = min(self.forced_blocks, blocks)
+    if 0 < self.max_blocks < forced:
+      yield (
+        f'{path}max_blocks is {self.max_blocks}, but sink and window take up '
+        f'to {forced} blocks; raise it or use 0'
+      )
+
+
+def check_ratio(path: str, budget: str, keep: ScheduleConfig) -> Iterator[str]:
+  """What stands in the way of a controller that sets the keep ratio.
+
+  Args:
+    path: what stands in front of a setting's name, dot included.
+    budget: which budget is configured.
+    keep: its schedule, which is not read then.
+  """
+  if budget != 'ratio':
+    yield f'{path}budget is {budget}, but train.controller sets a ratio'
+  if keep != ScheduleConfig():
+    yield (
+      f'{path}keep is not read, for train.controller takes its place; leave '
+      'it at its default'
+    )
 
 
 class BlockList(NamedTuple):
@@ -93,7 +158,7 @@ class Tiles(NamedTuple):
 
 
 def tile_ranges(
-  cfg: PsaConfig | HybridConfig | DsaConfig,
+  cfg: BlockListConfig,
   tiles: Tiles,
   blocks: int,
 ) -> tuple[block_scores.Ranges, Int[Array, 'B Tb']]:
@@ -127,22 +192,24 @@ def tile_ranges(
 def summarise(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
-  cfg: PsaConfig | HybridConfig,
+  cfg: BlockListConfig,
   segment_ids: Int[Array, 'B T'] | None,
+  *,
+  bounds: bool,
 ) -> tuple[Float[Array, 'B Tb N H'], block_scores.Pooled, Tiles]:
   """What prefill chooses by: tiles' first queries, blocks, and the tiles."""
   q, k = lax.stop_gradient((q, k))
   pooled = block_scores.pool(
     k,
     block_k=cfg.block_k,
-    bounds=cfg.scoring == 'bounds',
+    bounds=bounds,
     segment_ids=segment_ids,
   )
   tiles = Tiles.of_prefill(*q.shape[:2], cfg.block_q, segment_ids)
   return q[:, :: cfg.block_q], pooled, tiles
 
 
-def width_limit(cfg: PsaConfig | HybridConfig, blocks: int, name: str) -> int:
+def width_limit(cfg: WideListConfig, blocks: int, name: str) -> int:
   """M that `max_blocks` sets, at most `blocks`; 0 where it sets none.
 
   Raises:

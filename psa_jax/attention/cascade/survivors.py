@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from psa_jax.config import CascadeConfig
+from psa_jax.attention.cascade.settings import CascadeConfig
 from psa_jax.kernels import topk
 
 UNIT = 1024  # shares are integers over this

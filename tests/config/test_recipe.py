@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from psa_jax.config import ConfigError
-from psa_jax.recipe import default_workdir, load_recipe
+from psa_jax.config.recipe import default_workdir, load_recipe
 
 GOOD = """
 from ml_collections import ConfigDict

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from psa_jax import config_dict
+from psa_jax import config as config_lib
 from psa_jax.config import Config, ConfigError, RunError
 
 CONFIG = 'config.json'
@@ -108,7 +108,7 @@ def record(
   changes = _config_changes(path, config)
   environment = describe_environment(devices)
   _append_command(path, command or sys.orig_argv, changes, environment)
-  write_json(path / CONFIG, config_dict.to_dict(config))
+  write_json(path / CONFIG, config_lib.to_dict(config))
   write_json(path / ENVIRONMENT, environment)
   write_json(path / MANIFEST, manifest)
   return resumed
@@ -134,8 +134,8 @@ def check_data(
   saved = _read_json(path / MANIFEST)
   if saved is None or allow_config_change:
     return
-  old = config_dict.flatten(saved)
-  new = config_dict.flatten(json.loads(json.dumps(manifest)))
+  old = config_lib.flatten(saved)
+  new = config_lib.flatten(json.loads(json.dumps(manifest)))
   changed = {
     key: (old.get(key), new.get(key))
     for key in sorted(old.keys() | new.keys())
@@ -223,18 +223,18 @@ def _make_writable(path: pathlib.Path) -> None:
 
 def _config_changes(
   path: pathlib.Path, config: Config
-) -> config_dict.Changes | None:
+) -> config_lib.Changes | None:
   """From the run in `path` to `config`; None where there is no run."""
   saved = _read_json(path / CONFIG)
   if saved is None:
     return None
-  return config_dict.diff(config_dict.with_task(saved), config)
+  return config_lib.diff(config_lib.with_task(saved), config)
 
 
 def _append_command(
   path: pathlib.Path,
   command: Sequence[str],
-  changes: config_dict.Changes | None,
+  changes: config_lib.Changes | None,
   environment: Mapping[str, Any],
 ) -> None:
   target = path / COMMAND

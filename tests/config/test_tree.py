@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
-from psa_jax.config import Config, ConfigError
-from psa_jax.config_dict import (
+from psa_jax.config import (
+  Config,
+  ConfigError,
   apply_overrides,
   diff,
   find_leaf,
@@ -19,14 +20,12 @@ from psa_jax.config_dict import (
   leaves,
   to_dict,
 )
+from psa_jax.config.tree import read_value
 
 
-def override(path, text):
-  """The value that `--config.path=text` gives the key."""
-  value = apply_overrides(Config(), [(path, text)])
-  for name in path.split('.'):
-    value = getattr(value, name)
-  return value
+def override(path, value):
+  """What an override of one key is read as."""
+  return read_value(path, value)
 
 
 def refusal(call, *args):

@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from psa_jax.config import Config, ConfigError
-from psa_jax.config_dict import from_config_dict, nearest, with_task
+from psa_jax.config.errors import ConfigError, nearest
+from psa_jax.config.run import Config
+from psa_jax.config.tree import from_config_dict, with_task
 
 
 def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:

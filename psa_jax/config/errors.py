@@ -1,0 +1,62 @@
+"""The two errors of psa_jax, and how a refused value is worded.
+
+Every message is one line that names the key, what is wrong with it and the way
+out. The wording is here once; who refuses only says what and where.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+# Longer words than any key: more would only make the search for the nearest
+# key slow and the message unreadable.
+_LONGEST = 200
+
+
+class ConfigError(ValueError):
+  """A request that is refused before anything runs: a key, a value, a flag.
+
+  The text is one line and the whole message; the command line exits with 2.
+  """
+
+
+class RunError(RuntimeError):
+  """A run that cannot go on for a reason outside the program.
+
+  A checkpoint that cannot be read, a full disk, a loss that is not finite. The
+  text is one line and the whole message; the command line exits with 1.
+  """
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+  """The option most like `word`; there must be one."""
+  return max(options, key=lambda option: likeness(word, option))
+
+
+def likeness(word: str, option: str) -> float:
+  """How alike two words are, from 0 to 1, whatever their case."""
+  word, option = word[:_LONGEST].lower(), option.lower()
+  return difflib.SequenceMatcher(None, word, option).ratio()
+
+
+def shown(value: Any) -> str:
+  """`repr` of a value, cut where it is longer than a line can hold."""
+  text = repr(value)
+  return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
+
+
+def unknown(path: str, value: Any, options: Iterable[str]) -> str:
+  """The message for a name that is not among `options`."""
+  options = tuple(options)
+  if not options:
+    return f'{path}: unknown {shown(value)}; there are no options'
+  hint = nearest(str(value), options)
+  return (
+    f'{path}: unknown {shown(value)}; did you mean {hint!r}? '
+    f'options: {", ".join(options)}'
+  )
+
+
+def wrong_type(path: str, expected: str, value: Any, hint: str = '') -> str:
+  """The message for a value of another type."""
+  return f'{path}: expected {expected}, got {shown(value)}{hint}'
