@@ -65,7 +65,7 @@ from psa_jax.types import AttnOut, Learned, Scalar
 
 @dataclass(frozen=True)
 class HybridConfig(WideListConfig):
-  """Sliding window and global key blocks (MECHANISMS section 5).
+  """Sliding window and global key blocks (docs/mechanisms.md#hybrid).
 
   Attributes:
     block_q: queries that share one block list (1 is per token).

@@ -63,7 +63,7 @@ from psa_jax.types import AttnOut, Learned, Scalar
 
 @dataclass(frozen=True)
 class PsaConfig(WideListConfig):
-  """Progressive sparse attention (MECHANISMS section 3).
+  """Progressive sparse attention (docs/mechanisms.md#psa).
 
   Attributes:
     block_q: queries that share one block list (1 is per token).

@@ -47,7 +47,7 @@ TAPS = 5
 
 @dataclass(frozen=True)
 class SlaConfig(MechanismConfig):
-  """Simplified linear attention (MECHANISMS section 2).
+  """Simplified linear attention (docs/mechanisms.md#sla).
 
   Attributes:
     positions: rows of the learned position bias; later tokens of a document

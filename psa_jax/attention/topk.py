@@ -55,7 +55,7 @@ from psa_jax.types import AttnOut, Learned, Scalar
 
 @dataclass(frozen=True)
 class TopkConfig(MechanismConfig):
-  """Token-level top-k, polynomial softmax (MECHANISMS section 4).
+  """Token-level top-k, polynomial softmax (docs/mechanisms.md#topk).
 
   Attributes:
     keep: schedule of the share of its visible keys that a query keeps, in

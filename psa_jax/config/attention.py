@@ -222,14 +222,14 @@ class AttentionConfig(Section):
     return MECHANISMS[self.name]
 
   @property
-  def own(self) -> Any:
+  def mechanism_config(self) -> Any:
     """The settings of the mechanism."""
     return getattr(self, self.mechanism.section)
 
   @property
   def frozen_steps(self) -> int:
     """Steps in which only the mechanism's own parameters train."""
-    return self.own.frozen_steps
+    return self.mechanism_config.frozen_steps
 
   def read_by(self, mechanism: str) -> 'AttentionConfig':
     """This attention with another mechanism, for the same weights.

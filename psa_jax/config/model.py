@@ -19,7 +19,7 @@ from psa_jax.config.fields import (
 
 @dataclass(frozen=True)
 class NormConfig(Section):
-  """Which normalisation, and how PRepBN moves (MECHANISMS section 2).
+  """Which normalisation, and how PRepBN moves (docs/mechanisms.md#prepbn).
 
   Attributes:
     kind: which normalisation every layer uses; `none` is for models whose
@@ -51,7 +51,7 @@ class NormConfig(Section):
 
 @dataclass(frozen=True)
 class QuantConfig(Section):
-  """Progressive quantisation in training (MECHANISMS section 8).
+  """Progressive quantisation in training (docs/mechanisms.md#quantisation).
 
   Attributes:
     enabled: quantise q, k and v by the schedule below.
@@ -178,7 +178,7 @@ class ModelConfig(Section):
         f'{", ".join(names(causal_only=False))}'
       )
     where = f'{path}attention.{attention.mechanism.section}.'
-    yield from attention.own.check_model(where, self)
+    yield from attention.mechanism_config.check_model(where, self)
 
   def _check_heads(self, path: str) -> Iterator[str]:
     if self.num_heads % self.num_kv_heads:

@@ -57,7 +57,7 @@ class Config(Section):
   def _check_attention(self, path: str) -> Iterator[str]:
     attention = self.model.attention
     where = f'{path}model.attention.{attention.mechanism.section}.'
-    yield from attention.own.check_run(where, self)
+    yield from attention.mechanism_config.check_run(where, self)
     controller = self.train.controller
     if controller.kind == 'none':
       return
@@ -69,7 +69,7 @@ class Config(Section):
         'kind=none'
       )
       return
-    yield from attention.own.check_budget(where)
+    yield from attention.mechanism_config.check_budget(where)
     if controller.begin < attention.frozen_steps:
       yield (
         f'{path}train.controller.begin is {controller.begin}, but attention is '

@@ -183,12 +183,12 @@ def _walk(
     if isinstance(value, Section):
       yield from _walk(value, path + '.', metadata.get('interval'))
       continue
-    own = metadata.get('interval')
+    bounds = metadata.get('interval')
     if interval is not None and name in ('init', 'final', 'values'):
-      own = interval
+      bounds = interval
     options = metadata.get('options', tuple)
     is_runtime = metadata.get('runtime', False)
-    yield Leaf(path, kind, value, tuple(options()), own, is_runtime)
+    yield Leaf(path, kind, value, tuple(options()), bounds, is_runtime)
 
 
 def _sections() -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ EXACT = 2**24  # integers up to it are exact in f32
 
 @dataclass(frozen=True)
 class OnDemandConfig(MechanismConfig):
-  """Scores from the high bits of the keys (MECHANISMS section 8, SpAtten).
+  """Scores from the high bits of the keys (docs/mechanisms.md#on_demand).
 
   Attributes:
     high_bits: bits of a key channel that are always read.

@@ -244,13 +244,13 @@ attend = jax.jit(eager, static_argnames=('config', 'train'))
 def changed(config, **changes):
   """`config` with other settings of its own mechanism."""
   section = config.mechanism.section
-  new = dataclasses.replace(config.own, **changes)
+  new = dataclasses.replace(config.mechanism_config, **changes)
   return dataclasses.replace(config, **{section: new})
 
 
 def scheduled(config, schedule):
   """`config` with every schedule of its own mechanism replaced."""
-  own = vars(config.own)
+  own = vars(config.mechanism_config)
   names = [n for n, x in own.items() if isinstance(x, ScheduleConfig)]
   if config.name == 'dsa':  # its other budget is a share
     names = ['top_k']

@@ -21,7 +21,7 @@ LONGEST = 2**21 - 1
 
 @dataclass(frozen=True)
 class CascadeConfig(MechanismConfig):
-  """Cascade pruning of tokens and heads (MECHANISMS section 7).
+  """Cascade pruning of tokens and heads (docs/mechanisms.md#cascade).
 
   Attributes:
     token_keep, head_keep: mean share of tokens and of kv heads (a query head

@@ -75,7 +75,7 @@ FIRST, LAST = 1e30, -1e30  # importance that no score can have
 
 @dataclass(frozen=True)
 class DsaConfig(BlockListConfig):
-  """A learned indexer chooses the keys (MECHANISMS section 11).
+  """A learned indexer chooses the keys (docs/mechanisms.md#dsa).
 
   `block_q=1, block_k=1, window=1, sink_blocks=0` is the paper's choice of
   tokens for every query; it is exact, and slow.

@@ -60,7 +60,7 @@ WINDOW_ROWS, WINDOW_KEYS = 1024, 64
 
 @dataclass(frozen=True)
 class NsaConfig(MechanismConfig):
-  """Native sparse attention (MECHANISMS section 6).
+  """Native sparse attention (docs/mechanisms.md#nsa).
 
   Attributes:
     compress_block: l, keys that are compressed into one.
