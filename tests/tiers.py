@@ -27,9 +27,17 @@ _last = 0.0
 
 
 def cases(values, *, quick, tier='default'):
-  """Parameters of a test: those in `quick` always, others from `tier` on."""
+  """Parameters of a test: those in `quick` always, others from `tier` on.
+
+  A tuple is one value for each of several names.
+  """
   mark = pytest.mark.tier(tier)
-  return [pytest.param(x, marks=() if x in quick else mark) for x in values]
+  return [
+    pytest.param(
+      *(x if isinstance(x, tuple) else (x,)), marks=() if x in quick else mark
+    )
+    for x in values
+  ]
 
 
 def cpu_seconds():
