@@ -11,7 +11,7 @@ test instead, or on some of a test's cases (`cases` below), where the larger of
 the two counts. What is named with `::` on the command line runs in any tier.
 
 What one module takes of the quick tier is bounded, in CPU seconds, which a busy
-machine changes least: `make test-quick` and `.ci/run` fail with a module above.
+machine changes least: `make test-quick` fails with a module above.
 """
 
 import collections
@@ -121,8 +121,7 @@ def pytest_runtest_logreport(report):
 
 
 def _too_slow(config):
-  held = config.getoption('tier') in ('quick', 'ci')
-  return over_budget(_seconds) if held else []
+  return over_budget(_seconds) if config.getoption('tier') == 'quick' else []
 
 
 def pytest_sessionfinish(session):
