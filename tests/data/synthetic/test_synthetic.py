@@ -28,7 +28,11 @@ def config(task, seq_len=(T,), *, evaluated=0, **changes):
       source=f'synthetic:{task}',
       synthetic=dataclasses.replace(SETTINGS, **changes),
     ),
-    train=TrainConfig(seq_len=seq_len),
+    train=TrainConfig(
+      steps=(100,) * len(seq_len),
+      seq_len=seq_len,
+      batch_size=(8,) * len(seq_len),
+    ),
     eval=EvalConfig(seq_len=evaluated),
   )
 

@@ -130,7 +130,7 @@ def test_damaged_corpus_is_rebuilt(tmp_path, harm):
 
 
 def test_bad_tokenizer_is_refused_before_any_work(tmp_path):
-  with pytest.raises(ConfigError, match='data.tokenizer'):
+  with pytest.raises(ConfigError, match="DataConfig.tokenizer is 'bpe:9'"):
     lib.build_corpus(DataConfig(source='files:/nowhere', tokenizer='bpe:9'))
 
 
