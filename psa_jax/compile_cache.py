@@ -9,7 +9,9 @@ import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+
+import jax
 
 FOLDER = 'PSA_JAX_CACHE_DIR'
 MAX_BYTES = 2 * 2**30
@@ -17,27 +19,30 @@ MAX_BYTES = 2 * 2**30
 MIN_SECONDS = 0.1
 
 
-def turn_on(environ: MutableMapping[str, str] = os.environ) -> str | None:
-  """Sets the variables that JAX reads when it is imported.
+def turn_on() -> None:
+  """Keeps what this process compiles from now on, as `settings` says."""
+  for name, value in settings(os.environ).items():
+    jax.config.update(name, value)
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str | int | float]:
+  """Options of JAX and their values.
 
   Args:
-    environ: of the process; JAX must not be imported yet.
-
-  Returns:
-    The folder, or None if JAX's own variable names one already.
+    environ: variables of the process. JAX reads its own ones: what they set is
+      left out, and with a folder among them nothing is set.
   """
   if 'JAX_COMPILATION_CACHE_DIR' in environ:
-    return None
-  folder = str(_folder(environ))
-  environ['JAX_COMPILATION_CACHE_DIR'] = folder
-  environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(MAX_BYTES))
-  environ.setdefault(
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', str(MIN_SECONDS)
-  )
-  return folder
+    return {}
+  values = {
+    'jax_compilation_cache_dir': str(_folder(environ)),
+    'jax_compilation_cache_max_size': MAX_BYTES,
+    'jax_persistent_cache_min_compile_time_secs': MIN_SECONDS,
+  }
+  return {n: v for n, v in values.items() if n.upper() not in environ}
 
 
-def _folder(environ: MutableMapping[str, str]) -> pathlib.Path:
+def _folder(environ: Mapping[str, str]) -> pathlib.Path:
   own, cache = environ.get(FOLDER), environ.get('XDG_CACHE_HOME')
   root = pathlib.Path(cache) if cache else pathlib.Path.home() / '.cache'
   base = pathlib.Path(own) if own else root / 'psa_jax'

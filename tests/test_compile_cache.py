@@ -13,27 +13,27 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_its_folder_is_its_own_and_bounded(tmp_path):
-  environ = {'PSA_JAX_CACHE_DIR': str(tmp_path)}
-  folder = compile_cache.turn_on(environ)
-  assert folder is not None and pathlib.Path(folder).parent == tmp_path
-  assert environ['JAX_COMPILATION_CACHE_DIR'] == folder
-  size = int(environ['JAX_COMPILATION_CACHE_MAX_SIZE'])
+  values = compile_cache.settings({'PSA_JAX_CACHE_DIR': str(tmp_path)})
+  folder = pathlib.Path(str(values['jax_compilation_cache_dir']))
+  assert folder.parent == tmp_path and folder.name.startswith('compiled-')
+  size = values['jax_compilation_cache_max_size']
   assert size == compile_cache.MAX_BYTES > 0
 
 
 @pytest.mark.parametrize('variable', ['XDG_CACHE_HOME', 'HOME'])
 def test_without_a_folder_it_is_the_users(variable, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
-  environ = {variable: str(tmp_path)}
-  folder = pathlib.Path(compile_cache.turn_on(environ) or '')
+  values = compile_cache.settings({variable: str(tmp_path)})
+  folder = pathlib.Path(str(values['jax_compilation_cache_dir']))
   base = tmp_path if variable == 'XDG_CACHE_HOME' else tmp_path / '.cache'
   assert folder.parent == base / 'psa_jax'
 
 
-def test_a_cache_that_is_set_up_stays_as_it_is(tmp_path):
-  environ = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
-  assert compile_cache.turn_on(environ) is None
-  assert environ == {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
+def test_what_jax_is_told_by_its_variables_stays_as_it_is():
+  assert not compile_cache.settings({'JAX_COMPILATION_CACHE_DIR': '/x'})
+  values = compile_cache.settings({'JAX_COMPILATION_CACHE_MAX_SIZE': '5'})
+  assert 'jax_compilation_cache_max_size' not in values
+  assert 'jax_compilation_cache_dir' in values
 
 
 def test_these_tests_never_write_to_the_users():

@@ -45,7 +45,7 @@ LATE: dict[tuple[str, str], str] = {}
 
 # Data classes and text, no arrays. Its last module reads ConfigDicts, which no
 # other may see.
-LIGHT = {'config', 'extras', 'compile_cache'}
+LIGHT = {'config', 'extras'}
 READS_CONFIG_DICTS = {'psa_jax.config.recipe'}
 # Mechanisms are functions of arrays. What is learned is a module: those of the
 # layer, and those of mechanisms that have parameters.

@@ -12,6 +12,7 @@ import pytest
 import psa_jax
 from psa_jax.attention.call import dense as dense_call
 from psa_jax.attention.psa import PsaConfig
+from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import ConfigError
 from tests import oracles
 
@@ -471,6 +472,17 @@ WRONG = {
     arrays(),
     dict(PSA, key_value_seq_lengths=np.full(B, 9, np.int32)),
     'give both',
+  ),
+  'blocks of 0': (
+    arrays(),
+    dict(PSA, block_q=0),
+    'PsaConfig.block_q is 0, but it must be at least 1',
+  ),
+  'keep above 1': (arrays(), dict(PSA, keep=1.5), 'PsaConfig.keep.init is 1.5'),
+  'settings of another': (
+    arrays(),
+    dict(PSA, config=TopkConfig()),
+    "config is a TopkConfig, but kind='psa' takes a PsaConfig",
   ),
   'two sources': (
     arrays(),

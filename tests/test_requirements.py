@@ -285,7 +285,9 @@ def test_a_missing_extra_is_one_line(name, monkeypatch):
 
 
 @pytest.mark.tier('default')
-@pytest.mark.parametrize('package', ['psa_jax.train', 'psa_jax.data'])
+@pytest.mark.parametrize(
+  'package', ['psa_jax.train', 'psa_jax.data', 'psa_jax.tasks']
+)
 def test_a_package_that_needs_an_extra_asks_for_it(package):
   program = (
     'from psa_jax import extras\n'

@@ -15,11 +15,16 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from psa_jax import extras
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
+
+try:
+  from ml_collections import ConfigDict
+except ImportError:
+  extras.require('train', 'a recipe')
+  raise
 
 
 def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
