@@ -49,7 +49,7 @@ def test_arms_differ_in_their_attention_alone(task):
     model = dataclasses.replace(
       config.model, attention=configs['dense'].model.attention, remat='none'
     )
-    return dataclasses.replace(config, name='', model=model)
+    return dataclasses.replace(config, name='any', model=model)
 
   same = {arm: rest(config) for arm, config in configs.items()}
   assert all(x == same['dense'] for x in same.values())

@@ -47,7 +47,7 @@ def test_arms_differ_in_their_norm_alone():
 
   def rest(config):
     model = dataclasses.replace(config.model, norm=norms['layernorm'])
-    return dataclasses.replace(config, name='', model=model)
+    return dataclasses.replace(config, name='any', model=model)
 
   assert len({rest(config) for config in configs.values()}) == 1
 

@@ -34,7 +34,7 @@ def test_arms_differ_in_their_model_alone(task):
   assert len({config.model for config in configs}) == len(configs)
 
   def rest(config):
-    return dataclasses.replace(config, name='', model=configs[0].model)
+    return dataclasses.replace(config, name='any', model=configs[0].model)
 
   assert len({rest(config) for config in configs}) == 1
 
