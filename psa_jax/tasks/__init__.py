@@ -4,6 +4,10 @@ Each line of imports adds a task.
 """
 
 from psa_jax import extras
+
+# First of all: the data that tasks read would ask for its own extra only.
+extras.require('tasks')
+
 from psa_jax.tasks.base import Data as Data
 from psa_jax.tasks.base import Generator as Generator
 from psa_jax.tasks.base import Loss as Loss
@@ -29,5 +33,3 @@ from psa_jax.tasks.registry import names as names
 from psa_jax.tasks.registry import register as register
 from psa_jax.tasks.tagging import Tagging as Tagging
 from psa_jax.tasks.translation import Translation as Translation
-
-extras.require('tasks')
