@@ -38,9 +38,9 @@ def turn_on(environ: MutableMapping[str, str] = os.environ) -> str | None:
 
 
 def _folder(environ: MutableMapping[str, str]) -> pathlib.Path:
-  own, cache = environ.get(FOLDER), environ.get('XDG_CACHE_HOME')
+  chosen, cache = environ.get(FOLDER), environ.get('XDG_CACHE_HOME')
   root = pathlib.Path(cache) if cache else pathlib.Path.home() / '.cache'
-  base = pathlib.Path(own) if own else root / 'psa_jax'
+  base = pathlib.Path(chosen) if chosen else root / 'psa_jax'
   return base / f'compiled-{_machine()}'
 
 
