@@ -36,10 +36,10 @@ aot $(AOT_STAMP): SIZE := 2.4 GB
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
 
-test: $(DEV_STAMP) ## run the test suite, on the CPU: 12 minutes on two cores
+test: $(DEV_STAMP) ## run the test suite, on the CPU
 	$(PYTEST) $(ARGS)
 
-test-quick: $(DEV_STAMP) ## run what one runs between two edits: 2 minutes
+test-quick: $(DEV_STAMP) ## run what one runs between two edits
 	$(PYTEST) --tier=quick $(ARGS)
 
 test-all: $(DEV_STAMP) ## run every shape and simulator, compiled as in training

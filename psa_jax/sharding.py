@@ -128,8 +128,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
   sizes = [config.data, config.fsdp, config.tensor]
   request = f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}'
   have = f'{len(devices)} device{"s" if len(devices) > 1 else ""}'
-  if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-    raise ConfigError(f'{request}: sizes are positive, at most one may be -1')
   if -1 in sizes:
     rest, over = divmod(len(devices), -math.prod(sizes))
     if over or not rest:

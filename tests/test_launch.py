@@ -90,7 +90,7 @@ def with_loop(*words, action='None'):
     ([QUICK, 'train'], "unexpected argument 'train'"),
     ([QUICK, '--config.optim.lr=1'], 'did you mean config.optim.learning_rate'),
     ([QUICK, '--config.train.loss_chunk=1.5'], "expected an int, got '1.5'"),
-    ([QUICK, '--config.optim.eps=None'], "expected a float, got 'None'"),
+    ([QUICK, '--config.optim.eps=None'], 'None is not a value'),
     ([QUICK, '--config.optim.eps'], '--config.optim.eps needs a value'),
     ([QUICK, '--noconfig.optim.eps'], '--no is for a bool'),
     ([QUICK, '--config.mesh=4'], 'config.mesh is a section'),

@@ -45,9 +45,9 @@ def test_mesh_shapes(asked, shape):
     ((-1, 3, 1), 'do not divide 8 devices'),
     ((-1, 16, 1), 'do not divide 8 devices'),
     ((4, 4, 1), 'needs 16 devices, this run has 8'),
-    ((-1, -1, 1), 'at most one may be -1'),
-    ((0, 1, 1), 'sizes are positive'),
-    ((-2, 1, 1), 'sizes are positive'),
+    ((-1, -1, 1), 'only one may be -1'),
+    ((0, 1, 1), 'must be -1 or at least 1'),
+    ((-2, 1, 1), 'must be -1 or at least 1'),
   ],
 )
 def test_impossible_meshes_are_refused(asked, message):

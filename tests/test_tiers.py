@@ -96,10 +96,3 @@ def test_a_module_that_is_too_slow_fails_the_session(workers, tmp_path):
 @pytest.mark.parametrize('seconds, slow', [(9.9, 0), (10.1, 1)])
 def test_a_module_has_ten_seconds(seconds, slow):
   assert len(tiers.over_budget({'tests/test_x.py': seconds})) == slow
-
-
-@pytest.mark.tier('default')
-def test_marked_tests_do_not_count(tmp_path):
-  marked = BUSY + "\nimport pytest\npytestmark = pytest.mark.tier('default')\n"
-  out, code = run(tmp_path, marked, '-n', '0', '--tier', 'ci')
-  assert code == 0 and 'too slow' not in out, out

@@ -11,7 +11,7 @@ test instead, or on some of a test's cases (`cases` below), where the larger of
 the two counts. What is named with `::` on the command line runs in any tier.
 
 What one module takes of the quick tier is bounded, in CPU seconds, which a busy
-machine changes least: `make test-quick` and `.ci/run` fail with a module above.
+machine changes least: `make test-quick` fails with a module above.
 """
 
 import collections
@@ -27,9 +27,17 @@ _last = 0.0
 
 
 def cases(values, *, quick, tier='default'):
-  """Parameters of a test: those in `quick` always, others from `tier` on."""
+  """Parameters of a test: those in `quick` always, others from `tier` on.
+
+  A tuple is one value for each of several names.
+  """
   mark = pytest.mark.tier(tier)
-  return [pytest.param(x, marks=() if x in quick else mark) for x in values]
+  return [
+    pytest.param(
+      *(x if isinstance(x, tuple) else (x,)), marks=() if x in quick else mark
+    )
+    for x in values
+  ]
 
 
 def cpu_seconds():
@@ -113,8 +121,7 @@ def pytest_runtest_logreport(report):
 
 
 def _too_slow(config):
-  held = config.getoption('tier') in ('quick', 'ci')
-  return over_budget(_seconds) if held else []
+  return over_budget(_seconds) if config.getoption('tier') == 'quick' else []
 
 
 def pytest_sessionfinish(session):

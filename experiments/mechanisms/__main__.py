@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
   quick=MechanismSettings(
     what=('quality',),
     tasks=('mqar',),
-    arms=('dense', 'psa'),
+    arms=('psa', 'psa_bounds'),
     seeds=1,
     changes=(('train.steps', '4,4'), ('train.batch_size', '8,8'))
     + (('optim.warmup_steps', '1'), ('eval.windows', '8'))

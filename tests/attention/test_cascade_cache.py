@@ -11,6 +11,8 @@ from psa_jax.attention.cascade import cache as cascade_cache
 from psa_jax.attention.cascade.cache import PrunedCache
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, N, K, H, HV = 2, 4, 2, 8, 6
 ROOM = 20
 STEPS = 24

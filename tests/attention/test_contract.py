@@ -6,6 +6,7 @@ restriction off.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ from psa_jax.config import (
   SoftmaxConfig,
 )
 from psa_jax.types import Learned
-from tests import oracles
+from tests import oracles, tiers
 
 B, T, N, K, H, HV = 2, 96, 4, 2, 16, 24
 
@@ -206,8 +207,20 @@ LEARNED: dict[str, Callable[..., Learned]] = {
   'nsa_tile': nsa_learned,
 }
 IMPLEMENTATIONS = ('reference', 'xla')
+# Between edits four mechanisms that choose keys in other ways; then every
+# row; and what costs a program of its own, or many, with one row a mechanism.
+QUICK = ('psa', 'topk', 'dsa', 'nsa')
+VARIANTS = (
+  *('psa per token', 'psa sas', 'psa bounds', 'topk cubic', 'hybrid per token'),
+  *('hybrid bounds', 'dsa per token', 'random', 'window'),
+)
 every = pytest.mark.parametrize('name', list(ROWS))
-both = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+some = pytest.mark.parametrize('name', tiers.cases(ROWS, quick=QUICK))
+kinds = pytest.mark.parametrize(
+  'name',
+  tiers.cases(ROWS, quick=[x for x in ROWS if x not in VARIANTS], tier='all'),
+)
+default = pytest.mark.tier('default')
 
 
 def arrays(seed=0, t=T, dtype=jnp.float32, k_heads=K, n_heads=N, h=H):
@@ -261,6 +274,7 @@ def using(config, implementation):
   return dataclasses.replace(config, implementation=implementation)
 
 
+@default
 @every
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_shapes_dtypes_and_scalars(name, dtype):
@@ -272,9 +286,16 @@ def test_shapes_dtypes_and_scalars(name, dtype):
   assert 0 < density < 0.9 if ROWS[name].sparse else density == 1
 
 
+@default
 @pytest.mark.parametrize('name', [n for n, r in ROWS.items() if r.open])
-@both
-@pytest.mark.parametrize('cut', [False, True])
+@pytest.mark.parametrize(
+  ('implementation', 'cut'),
+  tiers.cases(
+    itertools.product(IMPLEMENTATIONS, (False, True)),
+    quick=[('reference', False), ('xla', True)],
+    tier='all',
+  ),
+)
 def test_the_limit_is_dense(name, implementation, cut):
   q, k, v = arrays()
   seg = documents() if cut else None
@@ -296,7 +317,7 @@ def test_the_limit_is_dense(name, implementation, cut):
     oracles.check_close(got, grad, gradient=True)
 
 
-@every
+@some
 @pytest.mark.parametrize('t', [15, 16, 31, 50, 63])
 def test_future_tokens_change_no_bit_of_the_past(name, t):
   """A leak through a discrete choice has no gradient, so perturb."""
@@ -313,6 +334,7 @@ def test_future_tokens_change_no_bit_of_the_past(name, t):
     assert not np.array_equal(got[:, t + 1 :], want[:, t + 1 :])
 
 
+@default
 @every
 def test_gradients_of_the_future_are_exactly_zero(name):
   args, t = arrays(), 40
@@ -326,6 +348,7 @@ def test_gradients_of_the_future_are_exactly_zero(name):
   assert (np.asarray(dk)[:, : t + 1] != 0).any()
 
 
+@default
 @every
 def test_packed_documents_never_mix(name):
   """Changing one document changes no bit of the others, and all their past."""
@@ -342,6 +365,7 @@ def test_packed_documents_never_mix(name):
     assert not same[np.asarray(seg) == which].all()
 
 
+@default
 @every
 def test_a_document_does_not_see_where_it_lies_in_the_pack(name):
   """The first document alone gives what it gives in front of another."""
@@ -352,7 +376,8 @@ def test_a_document_does_not_see_where_it_lies_in_the_pack(name):
   oracles.check_close(got[:1], want[:1])
 
 
-@every
+@default
+@kinds
 def test_groups_equal_repeated_heads(name):
   """With equal queries in a group, GQA is attention over repeated heads."""
   q, k, v = arrays(n_heads=K)
@@ -362,16 +387,33 @@ def test_groups_equal_repeated_heads(name):
     oracles.check_close(many, jnp.repeat(one, g, 2))
 
 
-@every
-def test_jit_equals_eager_and_implementations_agree(name):
+@some
+def test_implementations_agree(name):
   args, config = arrays(), ROWS[name].config
   want = attend(*args, using(config, 'reference'))[0]
   oracles.check_close(attend(*args, using(config, 'xla'))[0], want)
-  oracles.check_close(eager(*args, using(config, 'xla')).out, want)
 
 
-@every
-@pytest.mark.parametrize('t', [1, 7, 17, 95])
+@default
+@kinds
+def test_jit_equals_eager(name):
+  args, config = arrays(), using(ROWS[name].config, 'xla')
+  oracles.check_close(eager(*args, config).out, attend(*args, config)[0])
+
+
+def _lengths():
+  """Of every row two lengths, 17 and another in turn; all four in `all`."""
+  lengths = (1, 7, 95)
+  for i, name in enumerate(ROWS):
+    yield from tiers.cases(
+      [(name, t) for t in (17, *lengths)],
+      quick=[(name, 17), (name, lengths[i % 3])],
+      tier='all',
+    )
+
+
+@default
+@pytest.mark.parametrize(('name', 't'), list(_lengths()))
 def test_odd_lengths(name, t):
   q, k, v = arrays(t=t)
   config = ROWS[name].config
@@ -382,7 +424,8 @@ def test_odd_lengths(name, t):
     np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], N // K, 1), 1e-6)
 
 
-@every
+@default
+@kinds
 def test_a_mesh_changes_nothing(name):
   """Rows over data, groups over tensor, inside shard_map: same numbers."""
   args, seg = arrays(), documents()
@@ -402,6 +445,7 @@ def test_a_mesh_changes_nothing(name):
   assert 'shard_map' in text
 
 
+@default
 @pytest.mark.parametrize('name', SOFTMAX)
 def test_one_compilation_for_all_steps(name):
   """A schedule that really moves: density falls, nothing is traced again."""

@@ -16,6 +16,8 @@ from psa_jax.attention.psa import (
 from psa_jax.config import AttentionConfig, ScheduleConfig
 from psa_jax.kernels import block_scores
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H = 2, 128, 4, 2, 8
 BLOCK_Q, BLOCK_K, WINDOW = 16, 8, 12
 

@@ -18,6 +18,8 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, S, N, K, H = 2, 5, 9, 4, 2, 8
 LENGTHS = np.array([9, 4])
 

@@ -21,6 +21,8 @@ from psa_jax.kernels.indexer import Index
 from psa_jax.types import Learned
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H, J, E = 2, 50, 4, 2, 8, 2, 4
 
 

@@ -18,6 +18,8 @@ from psa_jax.kernels import block_scores
 from psa_jax.kernels.decode import decode_attention
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H, HV = 2, 100, 4, 2, 8, 12
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.attention.test_contract import ROWS
 
+pytestmark = pytest.mark.tier('default')
+
 LENGTHS = 8192, 16_384
 CHILD = """
 import json, sys

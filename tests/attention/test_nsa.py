@@ -23,6 +23,8 @@ from tests import oracles
 from tests.attention import nsa_oracle
 from tests.attention.nsa_oracle import Sizes
 
+pytestmark = pytest.mark.tier('default')
+
 PAIRS = ('k_compress', 'v_compress', 'k_window', 'v_window')
 SMALL = Sizes(l=6, d=2, select=8, n=4, w=5)
 

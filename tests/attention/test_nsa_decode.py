@@ -15,6 +15,8 @@ from tests import oracles
 from tests.attention import test_nsa
 from tests.attention.nsa_oracle import Sizes
 
+pytestmark = pytest.mark.tier('default')
+
 SIZES = Sizes(l=6, d=2, select=8, n=4, w=5)
 ROOM = 40
 CASES = {

@@ -17,6 +17,8 @@ from psa_jax.attention.rotary import rotary
 from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
 from tests.attention.nsa_oracle import rotate, silu
 
+pytestmark = pytest.mark.tier('default')
+
 NSA = NsaConfig(
   compress_block=4,
   stride=2,

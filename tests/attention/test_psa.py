@@ -18,6 +18,8 @@ from psa_jax.kernels.block_scores import xla as block_scores_xla
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H = 2, 100, 4, 2, 8
 
 

@@ -15,6 +15,8 @@ from psa_jax.kernels import block_scores
 from psa_jax.kernels.decode import decode_attention
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, N, K, H, HV, ROOM = 2, 4, 2, 8, 12, 120
 
 

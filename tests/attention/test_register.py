@@ -110,6 +110,7 @@ def test_it_passes_the_contract(spec, monkeypatch):
   contract.test_one_compilation_for_all_steps('nearby')
 
 
+@pytest.mark.tier('default')
 def test_it_trains_by_its_key(spec, tmp_path):
   text = tmp_path / 'text'
   text.mkdir()

@@ -18,6 +18,8 @@ from psa_jax.models import DecoderLM
 from psa_jax.types import Learned
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H, HV, P = 2, 19, 4, 2, 6, 5, 7
 CONFIG = AttentionConfig('sla')
 

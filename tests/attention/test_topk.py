@@ -20,6 +20,8 @@ from psa_jax.config import AttentionConfig, ModelConfig, ScheduleConfig
 from psa_jax.types import Learned
 from tests import oracles
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, N, K, H, HV = 2, 40, 4, 2, 8, 12
 CUBIC = (0.3, 0.8, -0.2, 0.05)
 

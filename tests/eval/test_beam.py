@@ -9,6 +9,8 @@ import pytest
 
 from psa_jax.eval import beam
 
+pytestmark = pytest.mark.tier('default')
+
 V, T, END, BEGIN = 4, 4, 0, 0
 
 

@@ -12,6 +12,8 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ImageConfig, ModelConfig
 from psa_jax.eval import flops
 
+pytestmark = pytest.mark.tier('default')
+
 T = 64
 BASE = ModelConfig(
   num_layers=2,

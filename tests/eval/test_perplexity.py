@@ -10,6 +10,8 @@ from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import perplexity as lib
 from psa_jax.tasks import Loss
 
+pytestmark = pytest.mark.tier('default')
+
 BATCHES = [
   {'nats': 3.0, 'tokens': 2, 'bytes': 4, 'density': 0.5},
   {'nats': 5.0, 'tokens': 6, 'bytes': 6, 'density': 0.1},

@@ -10,6 +10,8 @@ from psa_jax.config import MeshConfig, RunError
 from psa_jax.eval import recall as lib
 from psa_jax.tasks import Loss
 
+pytestmark = pytest.mark.tier('default')
+
 B, Q = 6, 4
 BY = lib.buckets(seq_len=100, needles=(4, 1, 2, 2))
 

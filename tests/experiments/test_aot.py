@@ -14,6 +14,8 @@ import pytest
 from experiments.aot import cases, child, compare, measure, table
 from psa_jax.kernels import dense
 
+pytestmark = pytest.mark.tier('default')
+
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'experiments' / 'aot'
 # From libtpu 0.0.42.1; its misspelling is its own.
 UTILIZATION = """== CAPACTIY:

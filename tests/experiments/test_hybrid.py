@@ -1,10 +1,13 @@
 """The hybrid experiment counts what it says, and trains what it compares."""
 
 import numpy as np
+import pytest
 
 from experiments.bench.grid import Run
 from experiments.hybrid import __main__ as run
 from experiments.hybrid import counts
+
+pytestmark = pytest.mark.tier('default')
 
 
 def test_the_flattest_attention_reads_window_and_cap():

@@ -9,6 +9,8 @@ from experiments.bench.peers import NAMES
 from experiments.nsa import contenders as lib
 from experiments.nsa import tables
 
+pytestmark = pytest.mark.tier('default')
+
 STAMP = dict(date='today', commit='abc', jax='1', python='3', machine='two')
 
 

@@ -8,6 +8,8 @@ import pytest
 from experiments.bench import experiment, plots
 from experiments.bench.rows import ROOT
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.mark.parametrize('name', experiment.NAMES)
 def test_regenerating_a_page_changes_nothing(name, tmp_path):

@@ -1,7 +1,11 @@
 """The errors of SAS: none where nothing is cut, the cut-off where it is."""
 
+import pytest
+
 from experiments.bench import cli
 from experiments.softmax import __main__ as lib
+
+pytestmark = pytest.mark.tier('default')
 
 
 def test_the_cut_off_is_what_costs():

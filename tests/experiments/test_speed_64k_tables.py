@@ -9,6 +9,8 @@ from experiments.speed_64k import contenders as lib
 from experiments.speed_64k import measurements, plot, tables, targets
 from experiments.speed_64k.__main__ import EXPERIMENT
 
+pytestmark = pytest.mark.tier('default')
+
 LENGTHS = (2048, 4096, 32_768, 65_536)
 STAMP = dict(date='d', commit='c', jax='j', python='p', machine='m')
 

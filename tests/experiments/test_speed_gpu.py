@@ -13,6 +13,8 @@ from experiments.bench.timing import Unavailable
 from experiments.speed_gpu import __main__ as run
 from experiments.speed_gpu import contenders, plot, tables
 
+pytestmark = pytest.mark.tier('default')
+
 STAMP = dict(date='2026-01-01', commit='abc', jax='1', python='3', gpu='H100')
 
 

@@ -65,6 +65,7 @@ def append(pooled, new, lengths, starts, counts, block_k=BLOCK):
   )
 
 
+@pytest.mark.tier('default')
 @pytest.mark.parametrize('bounds', [False, True])
 @pytest.mark.parametrize('most', [1, 3, 13])
 @hypothesis.given(seed=st.integers(0, 2**31))
@@ -160,6 +161,7 @@ def make_ranges(rng, tiles):
   return Ranges(*arrays)
 
 
+@pytest.mark.tier('default')
 @every
 @pytest.mark.parametrize('bounds', [False, True])
 @pytest.mark.parametrize('tiles, at_once', [(1, 64), (7, 3), (7, 64)])

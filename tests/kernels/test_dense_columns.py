@@ -103,6 +103,7 @@ def largest(jaxpr):
   return found
 
 
+@pytest.mark.tier('default')
 def test_there_is_never_a_square_array():
   def both(q, lse, counts):
     few, _ = few_values_attention(q, q, q, counts, causal=False)

@@ -225,6 +225,7 @@ def oracles_read(args, mask):
   return np.repeat(mask.any(-1), group, 1).transpose(0, 2, 1)
 
 
+@pytest.mark.tier('default')
 @hypothesis.given(
   x=st.lists(st.floats(-40, 0, width=32), min_size=1, max_size=20)
 )

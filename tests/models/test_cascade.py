@@ -23,6 +23,8 @@ from psa_jax.models import cascade as cascade_lib
 from tests import oracles
 from tests.models import cascade_oracle
 
+pytestmark = pytest.mark.tier('default')
+
 V, T, L = 28, 24, 4
 # By hand: one of four layers keeps everything, the other three fall from 0.75
 # to 0.25; two of four keep all 4 kv heads, then 0.75 and 0.25 of them.

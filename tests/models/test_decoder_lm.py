@@ -24,6 +24,8 @@ from psa_jax.config import (
 )
 from psa_jax.types import AttnOut
 
+pytestmark = pytest.mark.tier('default')
+
 V, T = 28, 24
 PREPBN = NormConfig(kind='prepbn', decay_steps=8, scale_init=0.5, eta_init=0.5)
 DENSE = AttentionConfig('dense')

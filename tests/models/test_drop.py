@@ -13,6 +13,8 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ImageConfig, ModelConfig
 from psa_jax.models.drop import Drop, drops, leave_out
 
+pytestmark = pytest.mark.tier('default')
+
 BASE = ModelConfig(
   num_layers=3, d_model=16, num_heads=2, num_kv_heads=2, mlp_dim=24
 )

@@ -17,6 +17,8 @@ from tests import oracles
 from tests.models import cascade_oracle
 from tests.models.test_cascade import compiled
 
+pytestmark = pytest.mark.tier('default')
+
 V, T = 28, 12
 CONFIG = ModelConfig(
   kind='encoder',

@@ -18,6 +18,8 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 
+pytestmark = pytest.mark.tier('default')
+
 V, S, T, L, N, K, D, H = 23, 7, 6, 2, 4, 2, 16, 4
 SIZES = np.array([7, 4])
 RMS = NormConfig()

@@ -25,6 +25,8 @@ from psa_jax.config import (
 )
 from psa_jax.models.folding import fold
 
+pytestmark = pytest.mark.tier('default')
+
 V, T, STEP = 20, 24, 100
 
 

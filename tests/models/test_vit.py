@@ -20,6 +20,8 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 
+pytestmark = pytest.mark.tier('default')
+
 CLASSES = 5
 SMALL = ModelConfig(
   kind='vit',

@@ -12,6 +12,8 @@ from psa_jax.config import NormConfig
 from psa_jax.norm import Norm
 from psa_jax.norm.fold import ScaleShift, into_following, into_preceding
 
+pytestmark = pytest.mark.tier('default')
+
 D = 6
 
 

@@ -9,6 +9,8 @@ from psa_jax.data.images import mixing
 from psa_jax.tasks.image_classification import shift
 from psa_jax.tasks.losses import label_loss
 
+pytestmark = pytest.mark.tier('default')
+
 
 def test_shift_moves_whole_pictures():
   """Every picture is found again at one of the places, over black."""

@@ -9,6 +9,8 @@ import pytest
 
 from psa_jax.tasks.losses import answer_loss, label_loss, next_token_loss
 
+pytestmark = pytest.mark.tier('default')
+
 B, T, D, V = 3, 10, 4, 7
 
 

@@ -25,6 +25,8 @@ from psa_jax.data import sources
 from psa_jax.data.images import sets
 from psa_jax.train import loop
 
+pytestmark = pytest.mark.tier('default')
+
 EVERYTHING = AugmentConfig(
   crop='resized', flip=True, ops=2, magnitude=9.0, mixup=0.8, cutmix=1.0
 )

@@ -13,6 +13,8 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.train import step as step_lib
 from tests.train import tiny
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def steps():

@@ -14,6 +14,8 @@ from psa_jax.config import (
 from psa_jax.train import loop, metrics
 from tests.train import tiny
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):

@@ -18,6 +18,8 @@ from psa_jax.train import checkpoint as lib
 from psa_jax.train.state import TrainState
 from tests.train import tiny
 
+pytestmark = pytest.mark.tier('default')
+
 
 def state(seed, size=64):
   """Random numbers do not compress, so a flipped bit hits an array."""

@@ -176,6 +176,7 @@ def steps():
   return tiny.Steps(tiny.config_controller())
 
 
+@pytest.mark.tier('default')
 def test_in_training_density_falls_and_the_mass_stays_above_the_target(steps):
   """One program for every budget; what is logged is what was used."""
   state, found = steps.init(), []
@@ -195,6 +196,7 @@ def test_in_training_density_falls_and_the_mass_stays_above_the_target(steps):
   assert min(mass) > target - 0.15
 
 
+@pytest.mark.tier('default')
 def test_a_step_that_is_refused_teaches_nothing(steps):
   state = steps.init()
   batch = steps.batch(rows=4, seq_len=64)
@@ -207,6 +209,7 @@ def test_a_step_that_is_refused_teaches_nothing(steps):
   tiny.assert_identical(state.controller, first)
 
 
+@pytest.mark.tier('default')
 def test_evaluation_reads_what_the_controller_allows(steps):
   state = steps.init()
   batch = steps.batch(rows=4, seq_len=64)
@@ -218,6 +221,7 @@ def test_evaluation_reads_what_the_controller_allows(steps):
   assert means['budget'] == np.float32(0.2) and means['density'] < 0.7
 
 
+@pytest.mark.tier('default')
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   tmp_path_factory, capsys
 ):

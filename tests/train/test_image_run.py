@@ -36,6 +36,8 @@ from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
 from psa_jax.train.state import TrainState
 
+pytestmark = pytest.mark.tier('default')
+
 STEPS = 6
 
 

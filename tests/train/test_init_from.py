@@ -12,6 +12,8 @@ from psa_jax.train import loop, metrics
 from psa_jax.train import state as state_lib
 from tests.train import tiny
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):

@@ -18,6 +18,8 @@ from psa_jax.train.checkpoint import Checkpoints
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted, rows, saved, start
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):

@@ -8,6 +8,8 @@ from psa_jax.train import loop, metrics
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
@@ -30,6 +32,7 @@ def run(config, folder):
   return result, metrics.read_rows(folder / metrics.METRICS)
 
 
+@pytest.mark.tier('all')
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   run, config, folder, text, tmp_path, capsys
 ):

@@ -18,6 +18,8 @@ from psa_jax.train.stages import plan
 from tests.train import tiny
 from tests.train.runs import interrupted, rows
 
+pytestmark = pytest.mark.tier('default')
+
 
 @pytest.fixture(scope='module')
 def config():
@@ -118,6 +120,7 @@ def test_validation_is_the_same_for_every_seed_of_the_run(config):
   tiny.assert_identical(one, two)
 
 
+@pytest.mark.tier('ci')
 def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   whole, config, tmp_path, capsys
 ):

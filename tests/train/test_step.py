@@ -10,6 +10,8 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.train import step as step_lib
 from tests.train import tiny
 
+pytestmark = pytest.mark.tier('default')
+
 GOLDEN = {
   'loss/0': 5.570134162902832,
   'bits_per_byte/0': 8.036005020141602,

@@ -26,6 +26,8 @@ from psa_jax.data.examples import pairs as pairs_lib
 from psa_jax.tasks import encoding, translation
 from psa_jax.train import loop
 
+pytestmark = pytest.mark.tier('default')
+
 STEPS = 30
 WORDS = 'red blue sun moon sea sky'.split()
 

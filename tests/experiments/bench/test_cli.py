@@ -11,6 +11,8 @@ from experiments.bench import cli, experiment, rows, settings
 from experiments.bench.experiment import Experiment
 from experiments.bench.settings import GridSettings, Settings, option
 
+pytestmark = pytest.mark.tier('default')
+
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Settings):

@@ -13,6 +13,8 @@ from experiments.bench.rows import Book
 from experiments.bench.settings import GridSettings
 from psa_jax.config import ConfigError, from_config_dict
 
+pytestmark = pytest.mark.tier('default')
+
 
 def test_a_hash_is_of_what_is_not_default():
   plain = from_config_dict({})

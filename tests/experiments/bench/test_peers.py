@@ -8,6 +8,8 @@ import pytest
 from experiments.bench import peers
 from experiments.bench.timing import Unavailable
 
+pytestmark = pytest.mark.tier('default')
+
 FAKE = """
 import json, sys
 print(json.dumps({'version': 'fake 1', 'sizes': 'none'}), flush=True)

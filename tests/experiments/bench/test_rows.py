@@ -7,6 +7,8 @@ import pytest
 from experiments.bench import rows, timing
 from experiments.bench.rows import Book
 
+pytestmark = pytest.mark.tier('default')
+
 KEY = ('what', 'length', 'contender', 'pass')
 STAMP = {'commit': 'abc', 'date': 'today', 'machine': 'two cores'}
 

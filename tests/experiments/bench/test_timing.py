@@ -6,6 +6,8 @@ import pytest
 
 from experiments.bench import timing
 
+pytestmark = pytest.mark.tier('default')
+
 
 def test_contenders_take_turns():
   order = []
