@@ -163,12 +163,12 @@ def split_overrides(
   Raises:
     ConfigError: an unknown key, no value, or `--no` for a key that is no bool.
   """
-  left, overrides = [], []
+  words_left, overrides = [], []
   words = iter(argv)
   for word in words:
     match = _OVERRIDE.fullmatch(word)
     if not match:
-      left.append(word)
+      words_left.append(word)
       continue
     negated, path, text = match.groups()
     is_bool = config_lib.find_leaf(path).type is bool
@@ -184,7 +184,7 @@ def split_overrides(
     if text is None:
       raise ConfigError(f'--config.{path} needs a value: --config.{path}=value')
     overrides.append((path, text))
-  return left, overrides
+  return words_left, overrides
 
 
 def _help() -> str:

@@ -104,8 +104,8 @@ def nsa() -> dict:
   Expected: likewise.
   """
   blocks = SPARSE | {'init': 256.0, 'final': 12.0}
-  own = {'select_block': 32, 'window': 256, 'tile': 32, 'blocks': blocks}
-  return {'name': 'nsa', 'nsa': own | {'compress_dim': 64, 'gate_dim': 32}}
+  settings = {'select_block': 32, 'window': 256, 'tile': 32, 'blocks': blocks}
+  return {'name': 'nsa', 'nsa': settings | {'compress_dim': 64, 'gate_dim': 32}}
 
 
 def nsa_tile() -> dict:
@@ -125,8 +125,8 @@ def dsa() -> dict:
   Cost: see experiments/mechanisms/README.md.
   Expected: likewise.
   """
-  own = {'budget': 'ratio', 'keep': SPARSE | {'final': KEEP}, 'width': 16}
-  return {'name': 'dsa', 'dsa': _blocks() | own}
+  settings = {'budget': 'ratio', 'keep': SPARSE | {'final': KEEP}, 'width': 16}
+  return {'name': 'dsa', 'dsa': _blocks() | settings}
 
 
 def sla() -> dict:

@@ -145,8 +145,8 @@ def dsa() -> dict:
   Cost: see experiments/mechanisms/README.md.
   Expected: likewise.
   """
-  own = {'budget': 'ratio', 'keep': _schedule(1.0, KEEP), 'width': 16}
-  return {'name': 'dsa', 'dsa': _blocks() | own}
+  settings = {'budget': 'ratio', 'keep': _schedule(1.0, KEEP), 'width': 16}
+  return {'name': 'dsa', 'dsa': _blocks() | settings}
 
 
 def sla() -> dict:
@@ -166,8 +166,8 @@ def cascade() -> dict:
   Cost: see experiments/mechanisms/README.md.
   Expected: likewise.
   """
-  own = {'token_keep': 0.5, 'amount': _schedule(0.0, 1.0)}
-  return {'name': 'cascade', 'cascade': own}
+  settings = {'token_keep': 0.5, 'amount': _schedule(0.0, 1.0)}
+  return {'name': 'cascade', 'cascade': settings}
 
 
 def quick() -> dict:
@@ -209,8 +209,8 @@ def _blocks() -> dict:
 
 
 def _psa(scoring: str) -> dict:
-  own = {'scoring': scoring, 'keep': _schedule(1.0, KEEP)}
-  return {'name': 'psa', 'psa': _blocks() | own}
+  settings = {'scoring': scoring, 'keep': _schedule(1.0, KEEP)}
+  return {'name': 'psa', 'psa': _blocks() | settings}
 
 
 def _schedule(init: float, final: float) -> dict:

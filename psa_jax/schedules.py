@@ -225,9 +225,9 @@ def prepbn_gamma(
   since = jnp.asarray(step) - warmup_steps
   if decay_steps == 0:
     return jnp.where(since < 0, jnp.float32(1), jnp.float32(0))
-  left = jnp.clip(decay_steps - since, 0, decay_steps)
-  gamma = left.astype(jnp.float32) / jnp.float32(decay_steps)
-  return jnp.where(left == decay_steps, jnp.float32(1), gamma)
+  remaining = jnp.clip(decay_steps - since, 0, decay_steps)
+  gamma = remaining.astype(jnp.float32) / jnp.float32(decay_steps)
+  return jnp.where(remaining == decay_steps, jnp.float32(1), gamma)
 
 
 def _check_increasing(key: str, steps: Sequence[int]) -> None:

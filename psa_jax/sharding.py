@@ -126,24 +126,24 @@ def make_mesh(config: MeshConfig) -> Mesh:
   """
   devices = jax.devices()
   sizes = [config.data, config.fsdp, config.tensor]
-  asked = f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}'
+  request = f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}'
   have = f'{len(devices)} device{"s" if len(devices) > 1 else ""}'
   if -1 in sizes:
     rest, over = divmod(len(devices), -math.prod(sizes))
     if over or not rest:
-      raise ConfigError(f'{asked}: the fixed sizes do not divide {have}')
+      raise ConfigError(f'{request}: the fixed sizes do not divide {have}')
     sizes[sizes.index(-1)] = rest
   count = math.prod(sizes)
   if count > len(devices):
-    raise ConfigError(f'{asked} needs {count} devices, this run has {have}')
+    raise ConfigError(f'{request} needs {count} devices, this run has {have}')
   if count < len(devices) and jax.process_count() > 1:
     raise ConfigError(
-      f'{asked} uses {count} of {have}; with several processes use all '
+      f'{request} uses {count} of {have}; with several processes use all '
       '(set one size to -1)'
     )
   if sizes[0] * sizes[1] % jax.process_count():
     raise ConfigError(
-      f'{asked}: data x fsdp must be a multiple of the {jax.process_count()} '
+      f'{request}: data x fsdp must be a multiple of the {jax.process_count()} '
       'processes, which read the batch'
     )
   return jax.make_mesh(

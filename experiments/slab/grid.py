@@ -42,7 +42,7 @@ SAME = (
   ('log.every', '100'),
 )
 TEST = 1000  # pictures of the test split
-BATCHES = 54  # of an epoch: statistics anew are those of all pictures
+BATCHES = 54  # of an epoch: recalibration reads all pictures
 
 
 def configure(run: Run, changes: Changes = ()) -> Config:
@@ -63,27 +63,27 @@ def train(run: Run, config: Config) -> Row:
   """One run by the project's trainer, and one look at the test split."""
   try:
     with trained(config) as (result, folder):
-      test = judge(config, folder, reestimate=0)
-      anew = None
+      test = judge(config, folder, batches=0)
+      recalibrated = None
       if run.arm != 'layernorm':
-        anew = judge(config, folder, reestimate=BATCHES)
+        recalibrated = judge(config, folder, batches=BATCHES)
   except RunError as error:
     return {'diverged': str(error)}
   return {
     'test': test,
-    'test_anew': anew,
+    'test_anew': recalibrated,
     'validation': result['validation']['dense']['accuracy'],
     'train_seconds': result['train_seconds'],
     'peak_bytes': result['peak_memory_bytes'],
   }
 
 
-def judge(config: Config, folder: pathlib.Path, *, reestimate: int) -> float:
+def judge(config: Config, folder: pathlib.Path, *, batches: int) -> float:
   """Accuracy of the last checkpoint on the test split."""
   from psa_jax.train import loop
 
   evaluation = dataclasses.replace(
-    config.eval, split='test', windows=TEST, reestimate=reestimate
+    config.eval, split='test', windows=TEST, recalibrate_bn=batches
   )
   config = dataclasses.replace(config, eval=evaluation)
   result = loop.evaluate_checkpoint(config, folder)

@@ -56,7 +56,7 @@ def accuracy(rows: Sequence[Row]) -> str:
   header = (
     'norm',
     'test accuracy',
-    'with statistics anew',
+    'BN recalibrated',
     'validation accuracy',
     'diverged',
   )

@@ -50,9 +50,9 @@ class BlockListConfig(MechanismConfig):
   @property
   def forced_blocks(self) -> int:
     """Most blocks that sink, window and own tile take, whatever the budget."""
-    own = -(-self.block_q // self.block_k)
+    tile = -(-self.block_q // self.block_k)
     window = -(-self.window // self.block_k)
-    return self.sink_blocks + own + window + 1
+    return self.sink_blocks + tile + window + 1
 
 
 @dataclass(frozen=True)
@@ -344,10 +344,10 @@ def retained_mass(
     row = q[:, t].reshape(B, K, N // K, H).astype(jnp.float32) * H**-0.5
     s = jnp.einsum('bkgh,bskh->bkgs', row, k)
     s = how.softmax.scores(s, how.coefficients)
-    seen = (keys <= t)[None]
+    mask = (keys <= t)[None]
     if segment_ids is not None:
-      seen = seen & (segment_ids == segment_ids[:, t][:, None])
-    full = jax.nn.logsumexp(s, axis=-1, where=seen[:, None, None])
+      mask = mask & (segment_ids == segment_ids[:, t][:, None])
+    full = jax.nn.logsumexp(s, axis=-1, where=mask[:, None, None])
     return jnp.exp(lse[:, t].astype(jnp.float32) - full.reshape(B, N)).mean()
 
   samples = min(SAMPLES, T)

@@ -22,7 +22,7 @@ from psa_jax.config.attention import names
 from psa_jax.types import AttnOut, Learned
 
 
-class Memory(NamedTuple):
+class KeyValues(NamedTuple):
   """What is read: keys and values of one layer, and how many count."""
 
   k: Float[Array, 'B S K H']
@@ -58,20 +58,20 @@ class CrossAttention(nnx.Module):
     make = registry.get(config.attention.name).parameters
     self.mechanism = None if make is None else make(config, rngs=rngs)
 
-  def remember(
+  def project_kv(
     self,
     memory: Float[Array, 'B S D'],
     lengths: Int[Array, 'B'],
     rope: Rotary | None = None,
-  ) -> Memory:
+  ) -> KeyValues:
     """Keys, turned by their places, and values; they serve every query."""
     k = rotate(project(memory, self.wk, self.bk), rope)
-    return Memory(k, project(memory, self.wv, self.bv), lengths)
+    return KeyValues(k, project(memory, self.wv, self.bv), lengths)
 
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    memory: Memory,
+    memory: KeyValues,
     *,
     context: AttentionContext,
   ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
@@ -79,7 +79,7 @@ class CrossAttention(nnx.Module):
 
     Args:
       x: normalised residual stream.
-      memory: from `remember`.
+      memory: from `project_kv`.
       context: step, whether training, rotary table of the queries' places.
 
     Returns:
@@ -99,7 +99,7 @@ class CrossAttention(nnx.Module):
 
 def attend_cached(
   q: Float[Array, 'B T N H'],
-  memory: Memory,
+  memory: KeyValues,
   *,
   config: AttentionConfig,
   context: AttentionContext,

@@ -264,7 +264,7 @@ def _choose(cfg, q, pooled, tiles, cap):
   blocks = pooled.size.shape[1]
   ranges, cut = tile_ranges(cfg, tiles, blocks)
   width = list_width(cfg, blocks)
-  ids, found = block_scores.top_blocks(
+  ids, spread = block_scores.top_blocks(
     q,
     pooled,
     ranges,
@@ -276,18 +276,18 @@ def _choose(cfg, q, pooled, tiles, cap):
     jnp.broadcast_to(x[:, None], ids.shape[:3])
     for x in (ranges.visible(), ranges.forced(), cut)
   )
-  support, entropy = found
+  support, entropy = spread
   # The small constants keep rounding in f32 from moving a count.
   most = jnp.floor(cap * (visible + cut).astype(jnp.float32) + 1e-3)
-  asked = jnp.ceil(cfg.coefficient * support - 1e-3)
-  rule = jnp.minimum(jnp.maximum(asked, cfg.min_blocks), most)
+  demand = jnp.ceil(cfg.coefficient * support - 1e-3)
+  rule = jnp.minimum(jnp.maximum(demand, cfg.min_blocks), most)
   ruled = _share_of_the_rule(cfg, cap)
   chosen = jnp.ceil(ruled * rule + (1 - ruled) * most - 1e-3)
   counts = jnp.minimum(forced + chosen.astype(jnp.int32), visible)
   if cfg.max_blocks:
     # Blocks that a cut tile lacks take their room all the same.
     counts = jnp.minimum(counts, cfg.max_blocks - cut)
-  capped = (asked > most) & (visible - forced > most)
+  capped = (demand > most) & (visible - forced > most)
   lists = BlockList(ids, jnp.minimum(counts, width), visible)
   return lists, Spread(support, entropy, capped)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from psa_jax.attention import registry
 from psa_jax.attention.attend import attend
 from psa_jax.attention.context import AttentionContext
-from psa_jax.attention.cross import Memory, attend_cached
+from psa_jax.attention.cross import KeyValues, attend_cached
 from psa_jax.attention.projections import (
   bias_of,
   fan_in,
@@ -147,7 +147,7 @@ class SelfAttention(nnx.Module):
     lengths = jnp.full((x.shape[0],), at + 1, jnp.int32)
     out = attend_cached(
       q,
-      Memory(*cache, lengths),
+      KeyValues(*cache, lengths),
       config=self.config.attention,
       context=context,
       learned=self.learn(x, context.rope),

@@ -55,7 +55,7 @@ def project(
 
 
 def bias_of(config: ModelConfig, *shape: int) -> nnx.Param | None:
-  """A bias, 0 at first; None where the model has none."""
+  """A zero-initialised bias; None where the model has none."""
   if not config.biases:
     return None
   return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)))
@@ -104,7 +104,7 @@ def project_rows(
   rows = x.reshape(*x.shape[:2], size)
   y = jnp.matmul(rows, kernel.reshape(kernel.shape[0], size, -1))
   if bias is not None:
-    own = bias[...].astype(x.dtype)
-    count = x.shape[0] if own.ndim > len(width) else 1
-    y = y + own.reshape(count, 1, -1)
+    offset = bias[...].astype(x.dtype)
+    count = x.shape[0] if offset.ndim > len(width) else 1
+    y = y + offset.reshape(count, 1, -1)
   return y.reshape(*x.shape[:2], *width)

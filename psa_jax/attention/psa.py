@@ -321,8 +321,8 @@ def _choose(cfg, q, pooled, tiles, budget, seed=0):
   )
   if counts is None:
     # The small constant keeps rounding in f32 from adding a block.
-    wanted = jnp.ceil(budget * (visible + cut).astype(jnp.float32) - 1e-3)
-    counts = wanted.astype(jnp.int32) - cut
+    kept = jnp.ceil(budget * (visible + cut).astype(jnp.float32) - 1e-3)
+    counts = kept.astype(jnp.int32) - cut
   else:
     counts = jnp.where(jnp.asarray(budget) >= 1, visible, counts)
   counts = jnp.minimum(jnp.maximum(counts, forced), visible)
@@ -342,15 +342,15 @@ def _mass_counts(scores, order, budget):
   top = jnp.max(jnp.where(eligible, bound, -jnp.inf), -1, keepdims=True)
   top = jnp.where(jnp.isfinite(top), top, 0)
   kept = jnp.where(eligible, jnp.exp(estimate - top), 0)
-  left = jnp.where(eligible, jnp.exp(bound - top), 0)
+  rest = jnp.where(eligible, jnp.exp(bound - top), 0)
   order = order[..., None, :]
   kept = jnp.cumsum(jnp.take_along_axis(kept, order, -1), -1)
-  left = jnp.take_along_axis(left, order, -1)
+  rest = jnp.take_along_axis(rest, order, -1)
   # After n + 1 blocks: what is kept, and what the later ones may hold. The
   # suffix sums are exactly 0 after the last, so the rule always ends.
-  left = lax.cumsum(left, axis=left.ndim - 1, reverse=True)
-  left = jnp.pad(left[..., 1:], [(0, 0)] * (left.ndim - 1) + [(0, 1)])
-  short = kept * (1 - budget) < budget * left
+  rest = lax.cumsum(rest, axis=rest.ndim - 1, reverse=True)
+  rest = jnp.pad(rest[..., 1:], [(0, 0)] * (rest.ndim - 1) + [(0, 1)])
+  short = kept * (1 - budget) < budget * rest
   return 1 + short.sum(-1).max(-1)
 
 

@@ -61,7 +61,7 @@ class SlaParameters(nnx.Module):
   """Position bias and convolution of `sla`.
 
   Attributes:
-    sla_position: [P, K, H], 0 at first.
+    sla_position: [P, K, H], zero-initialised.
     sla_conv: [5, H] and sla_bias: [H], shared by all heads.
   """
 
@@ -211,13 +211,13 @@ def _convolve(v, learned, segment_ids, causal):
     shift = first + tap  # the token that this tap reads, as seen from its own
     pad = (max(-shift, 0), max(shift, 0))
 
-    def moved(a, pad=pad, shift=shift):
+    def shifted(a, pad=pad, shift=shift):
       a = jnp.pad(a, [(0, 0), pad] + [(0, 0)] * (a.ndim - 2))
       return a[:, max(shift, 0) :][:, :T]
 
-    piece = moved(x) * taps[tap][None, None, None]
+    piece = shifted(x) * taps[tap][None, None, None]
     if segment_ids is not None:
-      same = moved(segment_ids) == segment_ids
+      same = shifted(segment_ids) == segment_ids
       piece = jnp.where(same[..., None, None], piece, 0)
     out = out + piece
   return out

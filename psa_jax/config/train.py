@@ -127,8 +127,9 @@ class EvalConfig(Section):
   language model's text has no `test`. Translations are made with `beam`
   hypotheses (1 is greedy), whose log-probability is divided by length **
   `length_penalty`.
-  `reestimate` is over how many training batches `--mode=eval` and
-  `--mode=export` estimate the statistics of batch norms anew; 0 keeps them.
+  `recalibrate_bn` is over how many training batches `--mode=eval` and
+  `--mode=export` recalibrate batch norms (`train/recalibrate.py`); 0 keeps the
+  running statistics.
   """
 
   every: int = number(0, OPTIONAL, runtime=True)
@@ -136,7 +137,7 @@ class EvalConfig(Section):
   seq_len: int = number(0, OPTIONAL, runtime=True)
   dense: bool = runtime(True)
   split: str = choice('validation', 'validation', 'test', runtime=True)
-  reestimate: int = number(0, OPTIONAL, runtime=True)
+  recalibrate_bn: int = number(0, OPTIONAL, runtime=True)
   beam: int = number(4, COUNT, runtime=True)
   length_penalty: float = number(1.0, OPTIONAL, runtime=True)
 

@@ -43,6 +43,11 @@ class Leaf(NamedTuple):
   runtime: bool
 
 
+# Keys of before -> of today, in the same section. A saved configuration is read
+# by these names; a recipe or a flag with an old one is refused.
+RENAMED = {'eval.reestimate': 'eval.recalibrate_bn'}
+
+
 class Changes(NamedTuple):
   """Dotted key -> (old, new), split by whether a resumed run may change it."""
 
@@ -118,7 +123,7 @@ def diff(
 
 
 def with_task(saved: Mapping[str, Any]) -> dict[str, Any]:
-  """A saved configuration, with the task that its run had.
+  """A saved configuration by today's keys, with the task that its run had.
 
   Runs of before there was a `task` had the one that followed from their model
   and their data.
@@ -126,8 +131,9 @@ def with_task(saved: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     saved: the content of a `config.json`, or a part of it.
   """
+  saved = _renamed(saved)
   if 'task' in saved or not {'model', 'data'} <= saved.keys():
-    return dict(saved)
+    return saved
   data = saved['data']
   source, kind = data.get('source', ''), saved['model'].get('kind')
   if kind == 'vit':
@@ -142,6 +148,18 @@ def with_task(saved: Mapping[str, Any]) -> dict[str, Any]:
   else:
     task = 'language_modeling'
   return {**saved, 'task': task}
+
+
+def _renamed(saved: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A saved configuration in which keys have their names of today."""
+  values = {}
+  for key, value in saved.items():
+    path = prefix + key
+    if isinstance(value, Mapping):
+      values[key] = _renamed(value, f'{path}.')
+    else:
+      values[RENAMED.get(path, path).rpartition('.')[2]] = value
+  return values
 
 
 def leaves() -> dict[str, Leaf]:
@@ -213,6 +231,8 @@ def _sections_of(mechanisms: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _unknown_key(path: str) -> ConfigError:
+  if path in RENAMED:
+    return ConfigError(f'config.{path} is now config.{RENAMED[path]}')
   name = path.rpartition('.')[2]
 
   def score(known: str) -> tuple[bool, float]:

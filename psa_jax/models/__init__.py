@@ -39,5 +39,5 @@ def build(
     raise ConfigError(
       f'unknown model.kind {config.kind!r}; one of {", ".join(MODELS)}'
     )
-  given = {'classes': classes} if classes else {}
-  return MODELS[config.kind](config, vocab_size, **given, rngs=rngs)
+  options = {'classes': classes} if classes else {}
+  return MODELS[config.kind](config, vocab_size, **options, rngs=rngs)

@@ -155,13 +155,13 @@ class Cascade:
     heads, importance, share, alive = None, 0, survivors.UNIT, None
     if packed and not self.causal:
       alive = rows.alive
-    left, there = x, (rope, mask)
-    moved, said = [], []
+    remaining, there = x, (rope, mask)
+    statistics, scalars = [], []
     for index, size in enumerate(sizes):
       if size.share < share:
-        x = _write(x, left, rows)
+        x = _write(x, remaining, rows)
         rows = self._prune(rows, size, share, packed)
-        left, share = _take(x, rows.place), size.share
+        remaining, share = _take(x, rows.place), size.share
         # Shapes tell that no row is spare in an encoder without padding.
         alive = rows.alive if packed or self.causal else None
         there = _rope_at(rope, rows.place), _mask_at(mask, rows.place, alive)
@@ -170,10 +170,10 @@ class Cascade:
       # What is measured serves the layers behind that hold less than this one.
       measured = self.learns_heads or size[1:] != sizes[-1][1:]
       layer = functools.partial(self._layer, measured or heads is not None)
-      left, (stats, aux, found) = remat(
+      remaining, (stats, aux, gained) = remat(
         layer, self.config.remat, in_scan=False
       )(
-        left,
+        remaining,
         jax.tree.map(lambda array, i=index: array[i], (arrays, self.drops)),
         *there,
         # A causal query does not see the spare rows anyway: they come last.
@@ -181,20 +181,22 @@ class Cascade:
         alive,
         heads[0] if self.causal and heads is not None else heads,
       )
-      if found is not None:
+      if gained is not None:
         if self.cascade.importance == 'attention':
-          rows = rows._replace(score=rows.score + found.tokens)
-        importance = _add_heads(importance, found.heads, heads)
-      moved.append(stats)
+          rows = rows._replace(score=rows.score + gained.tokens)
+        importance = _add_heads(importance, gained.heads, heads)
+      statistics.append(stats)
       shares = self._shares(start, rows, size.heads / K, packed)
-      said.append(aux | shares)
-    x = left if share == survivors.UNIT else _write(x, left, rows)
-    aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *said)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved), aux
+      scalars.append(aux | shares)
+    x = remaining if share == survivors.UNIT else _write(x, remaining, rows)
+    aux = jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *scalars)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics), aux
 
-  def _layer(self, measured, x, given, rope, mask, segment_ids, alive, heads):
+  def _layer(
+    self, measured, x, arrays_and_drop, rope, mask, segment_ids, alive, heads
+  ):
     """One block: the residual stream, and everything that it says."""
-    arrays, drop = given
+    arrays, drop = arrays_and_drop
     block = nnx.merge(self.graphdef, *arrays)
     context = dataclasses.replace(
       self.context, rope=rope, segment_ids=segment_ids, mask=mask
@@ -204,16 +206,16 @@ class Cascade:
     )
     if not measured:
       # The program of dense attention, to the bit where nothing was pruned.
-      (x, aux), found = run(x), None
+      (x, aux), gained = run(x), None
     else:
-      x, aux, found = run(x, Pruning(heads, alive))
-      found = lax.stop_gradient(found)
+      x, aux, gained = run(x, Pruning(heads, alive))
+      gained = lax.stop_gradient(gained)
       if self.learns_heads:
-        found = self._learn_heads(block.attention, found, x, alive, heads)
+        gained = self._learn_heads(block.attention, gained, x, alive, heads)
     stats = nnx.as_pure(nnx.state(block, nnx.BatchStat))
-    return x, (stats if self.train else None, aux, found)
+    return x, (stats if self.train else None, aux, gained)
 
-  def _learn_heads(self, attention, found, x, alive, heads):
+  def _learn_heads(self, attention, gained, x, alive, heads):
     """Moves the running importance; what it was before is what prunes."""
     statistic = attention.mechanism.head_importance
     at = slice(None) if heads is None else heads
@@ -221,10 +223,10 @@ class Cascade:
     if self.train:
       # A mean over tokens, so that it does not depend on the batch's size.
       count = x.shape[0] * x.shape[1] if alive is None else alive.sum()
-      size = found.heads.sum(0) / jnp.maximum(count, 1)
+      size = gained.heads.sum(0) / jnp.maximum(count, 1)
       new = old + (1 - MOMENTUM) * (size - old)
       statistic[...] = statistic[...].at[at].set(new)
-    return found._replace(heads=old[None])
+    return gained._replace(heads=old[None])
 
   def _shares(self, start: Rows, rows: Rows, heads: float, packed: bool):
     """Scalars of a layer: what it reads and holds, as shares of the whole."""
@@ -247,13 +249,13 @@ class Cascade:
     alive = jnp.ones((B, T), bool)
     if segment_ids is None:
       segment = jnp.zeros((B, T), jnp.int32)
-      document, seen, length = survivors.whole_row(B, T)
+      document, token_place, length = survivors.whole_row(B, T)
     else:
       segment = segment_ids
-      document, seen, length = survivors.runs(segment)
+      document, token_place, length = survivors.runs(segment)
       if not self.causal:
         alive = segment != PADDING
-    budget = seen if self.causal else length
+    budget = token_place if self.causal else length
     score = jnp.zeros((B, T), jnp.float32)
     if self.cascade.importance == 'random':
       score = _chance(x, self.step)
@@ -322,11 +324,11 @@ def _mask_at(mask, place, alive):
   return mask if alive is None else jnp.where(alive, mask, 0)
 
 
-def _write(x, left, rows: Rows):
+def _write(x, remaining, rows: Rows):
   """Puts the rows that are left back into their places [B, T, D]."""
   B, T = x.shape[:2]
   place = jnp.where(rows.alive, rows.place, T)
-  return x.at[jnp.arange(B)[:, None], place].set(left, mode='drop')
+  return x.at[jnp.arange(B)[:, None], place].set(remaining, mode='drop')
 
 
 def _choose_heads(importance, heads, count: int):
@@ -338,9 +340,9 @@ def _choose_heads(importance, heads, count: int):
   return survivors.top_heads(importance, heads, count)
 
 
-def _add_heads(importance, found, heads):
+def _add_heads(importance, gained, heads):
   """Adds what the heads that are left [R, n] got to the sums [R, K]."""
   if heads is None:
-    return importance + found
+    return importance + gained
   rows = jnp.arange(heads.shape[0])[:, None]
-  return importance.at[rows, heads].add(found)
+  return importance.at[rows, heads].add(gained)

@@ -30,7 +30,7 @@ class Encoder(Transformer):
   """A bidirectional Transformer.
 
   Attributes:
-    head: [D, classes], 0 at first, and head_bias [classes]; None without
+    head: [D, classes], zero-initialised, and head_bias; None without
       classes.
   """
 

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from psa_jax.attention.context import AttentionContext
-from psa_jax.attention.cross import CrossAttention, Memory
+from psa_jax.attention.cross import CrossAttention, KeyValues
 from psa_jax.attention.layer import Cache
 from psa_jax.attention.projections import head_dim
 from psa_jax.attention.rotary import Rotary, rotary
@@ -65,7 +65,7 @@ class DecoderBlock(Block):
     normed = normalise(self.attention_norm, x, context)
     attended, aux = self.attention(normed, context=context)
     x = x + leave_out(drop, attended, 0, self.config)
-    cross_kv = self.cross.remember(memory, lengths, source_rope)
+    cross_kv = self.cross.project_kv(memory, lengths, source_rope)
     attended, cross_aux = self.cross(
       normalise(self.cross_norm, x, context), cross_kv, context=context
     )
@@ -77,7 +77,7 @@ class DecoderBlock(Block):
     self,
     x: Float[Array, 'B W D'],
     cache: Cache,
-    memory: Memory,
+    memory: KeyValues,
     *,
     at: Int[Array, ''],
     context: AttentionContext,
@@ -115,7 +115,7 @@ class Decoding(NamedTuple):
   """
 
   caches: Cache
-  memories: Memory
+  memories: KeyValues
 
 
 class EncoderDecoder(Output):
@@ -235,11 +235,11 @@ class EncoderDecoder(Output):
 
     rope = self._rope(jnp.arange(source.shape[1]))
 
-    def remember(arrays):
+    def project_kv(arrays):
       layer = nnx.merge(graphdef, arrays)
-      return layer.cross.remember(memory, lengths, rope)
+      return layer.cross.project_kv(memory, lengths, rope)
 
-    memories = jax.lax.map(remember, nnx.as_pure(state))
+    memories = jax.lax.map(project_kv, nnx.as_pure(state))
     L, B, _, K, H = memories.k.shape
     empty = jnp.zeros((L, B * hypotheses, length, K, H), memories.k.dtype)
     return Decoding(Cache(empty, empty), memories)

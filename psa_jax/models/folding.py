@@ -73,13 +73,13 @@ def fold(
     L = readers['wk'].shape[0]
     each = ScaleShift(*(np.broadcast_to(x, (L, *x.shape)) for x in memory))
     _following(each, readers, {'wk': 'bk', 'wv': 'bv'})
-  own = _taken(config, params, model_state, 'final_norm')
+  norm = _taken(config, params, model_state, 'final_norm')
   tied = 'head' not in params and 'unembedding' not in params
   if 'head' in params:
-    _following(own, params, {'head': 'head_bias'})
+    _following(norm, params, {'head': 'head_bias'})
   else:
     table = params['embedding' if tied else 'unembedding']
-    kernel, bias = into_following(own, table.T, params.get('unembedding_bias'))
+    kernel, bias = into_following(norm, table.T, params.get('unembedding_bias'))
     params |= {'unembedding': kernel.T, 'unembedding_bias': bias}
   config = dataclasses.replace(
     config, norm=NormConfig('none'), biases=True, tie_embeddings=False
@@ -89,13 +89,13 @@ def fold(
 
 def _fold_layers(config: ModelConfig, layers: Tree, state: Tree) -> None:
   """Folds the norms of stacked layers, in place, and adds what biases lack."""
-  own = _taken(config, layers, state, 'attention_norm')
-  _following(own, layers['attention'], {'wq': 'bq', 'wk': 'bk', 'wv': 'bv'})
-  own, mlp = _taken(config, layers, state, 'mlp_norm'), layers['mlp']
-  _following(own, mlp, {'w_gate': 'b_gate', 'w_up': 'b_up'})
+  norm = _taken(config, layers, state, 'attention_norm')
+  _following(norm, layers['attention'], {'wq': 'bq', 'wk': 'bk', 'wv': 'bv'})
+  norm, mlp = _taken(config, layers, state, 'mlp_norm'), layers['mlp']
+  _following(norm, mlp, {'w_gate': 'b_gate', 'w_up': 'b_up'})
   if 'cross' in layers:  # its keys and values read the encoder's norm
-    own = _taken(config, layers, state, 'cross_norm')
-    _following(own, layers['cross'], {'wq': 'bq'})
+    norm = _taken(config, layers, state, 'cross_norm')
+    _following(norm, layers['cross'], {'wq': 'bq'})
   if config.biases:
     return
   for name, kernel, bias in (

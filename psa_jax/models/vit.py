@@ -31,7 +31,7 @@ class ViT(Backbone):
     patches: [P, D] for the P = patch * patch * channels numbers of a patch,
       and patches_bias [D].
     places: [T, D] learned positions, row by row of the picture.
-    head: [D, classes], 0 at first, and head_bias [classes].
+    head: [D, classes], zero-initialised, and head_bias [classes].
   """
 
   causal = False

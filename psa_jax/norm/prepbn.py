@@ -35,7 +35,7 @@ What is decided here:
   before this batch, which leaks nothing and is what evaluation does too.
 
 At gamma = 0 a layer folds into the weights beside it: `fold.py`. Statistics can
-be estimated anew after training: `train/reestimate.py`.
+be recalibrated after training: `train/recalibrate.py`.
 """
 
 import jax

@@ -155,14 +155,14 @@ def _quantised(spec, run, q, k, v, segments):
   whole, q_scale = to_integers(q, spec.config.query_bits)
   keys = split(k, spec.config)
   out, row = run(whole, q_scale, keys, v, segments, spec=spec)
-  seen = whole.astype(jnp.float32) * q_scale[..., None], keys
-  return (out, _stats(spec.config, q.shape[-1], *row)), seen
+  operands = whole.astype(jnp.float32) * q_scale[..., None], keys
+  return (out, _stats(spec.config, q.shape[-1], *row)), operands
 
 
 def _forward_rule(spec, run, q, k, v, segments):
-  found, (q_seen, keys) = _quantised(spec, run, q, k, v, segments)
+  result, (q_whole, keys) = _quantised(spec, run, q, k, v, segments)
   like = jnp.zeros((), q.dtype), jnp.zeros((), k.dtype)
-  return found, (q_seen, keys, v, segments, like)
+  return result, (q_whole, keys, v, segments, like)
 
 
 def _backward_rule(spec, run, saved, grads):

@@ -86,13 +86,15 @@ class Tagging(encoding.Encoding):
 
 def most_frequent_tag(train, judged, scheme: f1.Scheme) -> float:
   """Span F1 of a dictionary of words; a new word is outside."""
-  seen: dict[str, dict[int, int]] = {}
+  labels_seen: dict[str, dict[int, int]] = {}
   for words, tags in train:
     for word, tag in zip(words, tags, strict=True):
-      counts = seen.setdefault(word, {})
+      counts = labels_seen.setdefault(word, {})
       counts[tag] = counts.get(tag, 0) + 1
   outside = int(np.flatnonzero(scheme.kind == 0)[0])
-  guess = {word: max(of, key=lambda t: of[t]) for word, of in seen.items()}
+  guess = {
+    word: max(of, key=lambda t: of[t]) for word, of in labels_seen.items()
+  }
   sentences = [judged[i] for i in range(len(judged))]
   shape = len(sentences), max(len(words) for words, _ in sentences)
   guesses, there = np.full(shape, outside), np.full(shape, outside)

@@ -187,8 +187,8 @@ class Translation:
 
       def reorder(decoding: Decoding, parents):
         flat = (jnp.arange(rows)[:, None] * width + parents).reshape(-1)
-        moved = jax.tree.map(lambda x: x[:, flat], decoding.caches)
-        return decoding._replace(caches=moved)
+        shifted = jax.tree.map(lambda x: x[:, flat], decoding.caches)
+        return decoding._replace(caches=shifted)
 
       return beam.search(
         lambda decoding, tokens, place: model.advance(

@@ -96,17 +96,17 @@ def observe(
   """
   if config.kind == 'none':
     return state
-  seen = loss
+  observed = loss
   if config.kind == 'mass':
     if retained_mass is None:
       raise ConfigError(
         'train.controller.kind=mass needs an attention that reports '
         'retained_mass; use kind=loss'
       )
-    seen = retained_mass
+    observed = retained_mass
   began = (jnp.asarray(step) >= config.begin).astype(jnp.float32)
   count = state.count + began.astype(jnp.int32)
-  total = state.total + jnp.where(began > 0, seen, 0).astype(jnp.float32)
+  total = state.total + jnp.where(began > 0, observed, 0).astype(jnp.float32)
   state = state._replace(total=total, count=count)
   due = count >= config.every
   looked = _look(config, state, total / jnp.maximum(count, 1))

@@ -56,21 +56,21 @@ class Evaluator:
       self._steps[mechanism] = program, step
     program, step = self._steps[mechanism]
     step.seconds = 0.0
-    found = self._task.evaluate(step, state, before_batch=before_batch)
+    result = self._task.evaluate(step, state, before_batch=before_batch)
     if isinstance(self._task, Generator):
-      found |= self._task.generate(program, state, before_batch=before_batch)
-    if not math.isfinite(found['loss']):
+      result |= self._task.generate(program, state, before_batch=before_batch)
+    if not math.isfinite(result['loss']):
       raise RunError(
         f'step {int(state.step)}: the validation loss with {mechanism} '
-        f'attention is {found["loss"]}'
+        f'attention is {result["loss"]}'
       )
     return {
       'mechanism': mechanism,
       'seq_len': self.seq_len,
-      **found,
-      'seconds_per_window': step.seconds / found['windows'],
+      **result,
+      'seconds_per_window': step.seconds / result['windows'],
       'flops_per_window': flops.forward(
-        self._model, self._program.abstract.params, self.seq_len, found
+        self._model, self._program.abstract.params, self.seq_len, result
       ),
     }
 

@@ -58,8 +58,8 @@ def save(
   step = int(state.step)
   arrays = jax.device_get((state.params, state.model_state))
   folded = fold(config.model, *arrays, step=step)
-  # What was estimated anew is folded in by now.
-  evaluation = dataclasses.replace(config.eval, reestimate=0)
+  # Recalibrated statistics are folded in by now.
+  evaluation = dataclasses.replace(config.eval, recalibrate_bn=0)
   config = dataclasses.replace(config, model=folded.config, eval=evaluation)
   flat = {
     f'{part}/{name}': jnp.asarray(value)
@@ -89,7 +89,7 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
   try:
     with safe_open(folder / WEIGHTS, framework='np') as f:
       step = int((f.metadata() or {})['step'])
-      found = {name: f.get_tensor(name) for name in f.keys()}
+      tensors = {name: f.get_tensor(name) for name in f.keys()}
   except (OSError, SafetensorError, KeyError, ValueError) as e:
     raise RunError(
       f'cannot read {folder / WEIGHTS}: {e}; export the model again'
@@ -98,7 +98,7 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
   def take(part):
     def one(path, like):
       name = '/'.join([part, *(entry.key for entry in path)])
-      value = found.pop(name, None)
+      value = tensors.pop(name, None)
       if value is None or value.shape != like.shape:
         had = 'none' if value is None else f'one of shape {value.shape}'
         raise ConfigError(
@@ -110,9 +110,9 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
     return jax.tree.map_with_path(one, getattr(program.abstract, part))
 
   params, model_state = (take(part) for part in _PARTS)
-  if found:
+  if tensors:
     raise ConfigError(
-      f'{folder / WEIGHTS} is of another model: it also holds {min(found)}'
+      f'{folder / WEIGHTS} is of another model: it also holds {min(tensors)}'
     )
   where = program.shardings.step
   step, fault = (jax.device_put(np.int32(x), where) for x in (step, 0))

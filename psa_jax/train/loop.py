@@ -16,7 +16,7 @@ from psa_jax import sharding, tasks
 from psa_jax.config import Config, RunError
 from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
-from psa_jax.train import export, reestimate
+from psa_jax.train import export, recalibrate
 from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
 from psa_jax.train import stages as stages_lib
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  judged = reestimate.still(config) if config.eval.reestimate else config
+  judged = recalibrate.still(config) if config.eval.recalibrate_bn else config
   task = make_task(judged, corpus or load_data(config), mesh)
   program = state_lib.make_program(
     judged, task.vocab_size, mesh, classes=task.classes
@@ -147,7 +147,7 @@ def export_checkpoint(
   sharding.initialize_distributed()
   console, folder = _open_console(0), pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  judged = reestimate.still(config) if config.eval.reestimate else config
+  judged = recalibrate.still(config) if config.eval.recalibrate_bn else config
   task = make_task(judged, corpus or load_data(config), mesh)
   program = state_lib.make_program(
     judged, task.vocab_size, mesh, classes=task.classes
@@ -164,20 +164,20 @@ def export_checkpoint(
 
 
 def _restored(config, folder, task, program, console) -> state_lib.TrainState:
-  """The newest checkpoint, its statistics anew if that is asked for."""
+  """The newest checkpoint, its batch norms recalibrated if asked for."""
   checkpoints = Checkpoints(
     folder / run_lib.CHECKPOINTS, read_only=True, say=console.say
   )
-  found = checkpoints.restore_latest(program.abstract)
-  if found is None:
+  checkpoint = checkpoints.restore_latest(program.abstract)
+  if checkpoint is None:
     raise RunError(f'there is no checkpoint in {folder}; train first')
-  count = config.eval.reestimate
+  count = config.eval.recalibrate_bn
   if not count:
-    return found.state
+    return checkpoint.state
   batches = task.train_iterator(stages_lib.plan(config)[-1])
   with contextlib.closing(batches):
-    return reestimate.reestimate(
-      config, task, program, found.state, batches, count=count
+    return recalibrate.recalibrate(
+      config, task, program, checkpoint.state, batches, count=count
     )
 
 

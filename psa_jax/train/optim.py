@@ -83,8 +83,10 @@ def freeze(attention: AttentionConfig, step: Scalar, tree: Any) -> Any:
   trains = jnp.asarray(step) >= attention.frozen_steps
 
   def one(path, x):
-    own = any(getattr(entry, 'key', None) == 'mechanism' for entry in path)
-    return x if own else jnp.where(trains, x, jnp.zeros_like(x))
+    is_mechanism = any(
+      getattr(entry, 'key', None) == 'mechanism' for entry in path
+    )
+    return x if is_mechanism else jnp.where(trains, x, jnp.zeros_like(x))
 
   return jax.tree.map_with_path(one, tree)
 

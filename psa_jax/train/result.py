@@ -75,7 +75,7 @@ def evaluation(
     'name': config.name,
     'step': step,
     'mechanism': config.model.attention.name,
-    'validation': {name: dict(found) for name, found in validation.items()},
+    'validation': {name: dict(metrics) for name, metrics in validation.items()},
     'baselines': dict(baselines),
     'quality': quality,
     'split': config.eval.split,
@@ -100,9 +100,9 @@ def load_complete(
     result = json.loads((folder / RESULT).read_text('utf-8'))
   except (FileNotFoundError, ValueError):
     return None
-  asked = json.loads(json.dumps(config_lib.to_dict(config)))
+  wanted_config = json.loads(json.dumps(config_lib.to_dict(config)))
   saved = config_lib.with_task(result.get('config', {}))
-  return result if saved == asked else None
+  return result if saved == wanted_config else None
 
 
 def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
@@ -135,10 +135,10 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
   return [
     *_quality(result),
     *(
-      (f'{label}, {name}', form(found[metric]))
-      for name, found in result['validation'].items()
+      (f'{label}, {name}', form(scores[metric]))
+      for name, scores in result['validation'].items()
       for metric, label, form in _COSTS
-      if metric in found
+      if metric in scores
     ),
     _memory(result),
   ]
@@ -149,8 +149,8 @@ def peak_memory() -> tuple[int, str]:
 
   Several devices: the fullest one.
   """
-  found = [device.memory_stats() or {} for device in jax.local_devices()]
-  peaks = [stats['peak_bytes_in_use'] for stats in found if stats]
+  memory = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [stats['peak_bytes_in_use'] for stats in memory if stats]
   if peaks:
     return max(peaks), 'fullest device'
   unit = 1 if sys.platform == 'darwin' else 1024
@@ -160,18 +160,18 @@ def peak_memory() -> tuple[int, str]:
 
 def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """How good the model is, its dense reading and the baselines are."""
-  found = result['validation'][result['mechanism']]
-  context = f'{found["windows"]} windows of {found["seq_len"]:,} tokens'
+  scores = result['validation'][result['mechanism']]
+  context = f'{scores["windows"]} windows of {scores["seq_len"]:,} tokens'
   rows = [(result['split'], context)]
-  for name, found in result['validation'].items():
+  for name, scores in result['validation'].items():
     for metric, (label, form, *_) in tasks.metrics().items():
-      if metric in found:
-        rows.append((f'{label}, {name} attention', f'{found[metric]:{form}}'))
-    if 'bleu_signature' in found:
-      rows.append(('sacrebleu', found['bleu_signature']))
+      if metric in scores:
+        rows.append((f'{label}, {name} attention', f'{scores[metric]:{form}}'))
+    if 'bleu_signature' in scores:
+      rows.append(('sacrebleu', scores['bleu_signature']))
     for metric, label in _SHARES.items():
-      if metric in found:
-        rows.append((f'{label}, {name} attention', f'{found[metric]:.1%}'))
+      if metric in scores:
+        rows.append((f'{label}, {name} attention', f'{scores[metric]:.1%}'))
   label, form, *_ = tasks.metrics()[result['quality']]
   suffix = ', all validation text' if label == 'bits per byte' else ''
   for name, value in result['baselines'].items():
@@ -218,30 +218,32 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
-  own = [
+  stage_rows = [
     row
     for row in rows
     if row['kind'] == 'train' and row['stage'] == stage.index
   ]
-  compiled = [r['compile_seconds'] for r in own if 'compile_seconds' in r]
+  compiled = [
+    r['compile_seconds'] for r in stage_rows if 'compile_seconds' in r
+  ]
   return {
     'seq_len': stage.seq_len,
     'batch_size': stage.batch_size,
     'steps': stage.end - stage.begin,
     'compile_seconds': compiled[0] if compiled else None,
-    'start': _edge(own[:_ROWS], 0),
-    'end': _edge(own[-_ROWS:], -1),
+    'start': _edge(stage_rows[:_ROWS], 0),
+    'end': _edge(stage_rows[-_ROWS:], -1),
   }
 
 
 def _edge(rows, index: int) -> dict[str, float]:
   """One end of a stage: schedules as they are, noisy numbers as medians."""
-  found = {}
+  edge = {}
   for name in ('loss', *tasks.metrics(), 'seconds_per_step'):
     values = [row[name] for row in rows if row.get(name) is not None]
     if values:
-      found[name] = statistics.median(values)
+      edge[name] = statistics.median(values)
   for name in ('density', 'gamma'):
     if rows and rows[index].get(name) is not None:
-      found[name] = rows[index][name]
-  return found
+      edge[name] = rows[index][name]
+  return edge

@@ -64,7 +64,7 @@ def make_train_step(config: Config, task: Task, program: Program):
     )
     rate = rate_at(state.step)
 
-    def moved() -> TrainState:
+    def updated() -> TrainState:
       directions, opt_state = program.optimizer.update(
         grads, state.opt_state, state.params
       )
@@ -87,12 +87,12 @@ def make_train_step(config: Config, task: Task, program: Program):
       'learning_rate': rate,
       **loss.means,
     }
-    # `moved` is computed twice. Once only to be checked, which XLA does
+    # `updated` is computed twice. Once only to be checked, which XLA does
     # without storing it, and then in place: choosing between two finished
     # states would keep both in memory.
-    found = _fault(metrics, moved().params, model_state)
-    fault = jnp.where(state.fault > 0, state.fault, found)
-    kept = jax.lax.cond(fault == 0, moved, lambda: state)
+    new_fault = _fault(metrics, updated().params, model_state)
+    fault = jnp.where(state.fault > 0, state.fault, new_fault)
+    kept = jax.lax.cond(fault == 0, updated, lambda: state)
     return kept._replace(fault=fault), {**metrics, 'fault': fault}
 
   whole = sharding.replicated(program.mesh)
@@ -187,8 +187,8 @@ def _fault(metrics: Any, params: Any, model_state: Any) -> jax.Array:
     _all_finite(model_state),
   ]
   failed = ~jnp.stack(finite)
-  found = jnp.where(jnp.any(failed), jnp.argmax(failed) + 1, 0)
-  return found.astype(jnp.int32)
+  fault = jnp.where(jnp.any(failed), jnp.argmax(failed) + 1, 0)
+  return fault.astype(jnp.int32)
 
 
 def _all_finite(tree) -> jax.Array:
@@ -202,8 +202,8 @@ def _all_finite(tree) -> jax.Array:
 
 def _move(rate, param, direction):
   """One step against the direction, in f32; keeps the parameter's dtype."""
-  moved = param.astype(jnp.float32) - rate * direction.astype(jnp.float32)
-  return moved.astype(param.dtype)
+  updated = param.astype(jnp.float32) - rate * direction.astype(jnp.float32)
+  return updated.astype(param.dtype)
 
 
 def _to_f32(tree):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from psa_jax.attention.context import AttentionContext
-from psa_jax.attention.cross import CrossAttention, Memory, attend_cached
+from psa_jax.attention.cross import CrossAttention, KeyValues, attend_cached
 from psa_jax.attention.topk import TopkConfig
 from psa_jax.config import (
   AttentionConfig,
@@ -57,7 +57,7 @@ def attention(name, keep=1.0):
 )
 def test_reads_the_keys_that_count(name, keep):
   q, k, v = arrays()
-  memory = Memory(k, v, jnp.asarray(LENGTHS))
+  memory = KeyValues(k, v, jnp.asarray(LENGTHS))
   found = attend_cached(
     jnp.asarray(q),
     jax.tree.map(jnp.asarray, memory),
@@ -78,7 +78,7 @@ def test_padding_moves_nothing_and_gets_no_gradient(name):
     lengths = jnp.full((B,), 4, jnp.int32)
     return attend_cached(
       q,
-      Memory(k, v, lengths),
+      KeyValues(k, v, lengths),
       config=attention(name, 0.5),
       context=AttentionContext(step=0, train=True),
     ).out
@@ -95,7 +95,7 @@ def test_other_mechanisms_are_refused():
   ):
     attend_cached(
       q,
-      Memory(k, v, jnp.asarray(LENGTHS)),
+      KeyValues(k, v, jnp.asarray(LENGTHS)),
       config=attention('psa'),
       context=AttentionContext(step=0, train=True),
     )
@@ -116,7 +116,7 @@ def test_the_layer_is_projections_around_it():
     bias = getattr(layer, name)
     bias[...] = jnp.asarray(rng.normal(size=bias.shape), jnp.float32)
   x, memory = (rng.normal(size=(B, n, 16)).astype(np.float32) for n in (T, S))
-  kept = layer.remember(jnp.asarray(memory), jnp.asarray(LENGTHS))
+  kept = layer.project_kv(jnp.asarray(memory), jnp.asarray(LENGTHS))
   out, _ = layer(
     jnp.asarray(x), kept, context=AttentionContext(step=0, train=True)
   )

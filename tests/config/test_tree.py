@@ -19,8 +19,9 @@ from psa_jax.config import (
   from_config_dict,
   leaves,
   to_dict,
+  with_task,
 )
-from psa_jax.config.tree import read_value
+from psa_jax.config.tree import RENAMED, read_value
 
 
 def override(path, value):
@@ -91,6 +92,24 @@ def test_an_override_in_an_unknown_section():
 def test_an_unknown_key_lists_its_section():
   message = refusal(from_config_dict, {'mesh': {'rows': 2}})
   assert message.endswith('config.mesh has: data, fsdp, tensor')
+
+
+@pytest.mark.parametrize('old, new', RENAMED.items())
+def test_a_key_of_before_is_refused_by_its_new_name(old, new):
+  assert new in leaves() and old not in leaves()
+  section, name = old.split('.')
+  for message in (
+    refusal(from_config_dict, {section: {name: 3}}),
+    refusal(apply_overrides, Config(), [(old, '3')]),
+  ):
+    assert message == f'config.{old} is now config.{new}'
+
+
+def test_a_saved_configuration_is_read_by_the_new_names():
+  saved = to_dict(Config())
+  saved['eval']['reestimate'] = saved['eval'].pop('recalibrate_bn')
+  changes = diff(with_task(saved), Config())
+  assert not changes.runtime and not changes.other
 
 
 def test_a_section_takes_no_value_and_a_key_no_section():

@@ -64,7 +64,7 @@ def test_a_run_looks_at_the_test_split_once_it_has_ended(arm, monkeypatch):
   seen, whole = [], loop.evaluate_checkpoint
 
   def watched(config, folder, **settings):
-    seen.append((config.eval.split, config.eval.reestimate))
+    seen.append((config.eval.split, config.eval.recalibrate_bn))
     assert (folder / 'result.json').exists()
     return whole(config, folder, **settings)
 

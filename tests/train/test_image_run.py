@@ -30,7 +30,7 @@ from psa_jax.config import (
 from psa_jax.config.recipe import default_workdir, load_recipe
 from psa_jax.data.images import sets
 from psa_jax.tasks import make_task
-from psa_jax.train import export, loop, reestimate
+from psa_jax.train import export, loop, recalibrate
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
 from psa_jax.train.checkpoint import Checkpoints
@@ -149,7 +149,7 @@ def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
     assert found is not None
     stage = stages_lib.plan(still)[-1]
     batches = task.train_iterator(stage)
-    got = reestimate.reestimate(
+    got = recalibrate.recalibrate(
       still, task, program, found.state, batches, count=4
     )
     again = task.train_iterator(stage)
@@ -172,9 +172,9 @@ def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
     assert jax.tree.all(same)
 
 
-def test_statistics_anew_in_evaluation_and_export(tmp_path):
+def test_recalibration_in_evaluation_and_export(tmp_path):
   run(tmp_path)
-  new = config(eval=EvalConfig(windows=12, reestimate=3))
+  new = config(eval=EvalConfig(windows=12, recalibrate_bn=3))
   found = loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
   target = loop.export_checkpoint(new, tmp_path, corpus=pictures())
   cfg = load_recipe(str(target / 'config.json'))
@@ -189,13 +189,13 @@ def test_statistics_anew_in_evaluation_and_export(tmp_path):
   assert abs(new - old) > 1e-4
 
 
-def test_statistics_anew_are_without_what_training_leaves_out(tmp_path):
+def test_recalibration_is_without_what_training_leaves_out(tmp_path):
   model = dataclasses.replace(config().model, dropout=0.5, drop_path=0.5)
   mixing = AugmentConfig(mixup=0.8, cutmix=1.0)
   data = dataclasses.replace(config().data, augment=mixing)
   cfg = config(model=model, data=data)
   run(tmp_path, cfg)
-  new = EvalConfig(windows=12, reestimate=3)
+  new = EvalConfig(windows=12, recalibrate_bn=3)
   plain = config(eval=new)
   found, want = (
     loop.evaluate_checkpoint(
@@ -209,16 +209,16 @@ def test_statistics_anew_are_without_what_training_leaves_out(tmp_path):
   assert abs(found - old['validation']['dense']['loss']) > 1e-4
 
 
-def test_hidden_tokens_are_seen_by_statistics_anew():
+def test_word_dropout_is_off_in_recalibration():
   cfg = config(data=DataConfig(source='verse_genre', word_dropout=0.3))
-  assert reestimate.still(cfg).data.word_dropout == 0
+  assert recalibrate.still(cfg).data.word_dropout == 0
 
 
 def test_without_statistics_there_is_nothing_to_estimate(tmp_path):
   model = dataclasses.replace(config().model, norm=NormConfig('layernorm'))
   cfg = config(model=model)
   run(tmp_path, cfg)
-  new = dataclasses.replace(cfg, eval=EvalConfig(windows=12, reestimate=3))
+  new = dataclasses.replace(cfg, eval=EvalConfig(windows=12, recalibrate_bn=3))
   with pytest.raises(ConfigError, match='nothing to estimate.*set it to 0'):
     loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
 

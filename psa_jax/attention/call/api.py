@@ -146,14 +146,14 @@ def _masks(arrays: Arrays, bias, mask, queries, keys) -> dict[str, Any]:
       continue
     array = jnp.asarray(array)
     array = array[(None,) * max(0, 4 - array.ndim)]
-    wanted = (*arrays.shape[:1], arrays.shape[2], arrays.shape[1])
-    wanted = (*wanted, arrays.key.shape[1])
+    shape = (*arrays.shape[:1], arrays.shape[2], arrays.shape[1])
+    shape = (*shape, arrays.key.shape[1])
     fits = array.ndim == 4 and all(
-      size in (1, want) for size, want in zip(array.shape, wanted, strict=True)
+      size in (1, want) for size, want in zip(array.shape, shape, strict=True)
     )
     if not fits:
       raise ValueError(
-        f'{name} {array.shape} does not broadcast to [B, N, T, S] = {wanted}'
+        f'{name} {array.shape} does not broadcast to [B, N, T, S] = {shape}'
       )
     masks[name] = array
   if mask is not None and masks['mask'].dtype != jnp.bool_:
@@ -179,14 +179,14 @@ def _documents(arrays: Arrays, segment_ids) -> jax.Array | None:
   segment_ids = jnp.asarray(segment_ids)
   if not arrays.batched:
     segment_ids = segment_ids[None]
-  wanted = arrays.shape[:2]
+  shape = arrays.shape[:2]
   if not arrays.same_length:
     raise ValueError(
       f'segment_ids say which documents one sequence has, but query has length '
-      f'{wanted[1]} and key {arrays.key.shape[1]}; give a mask'
+      f'{shape[1]} and key {arrays.key.shape[1]}; give a mask'
     )
-  if segment_ids.shape != wanted:
-    raise ValueError(f'segment_ids {segment_ids.shape} must be [B, T] {wanted}')
+  if segment_ids.shape != shape:
+    raise ValueError(f'segment_ids {segment_ids.shape} must be [B, T] {shape}')
   return segment_ids.astype(jnp.int32)
 
 
@@ -198,12 +198,12 @@ def _refuse(name: str, arrays: Arrays, masks, return_residual: bool) -> None:
       f'length, but kind={name!r} reads one sequence; cross-attention takes '
       "kind='dense' (or 'auto', which is dense there)"
     )
-  given = {
+  arguments = {
     'bias': masks['bias'] is not None,
     'local_window_size': masks['local_window_size'] is not None,
     'return_residual': return_residual,
   }
-  for argument, present in given.items():
+  for argument, present in arguments.items():
     if present:
       raise ConfigError(
         f"kind={name!r} takes no {argument}=; leave it out, or use kind='dense'"

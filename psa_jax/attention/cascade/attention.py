@@ -145,12 +145,12 @@ def _attention(q, k, v, config, context):
   if config.cascade.value_keep == 1:
     out, lse = dense_attention(q, k, v, **where)
     return out, lse, {'density': one, 'kept_values': one}
-  seen = visible_keys(segment_ids, *q.shape[:2], causal=causal)
+  visible = visible_keys(segment_ids, *q.shape[:2], causal=causal)
   # The small constant keeps rounding in f32 from adding a value.
-  wanted = value_keep(config.cascade, context.step) * seen.astype(jnp.float32)
-  counts = jnp.clip(jnp.ceil(wanted - 1e-3).astype(jnp.int32), 1, seen)
+  share = value_keep(config.cascade, context.step) * visible.astype(jnp.float32)
+  counts = jnp.clip(jnp.ceil(share - 1e-3).astype(jnp.int32), 1, visible)
   out, lse = few_values_attention(q, k, v, counts, **where)
-  kept = ((seen - counts) / seen).mean()
+  kept = ((visible - counts) / visible).mean()
   return out, lse, {'density': one, 'kept_values': 1 - kept}
 
 
@@ -159,5 +159,5 @@ def visible_keys(
 ) -> Int[Array, 'B T']:
   """How many keys every query can read."""
   whole = segment_ids is None
-  _, seen, length = whole_row(B, T) if whole else runs(segment_ids)
-  return seen if causal else length
+  _, position, length = whole_row(B, T) if whole else runs(segment_ids)
+  return position if causal else length

@@ -72,11 +72,11 @@ def layer_shares(
       far below the mean as there is room on both sides of it.
   """
   whole = min(max(1, math.ceil(start * layers - 1e-9)), layers)
-  left = layers - whole
+  pruning = layers - whole
   spread = slope * min(mean, 1 - mean)
   ramp = [
-    mean + spread * (1 - 2 * i / (left - 1)) if left > 1 else mean
-    for i in range(left)
+    mean + spread * (1 - 2 * i / (pruning - 1)) if pruning > 1 else mean
+    for i in range(pruning)
   ]
   return (1.0,) * whole + tuple(ramp)
 
@@ -156,8 +156,8 @@ def whole_row(
 
   Of constant ids XLA would compute `runs` while it compiles, which is slow.
   """
-  seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32)[None], (B, T))
-  return jnp.zeros_like(seen), seen, jnp.full_like(seen, T)
+  place = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32)[None], (B, T))
+  return jnp.zeros_like(place), place, jnp.full_like(place, T)
 
 
 def keep_bidirectional(
@@ -211,18 +211,18 @@ def keep_causal(
     place = runs(document)[1]
   rank = _rank_among_last(score, place, window)
   compared = jnp.minimum(place, window)
-  wanted = rank * shares[1] < compared * shares[0]
+  among_best = rank * shares[1] < compared * shares[0]
   first = place == 1
   earned = jnp.diff(quotas, axis=1, prepend=0)
   earned = jnp.where(first, quotas, earned)
-  change = earned - wanted
+  change = earned - among_best
   start = jnp.clip(change, 0, credit)
   low, high = jnp.where(first, start, 0), jnp.where(first, start, credit)
   change, low, high = lax.associative_scan(_then, (change, low, high), axis=1)
   after = jnp.clip(change, low, high)
   before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)))
   before = jnp.where(first, 0, before) + earned
-  return alive & jnp.where(wanted, before >= 1, before > credit)
+  return alive & jnp.where(among_best, before >= 1, before > credit)
 
 
 def _rank_among_last(score, place, window):
@@ -265,8 +265,8 @@ def top_heads(
   importance: Float[Array, 'R K'], heads: Int[Array, 'R n'], count: int
 ) -> Int[Array, 'R M']:
   """The `count` most important of `heads`, ascending, ties by position."""
-  own = jnp.take_along_axis(importance, heads, axis=1)
-  chosen = topk.top_k(own, count).indices
+  scores = jnp.take_along_axis(importance, heads, axis=1)
+  chosen = topk.top_k(scores, count).indices
   return jnp.take_along_axis(heads, chosen, axis=1)
 
 
@@ -283,6 +283,6 @@ def pairs(
   if document is None:
     count = alive.sum(1).astype(jnp.float32)
     return count * (count + 1) / 2 if causal else count * count
-  _, seen, length = runs(jnp.where(alive, document, -1))
-  found = jnp.where(alive, seen if causal else length, 0)
-  return found.astype(jnp.float32).sum(1)
+  _, place, length = runs(jnp.where(alive, document, -1))
+  counts = jnp.where(alive, place if causal else length, 0)
+  return counts.astype(jnp.float32).sum(1)

@@ -258,9 +258,9 @@ def list_width(cfg: DsaConfig, blocks: int) -> int:
   """
   schedule = cfg.top_k if cfg.budget == 'tokens' else cfg.keep
   most = max(schedules.upper_bound(schedule), cfg.eval_budget)
-  wanted = most / cfg.block_k if cfg.budget == 'tokens' else most * blocks
+  width = most / cfg.block_k if cfg.budget == 'tokens' else most * blocks
   forced = min(cfg.forced_blocks, blocks)
-  return min(max(forced, int(wanted) + 1), blocks)
+  return min(max(forced, int(width) + 1), blocks)
 
 
 def select_blocks(
@@ -315,11 +315,11 @@ def _choose(cfg, index, tiles, budget):
   ranges, cut = tile_ranges(cfg, tiles, blocks)
   visible, forced = ranges.visible(), ranges.forced()
   if cfg.budget == 'tokens':
-    wanted = jnp.asarray(budget, jnp.float32) / cfg.block_k
+    blocks_kept = jnp.asarray(budget, jnp.float32) / cfg.block_k
   else:
-    wanted = budget * (visible + cut).astype(jnp.float32)
+    blocks_kept = budget * (visible + cut).astype(jnp.float32)
   # The small constant keeps rounding in f32 from adding a block.
-  counts = jnp.ceil(wanted - 1e-3).astype(jnp.int32) - cut
+  counts = jnp.ceil(blocks_kept - 1e-3).astype(jnp.int32) - cut
   width = list_width(cfg, blocks)
   counts = jnp.minimum(jnp.maximum(counts, forced), jnp.minimum(visible, width))
 

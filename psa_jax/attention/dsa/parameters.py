@@ -30,13 +30,13 @@ class Indexer(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     """Creates the projections."""
     dtype = jnp.dtype(config.param_dtype)
-    width, own = config.d_model, config.attention.dsa
-    self.scale = (own.heads * own.width) ** -0.5
-    query, many = (width, own.heads, own.width), fan_in(0, (1, 2))
+    width, cfg = config.d_model, config.attention.dsa
+    self.scale = (cfg.heads * cfg.width) ** -0.5
+    query, many = (width, cfg.heads, cfg.width), fan_in(0, (1, 2))
     self.index_q = nnx.Param(many(rngs.params(), query, dtype))
     one = fan_in(0, 1)
-    self.index_k = nnx.Param(one(rngs.params(), (width, own.width), dtype))
-    self.index_w = nnx.Param(one(rngs.params(), (width, own.heads), dtype))
+    self.index_k = nnx.Param(one(rngs.params(), (width, cfg.width), dtype))
+    self.index_w = nnx.Param(one(rngs.params(), (width, cfg.heads), dtype))
 
   def __call__(self, x: Float[Array, 'B T D'], *, rope: Any) -> Learned:
     """`q` [B, T, J, E], `k` [B, T, E] and `weights` [B, T, J] by token."""

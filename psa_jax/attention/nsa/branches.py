@@ -252,13 +252,13 @@ def visible_blocks(
 ) -> Ranges:
   """Which blocks the queries at `positions` may select, which they must."""
   begin = 0 * positions if starts is None else starts // cfg.select_block
-  own = positions // cfg.select_block
+  block = positions // cfg.select_block
   return Ranges(
     begin=begin,
-    end=own + 1,
-    scored=own + 1,
+    end=block + 1,
+    scored=block + 1,
     sink=begin + cfg.initial_blocks,
-    near=own + 1 - cfg.local_blocks,
+    near=block + 1 - cfg.local_blocks,
   )
 
 
@@ -266,8 +266,8 @@ def count_blocks(
   cfg: NsaConfig, ranges: Ranges, budget: Scalar, width: int
 ) -> Int[Array, 'B Tb']:
   """How many entries of a list are read: n, or all if there are fewer."""
-  wanted = jnp.clip(budget, min(cfg.forced_blocks, width), width)
-  return jnp.minimum(wanted.astype(jnp.int32), ranges.visible())
+  count = jnp.clip(budget, min(cfg.forced_blocks, width), width)
+  return jnp.minimum(count.astype(jnp.int32), ranges.visible())
 
 
 def select(q, kc, lse, config, budget, starts, tile, blocks):

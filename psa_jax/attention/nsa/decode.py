@@ -303,9 +303,9 @@ def _compressed(q, cache, cfg, t, starts):
   """
   rooms, K = cache.k_compressed.shape[1], cache.k.shape[2]
   block_k = min(branches.WINDOW_KEYS, rooms)
-  seen = jnp.maximum(newest(t, cfg.compress_block, cfg.stride) + 1, 0)
+  visible = jnp.maximum(newest(t, cfg.compress_block, cfg.stride) + 1, 0)
   first = -(-starts // cfg.stride)
-  counts = jnp.where(seen > 0, (seen - 1) // block_k + 1, 0)
+  counts = jnp.where(visible > 0, (visible - 1) // block_k + 1, 0)
   ids = jnp.arange(-(-rooms // block_k), dtype=jnp.int32)
   return decode_attention(
     q,
@@ -313,7 +313,7 @@ def _compressed(q, cache, cfg, t, starts):
     cache.v_compressed,
     jnp.broadcast_to(ids[None, None], (len(t), K, len(ids))),
     jnp.broadcast_to(counts[:, None], (len(t), K)),
-    seen,
+    visible,
     block_k=block_k,
     starts=first,
   )

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms anew, with the weights as they are.
+"""BN recalibration: statistics of batch norms under the final weights.
 
 The running mean follows weights that still move, so at the end of training it
 is late by some steps. Here the statistics of a number of training batches are
@@ -27,14 +27,14 @@ from psa_jax.train.state import Program, TrainState
 
 
 def still(config: Config) -> Config:
-  """The run without dropout, drop path, hidden tokens, mixup and CutMix."""
+  """The run without dropout, drop path, word dropout, mixup and CutMix."""
   augment = dataclasses.replace(config.data.augment, mixup=0.0, cutmix=0.0)
   data = dataclasses.replace(config.data, augment=augment, word_dropout=0.0)
   model = dataclasses.replace(config.model, dropout=0.0, drop_path=0.0)
   return dataclasses.replace(config, data=data, model=model)
 
 
-def reestimate(
+def recalibrate(
   config: Config,
   task: Task,
   program: Program,
@@ -60,7 +60,7 @@ def reestimate(
   norm = config.model.norm
   if norm.kind not in BATCH_KINDS or norm.statistics != 'batch':
     raise ConfigError(
-      f'eval.reestimate is {count}, but there is nothing to estimate with '
+      f'eval.recalibrate_bn is {count}, but there is nothing to estimate with '
       f'norm.kind={norm.kind} and norm.statistics={norm.statistics}; set it to '
       '0'
     )
@@ -70,21 +70,21 @@ def reestimate(
   def of_batch(batch):
     model = program.merge(state.params, old)
     task.loss(model, batch, AttentionContext(step=state.step))
-    moved = program.model_state(model)
+    running = program.model_state(model)
     return jax.tree.map(
-      lambda r, x: (x - momentum * r) / (1 - momentum), old, moved
+      lambda r, x: (x - momentum * r) / (1 - momentum), old, running
     )
 
   @jax.jit
-  def add(total, found):
-    return jax.tree.map(jnp.add, total, _powers(found))
+  def add(total, statistics):
+    return jax.tree.map(jnp.add, total, _powers(statistics))
 
   total = jax.tree.map(jnp.zeros_like, old)
   for _ in range(count):
     batch = sharding.put_batch(next(batches), program.mesh)
     total = add(total, of_batch(batch))
-  found = _moments(jax.tree.map(lambda x: x / count, total))
-  return state._replace(model_state=_only_norms(old, found))
+  pooled = _moments(jax.tree.map(lambda x: x / count, total))
+  return state._replace(model_state=_only_norms(old, pooled))
 
 
 def _powers(tree):
