@@ -45,7 +45,7 @@ def run(config):
     (lambda: ScheduleConfig(begin=2**30, length=2**30), 'below 2^31'),
     (lambda: OptimConfig(eps=1e60), 'within the range of float32'),
     (lambda: ModelConfig(num_heads=3, num_kv_heads=2), 'multiple of'),
-    (lambda: AttentionConfig('dense'), 'name is empty; name a mechanism'),
+    (lambda: AttentionConfig(), 'name is empty; name a mechanism'),
     (lambda: AttentionConfig('pza'), "did you mean 'psa'"),
     (lambda: AttentionConfig('psa', pza=PsaConfig()), 'AttentionConfig.psa?'),
     (
