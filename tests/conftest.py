@@ -18,6 +18,7 @@
 """
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -32,9 +33,12 @@ XLA_FLAGS = {'xla_force_host_platform_device_count': DEVICES}
 if os.environ.get('PSA_JAX_TEST_OPTIMIZED') != '1':
   XLA_FLAGS |= {
     'xla_backend_optimization_level': 0,
-    'xla_cpu_use_fusion_emitters': 'false',
     'xla_cpu_parallel_codegen_split_count': 1,
   }
+  # XLA ends the process at a flag that it does not know, and that of jaxlib
+  # 0.12 knows this one no more.
+  if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    XLA_FLAGS['xla_cpu_use_fusion_emitters'] = 'false'
 given = os.environ.get('XLA_FLAGS', '')  # workers inherit it
 os.environ['XLA_FLAGS'] = ' '.join(
   [given, *(f'--{k}={v}' for k, v in XLA_FLAGS.items() if k not in given)]
