@@ -70,7 +70,7 @@ class Evaluator:
       **result,
       'seconds_per_window': step.seconds / result['windows'],
       'flops_per_window': flops.forward(
-        self._model, self._program.abstract.params, self.seq_len, result
+        self._model, program.abstract.params, self.seq_len, result
       ),
     }
 

@@ -218,9 +218,20 @@ def adopt(
 
 
 def _picked(tree: Any, like: Any) -> Any:
-  """The nested dicts of `tree` with the keys that `like` has."""
+  """The nested dicts of `tree` with the keys that `like` has.
+
+  Raises:
+    ConfigError: a key of `like` is not there: the weights are those of a model
+      without the parameters of this attention.
+  """
   if not isinstance(like, Mapping):
     return tree
+  missing = [key for key in like if key not in tree]
+  if missing:
+    raise ConfigError(
+      f'the weights have no {", ".join(missing)}, which this attention learns; '
+      'read them with the attention that they were trained with, or with dense'
+    )
   return {key: _picked(tree[key], value) for key, value in like.items()}
 
 

@@ -1,7 +1,9 @@
 """A mechanism from outside the package: registered, in the table, trained."""
 
+import ast
 import dataclasses
 import importlib.util
+import pathlib
 
 import pytest
 
@@ -76,6 +78,19 @@ def spec(tmp_path_factory):
   found.loader.exec_module(module)
   yield module.SPEC
   del config_lib.MECHANISMS['nearby']
+
+
+def test_a_mechanism_is_named_in_its_own_module_only():
+  """What others must know is in its spec; `dense` and `psa` are defaults."""
+  package = pathlib.Path(registry.__file__).parents[1]
+  names = set(registry.names()) - {'dense', 'psa'}
+  assert len(names) >= 8
+  homes = {'nsa_tile': 'nsa'}
+  for path in package.rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Constant) and node.value in names:
+        home = homes.get(node.value, node.value)
+        assert home in (path.stem, path.parent.name), (path, node.lineno)
 
 
 def test_its_settings_are_keys(spec):

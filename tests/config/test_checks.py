@@ -4,7 +4,14 @@ import typing
 
 import pytest
 
-from psa_jax.config import Config, ConfigError, apply_overrides, leaves
+from psa_jax.config import (
+  Config,
+  ConfigError,
+  apply_overrides,
+  flatten,
+  leaves,
+  to_dict,
+)
 
 PSA = 'model.attention.psa.'
 ON_DEMAND = 'model.attention.on_demand.'
@@ -29,7 +36,12 @@ def problem(changes):
 
 
 def fine(changes):
-  apply_overrides(Config(), changes.items())
+  """The changes are taken as they are."""
+  config = apply_overrides(Config(), changes.items())
+  values = flatten(to_dict(config))
+  for path, value in changes.items():
+    expected = list(value) if isinstance(value, tuple) else value
+    assert values[path] == expected, path
 
 
 def test_the_defaults_are_valid():
