@@ -89,7 +89,7 @@ def _execute(file: str) -> types.ModuleType:
   module.__file__ = file
   try:
     exec(compile(source, file, 'exec'), module.__dict__)
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     raise _failed(file, e) from e
   return module
 
@@ -125,7 +125,7 @@ def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
     raise ConfigError(f'get_config of {file}: {e}') from e
   try:
     values = get_config(*words)
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     raise _failed(file, e) from e
   if not isinstance(values, ConfigDict | Mapping):
     raise ConfigError(
@@ -144,7 +144,7 @@ def _bad_arg(file: str, arg: str, known: list[str]) -> str:
   return f'the recipe {file} has no argument :{arg}{hint} it takes {listed}'
 
 
-def _failed(file: str, error: Exception) -> ConfigError:
+def _failed(file: str, error: BaseException) -> ConfigError:
   """An exception raised inside a recipe as one line that names the place."""
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if f.filename == file]
