@@ -8,7 +8,6 @@ wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
-import json
 import pathlib
 import traceback
 import types
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
+from psa_jax.config import json_text, paths
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
@@ -41,6 +41,7 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     ConfigError: the file, its argument, a key or a value is wrong.
   """
   file, _, arg = spec.partition(':')
+  file = paths.expanded(file, '--config')
   if file.endswith('.json'):
     return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)
@@ -66,13 +67,11 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
       f'{file} is a resolved configuration and takes no argument :{arg}'
     )
   try:
-    values = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))
+    values = json_text.read_object(file)
   except FileNotFoundError:
     raise ConfigError(f'there is no configuration {file}') from None
   except (OSError, ValueError) as e:
     raise ConfigError(f'cannot read the configuration {file}: {e}') from e
-  if not isinstance(values, dict):
-    raise ConfigError(f'the configuration {file} is no JSON object')
   return with_task(values)
 
 
@@ -89,7 +88,7 @@ def _execute(file: str) -> types.ModuleType:
   module.__file__ = file
   try:
     exec(compile(source, file, 'exec'), module.__dict__)
-  except (Exception, SystemExit) as e:
+  except Exception as e:
     raise _failed(file, e) from e
   return module
 
@@ -125,7 +124,7 @@ def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
     raise ConfigError(f'get_config of {file}: {e}') from e
   try:
     values = get_config(*words)
-  except (Exception, SystemExit) as e:
+  except Exception as e:
     raise _failed(file, e) from e
   if not isinstance(values, ConfigDict | Mapping):
     raise ConfigError(
@@ -144,7 +143,7 @@ def _bad_arg(file: str, arg: str, known: list[str]) -> str:
   return f'the recipe {file} has no argument :{arg}{hint} it takes {listed}'
 
 
-def _failed(file: str, error: BaseException) -> ConfigError:
+def _failed(file: str, error: Exception) -> ConfigError:
   """An exception raised inside a recipe as one line that names the place."""
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if f.filename == file]

@@ -10,6 +10,8 @@ import os
 import pathlib
 import zlib
 
+from psa_jax.config import json_text
+
 DIGEST = 'digest.json'
 
 
@@ -25,14 +27,16 @@ def damage(folder: pathlib.Path) -> str | None:
     OSError: a file is there and cannot be read, so nothing is known of it.
   """
   try:
-    expected = json.loads((folder / DIGEST).read_bytes())
+    expected = json_text.read_object(folder / DIGEST)
   except FileNotFoundError:
     return f'{DIGEST} is missing'
-  except (ValueError, RecursionError):
-    return f'{DIGEST} is not JSON'
+  except ValueError as e:
+    return f'{DIGEST}: {e}'
   digest = _digest(folder)
-  if not digest or not _is_digest(expected):
-    return f'{DIGEST} names no files' if digest else 'it is empty'
+  if not digest:
+    return 'there are no files in it'
+  if not _is_digest(expected):
+    return f'{DIGEST} names no files'
   for name, (size, checksum) in expected.items():
     if name not in digest:
       return f'{name} is missing'
@@ -45,11 +49,9 @@ def damage(folder: pathlib.Path) -> str | None:
   return None
 
 
-def _is_digest(value: object) -> bool:
-  return (
-    isinstance(value, dict)
-    and bool(value)
-    and all(isinstance(x, list) and len(x) == 2 for x in value.values())
+def _is_digest(value: dict) -> bool:
+  return bool(value) and all(
+    isinstance(x, list) and len(x) == 2 for x in value.values()
   )
 
 

@@ -13,6 +13,7 @@ With several processes JAX's preemption service catches SIGTERM on any of them
 and names a step at which all of them stop.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -108,7 +109,8 @@ class Interrupt:
     if self._signal is None:
       self._signal = number
       name = signal.Signals(number).name
-      self._say(f'{name}: saving after this step; Ctrl-C again to abort')
+      with contextlib.suppress(OSError):  # after SIGHUP nobody may listen
+        self._say(f'{name}: saving after this step; Ctrl-C again to abort')
     elif number == signal.SIGINT:
       self._before_abort()
       os._exit(_ABORTED)

@@ -23,7 +23,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from absl import logging
@@ -48,7 +48,7 @@ def hold(
   *,
   alone: bool,
   say: Callable[[str], None] = logging.warning,
-) -> Iterator[None]:
+) -> Generator[None]:
   """A context in which nobody else writes in the folder.
 
   Args:

@@ -3,8 +3,8 @@
 `metrics.jsonl` is the source of truth: tables, plots and tests read it. One
 JSON object a line, of a `kind` (train, eval, final), with the `step` it
 belongs to. A resumed run drops the rows after the step it restored, so the
-file ends up as if nothing had happened. A line that is not a row, because a byte
-of it changed, is left out; the file as it was is kept beside it.
+file ends up as if nothing had happened. A line that is not a row, because a
+byte of it changed, is left out; the file as it was is kept beside it.
 
 TensorBoard event files are written by tensorboardX, hparams among them. Its
 own `add_hparams` opens a second file of the same name, which overwrites the
@@ -24,7 +24,7 @@ import tensorboardX
 from absl import logging
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config, RunError
+from psa_jax.config import Config, RunError, json_text
 from psa_jax.train import workdir
 
 METRICS = 'metrics.jsonl'
@@ -146,14 +146,13 @@ class TensorBoard:
     experiment, start, self._end = tensorboardX.summary.hparams(
       simple, {metric: 0.0}
     )
+    self._said = False
+    self._guard(self._writer.file_writer.event_writer._ev_writer)
     self._writer.file_writer.add_summary(experiment)
     self._writer.file_writer.add_summary(start)
-    self._said = False
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds the numbers of a row under `<kind>[_<mechanism>]/<name>`."""
-    if not self._alive():
-      return
     words = [row['kind'], row.get('mechanism')]
     prefix = '_'.join(word for word in words if word)
     for name, value in row.items():
@@ -162,23 +161,35 @@ class TensorBoard:
 
   def close(self) -> None:
     """Marks the run as ended and closes the file."""
-    if not self._alive():
-      return
     self._writer.file_writer.add_summary(self._end)
     self._writer.close()
 
-  def _alive(self) -> bool:
-    # tensorboardX writes from a thread and does not watch it: once that died
-    # (a full disk), its queue fills up and the next write waits for ever.
-    alive = self._writer.file_writer.event_writer._worker.is_alive()
-    if not alive and not self._said:
-      self._said = True
-      logging.warning(
-        'TensorBoard events cannot be written to %s any more (is the disk '
-        'full?); metrics.jsonl goes on',
-        self._writer.logdir,
-      )
-    return alive
+  def _guard(self, events: Any) -> None:
+    """Keeps a disk that is full from tensorboardX's thread.
+
+    It writes from a thread that nobody watches: one that died of an error
+    leaves its traceback, and a queue that fills up until a write waits for
+    ever.
+    """
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+      def call_or_say(*args):
+        try:
+          return call(*args)
+        except OSError as e:
+          if not self._said:
+            self._said = True
+            logging.warning(
+              'TensorBoard events cannot be written to %s any more: %s; '
+              'metrics.jsonl goes on',
+              self._writer.logdir,
+              e.strerror,
+            )
+
+      return call_or_say
+
+    for name in ('write_event', 'flush', 'close'):
+      setattr(events, name, guarded(getattr(events, name)))
 
 
 class Log:
@@ -261,23 +272,24 @@ def _read(
 def _parse(line: bytes) -> dict[str, Any] | str:
   """The row in a line, or what is wrong with it."""
   try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):
+    row = json_text.parse(line)
+  except ValueError:
     return 'not JSON'
   if not isinstance(row, dict):
     return 'no object'
   if row.get('kind') not in _KINDS:
     return f'kind is none of {", ".join(_KINDS)}'
-  numbers = (
-    row.items() if row['kind'] == 'train' else [('step', row.get('step'))]
-  )
-  for name, value in numbers:
+  if 'step' not in row:
+    return 'step is missing'
+  for name, value in row.items():
+    if name not in ('step', 'stage') and row['kind'] != 'train':
+      continue  # an evaluation may hold texts and lists
     if name in ('step', 'stage'):
       if type(value) is not int or not 0 <= value < 2**31:
         return f'{name} is no count'
     elif name not in _WORDS and not _is_number(value):
       return f'{name} is no number'
-  return row if 'step' in row else 'step is missing'
+  return row
 
 
 def _is_number(value: Any) -> bool:
