@@ -161,7 +161,7 @@ def _metadata(step: int, arrays: Mapping[str, Any]) -> dict[str, str]:
     array = np.asarray(value)
     head = f'{name} {array.dtype} {array.shape}'
     check = zlib.crc32(head.encode(), check)
-    check = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), check)
+    check = zlib.crc32(array.tobytes(), check)
   return {'step': str(step), 'crc32': f'{check:08x}'}
 
 
