@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
+from psa_jax.config import paths
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
@@ -41,6 +42,7 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     ConfigError: the file, its argument, a key or a value is wrong.
   """
   file, _, arg = spec.partition(':')
+  file = paths.expanded(file, '--config')
   if file.endswith('.json'):
     return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)
