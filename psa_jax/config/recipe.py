@@ -8,7 +8,6 @@ wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
-import json
 import pathlib
 import traceback
 import types
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
-from psa_jax.config import paths
+from psa_jax.config import json_text, paths
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
@@ -68,13 +67,11 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
       f'{file} is a resolved configuration and takes no argument :{arg}'
     )
   try:
-    values = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))
+    values = json_text.read_object(file)
   except FileNotFoundError:
     raise ConfigError(f'there is no configuration {file}') from None
   except (OSError, ValueError) as e:
     raise ConfigError(f'cannot read the configuration {file}: {e}') from e
-  if not isinstance(values, dict):
-    raise ConfigError(f'the configuration {file} is no JSON object')
   return with_task(values)
 
 
