@@ -93,7 +93,7 @@ class Checkpoints:
     self.path = pathlib.Path(directory).resolve()
     self._read_only, self._say = read_only, say
     self._keep, self._saving = keep, -1
-    self._unfinished = self._stalled = self._judged = False
+    self._unfinished = self._stalled = self._crowded = False
     _silence_orbax()
     try:
       self._manager = self._open()
@@ -147,7 +147,7 @@ class Checkpoints:
     """
     self.wait()
     self._check_disk(step, state)
-    self._saving, self._unfinished = step, True
+    self._saving, self._unfinished, self._crowded = step, True, True
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(_fields(state)),
       data=ocp.args.JsonSave(dict(data_state)),
@@ -192,7 +192,7 @@ class Checkpoints:
     """
     if good:
       self._good = step
-    self._judged = True
+    self._crowded = True
 
   def last_good(self) -> int | None:
     """The step of the newest checkpoint that was judged good."""
@@ -215,9 +215,9 @@ class Checkpoints:
 
   def _remove_old(self) -> None:
     """Keeps the newest ones, and the last that is known to be good."""
-    if self._read_only or not self._judged:
+    if self._read_only or not self._crowded:
       return
-    self._judged = False
+    self._crowded = False
     steps = self.steps() if jax.process_index() == 0 else []
     for step in steps[: -self._keep]:
       if step != self._good:
@@ -231,13 +231,10 @@ class Checkpoints:
     """
     if not self._unfinished:
       return
-    errors: list[BaseException] = []
 
     def finish():
-      try:
+      with contextlib.suppress(BaseException):  # raised again below
         self._manager.wait_until_finished()
-      except BaseException as e:
-        errors.append(e)
 
     waiting = threading.Thread(target=finish, daemon=True)
     waiting.start()
@@ -253,8 +250,7 @@ class Checkpoints:
         )
       waiting.join(_LOOK_SECONDS)
     self._unfinished = False
-    if errors:
-      raise errors[0]
+    self._manager.wait_until_finished()
 
   def restore_latest(self, abstract: Any) -> Restored | None:
     """Restores the newest checkpoint that is whole.

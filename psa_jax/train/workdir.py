@@ -65,7 +65,7 @@ def check(
   if must_exist and not (path / CONFIG).exists():
     raise ConfigError(f'no run in {path}: there is no {CONFIG}; train first')
   if not must_exist:  # an evaluation writes nothing
-    if (path / EXPORTED).exists():
+    if os.path.exists(path / EXPORTED):
       raise ConfigError(
         f'{path} holds an exported model, which is read and not trained; '
         'evaluate it with --mode=eval, or choose another --workdir'
