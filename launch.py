@@ -15,6 +15,7 @@ command was refused and nothing ran.
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def _run(argv: Sequence[str]) -> int:
   from psa_jax import tasks
 
   tasks.check(config)
-  from psa_jax.train import loop
+  from psa_jax.train import checkpoint, loop
 
   try:
     if _MODE.value == 'eval':
@@ -146,6 +147,10 @@ def _run(argv: Sequence[str]) -> int:
         allow_config_change=allow,
         resume_from=_RESUME_FROM.value,
       )
+  except checkpoint.StalledError as e:
+    # At its end Python would wait for the threads that wait for the disk.
+    _report(e, 1)
+    os._exit(1)
   except SystemExit as e:  # with code 0 too, nothing was finished
     raise RunError(f'something in the run called sys.exit({e.code!r})') from e
   return 0

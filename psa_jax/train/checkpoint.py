@@ -59,6 +59,10 @@ class _Broken(Exception):
   """A checkpoint is not what was written; the text says why."""
 
 
+class StalledError(RunError):
+  """Threads wait for a disk, perhaps for ever; the process has to be left."""
+
+
 class Restored(NamedTuple):
   """A checkpoint that was read: `state` is on its devices."""
 
@@ -167,6 +171,8 @@ class Checkpoints:
     """
     try:
       self._finish_save()
+    except StalledError:
+      raise
     except Exception as e:
       raise self._failure(self._saving, _reason(e)) from e
     self._remove_old()
@@ -201,12 +207,15 @@ class Checkpoints:
   def set_aside(self, steps: Sequence[int], why: str) -> None:
     """Frees the numbers of checkpoints: `<step>` becomes `<step>.<why>`.
 
+    Every process calls it. Steps without a checkpoint are passed over.
+
     Raises:
       RunError: a folder cannot be renamed.
     """
-    if self._read_only or not steps:
+    if self._read_only:
       return
-    for step in steps if jax.process_index() == 0 else ():
+    found = self.steps() if jax.process_index() == 0 else ()
+    for step in (step for step in steps if step in found):
       target = workdir.set_aside(self.path / str(step), why)
       kind = 'damaged ' if why == 'corrupt' else ''
       self._say(f'the {kind}checkpoint of step {step} is kept as {target.name}')
@@ -245,8 +254,10 @@ class Checkpoints:
       seconds = seconds + _LOOK_SECONDS if written == before else 0.0
       if seconds >= STALL_SECONDS:
         self._stalled = True
-        raise TimeoutError(
-          f'nothing was written for {STALL_SECONDS:.0f} seconds'
+        raise StalledError(
+          f'cannot save the checkpoint of step {self._saving}: nothing was '
+          f'written to {self.path} for {STALL_SECONDS:.0f} seconds; what was '
+          'saved before stays'
         )
       waiting.join(_LOOK_SECONDS)
     self._unfinished = False

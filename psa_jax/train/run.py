@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from psa_jax import sharding
 from psa_jax.config import Config, ConfigError, RunError, paths
 from psa_jax.tasks import Data, make_task
+from psa_jax.train import lock
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import state as state_lib
@@ -168,19 +169,27 @@ class Run:
     source = self.config.train.init_from
     if not source:
       return state
-    checkpoints = Checkpoints(
-      pathlib.Path(paths.expanded(source, 'train.init_from')) / CHECKPOINTS,
-      read_only=True,
-      say=self.console.say,
-    )
-    saved = checkpoints.read_arrays()
-    checkpoints.close()
+    folder = pathlib.Path(paths.expanded(source, 'train.init_from'))
+    saved = None
+    if (folder / CHECKPOINTS).is_dir():
+      with self._reading(folder):
+        checkpoints = Checkpoints(
+          folder / CHECKPOINTS, read_only=True, say=self.console.say
+        )
+        saved = checkpoints.read_arrays()
+        checkpoints.close()
     if saved is None:
       raise ConfigError(f'train.init_from: there is no checkpoint in {source}')
     state, new = state_lib.adopt(state, saved)
     beside = f'; initial values for {", ".join(new)}' if new else ''
     self.console.say(f'beginning with the parameters of {source}{beside}')
     return state
+
+  def _reading(self, folder: pathlib.Path):
+    """Keeps a run from going on in `folder` while it is read."""
+    if jax.process_index():
+      return contextlib.nullcontext()
+    return lock.hold(folder, 'train', alone=False, say=self.console.say)
 
   def _set_aside_after(self, step: int) -> None:
     """Keeps what a run that goes back to `step` will write again."""
@@ -353,11 +362,10 @@ class Run:
       what: went wrong.
       loss: at the present state, where it is saved; not finite: it is ruined.
     """
-    steps = self.checkpoints.steps()
     ruined = not math.isfinite(loss)
-    if ruined and self.step in steps:
+    if ruined:
       self.checkpoints.set_aside([self.step], 'ruined')
-    if self._usual(loss) and self.step in steps:
+    if self._usual(loss) and self.step in self.checkpoints.steps():
       good = self.step
     else:
       good = self.checkpoints.last_good()

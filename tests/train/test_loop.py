@@ -140,6 +140,30 @@ def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   assert_same_run(config, whole[0], tmp_path)
 
 
+# Before: the first checkpoint has its name, a row of metrics is appended, the
+# record is complete, an old checkpoint is removed, the result is written.
+POINTS = (
+  'checkpoint:Checkpoints._seal:1',
+  'metrics:MetricsFile.write:5',
+  'workdir:write_bytes:3',
+  'checkpoint:shutil.rmtree:1',
+  'run:result_lib.save:1',
+)
+
+
+@pytest.mark.tier('ci')
+def test_killed_at_five_points_one_after_the_other(
+  whole, config, text, tmp_path
+):
+  for point in POINTS:
+    code, output = interrupted(tmp_path, text, signal.SIGKILL, point)
+    assert code == -signal.SIGKILL, output
+    assert 'Traceback' not in output
+  loop.train_and_evaluate(config, tmp_path)
+  assert_same_run(config, whole[0], tmp_path)
+  assert not [p for p in tmp_path.rglob('*') if 'tmp' in p.name]
+
+
 def test_what_only_tracing_refuses_binds_nothing(config, tmp_path):
   attention = dataclasses.replace(
     config.model.attention, implementation='pallas_tpu'
