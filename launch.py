@@ -113,11 +113,11 @@ def _run(argv: Sequence[str]) -> int:
   )
   allow = _ALLOW_CONFIG_CHANGE.value
   reading = _MODE.value != 'train'
+  if _COMPILE_CACHE.value:
+    compile_cache.turn_on()
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
-  if _COMPILE_CACHE.value:
-    compile_cache.turn_on()
   # Checkpoints and data readers take seconds to import; what is refused above
   # does not wait for them.
   from psa_jax import tasks

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from psa_jax.config import ConfigError, DataConfig, RunError
+from psa_jax.config import ConfigError, DataConfig, RunError, paths
 from psa_jax.data import cache, sources
 
 
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   try:
-    print(prepare(options.name, options.data_dir))
+    data_dir = paths.expanded(options.data_dir, '--data_dir')
+    print(prepare(options.name, data_dir))
   except (ConfigError, RunError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2 if isinstance(e, ConfigError) else 1
