@@ -11,6 +11,9 @@ from typing import Any
 # Longer words than any key: more would only make the search for the nearest
 # key slow and the message unreadable.
 _LONGEST = 200
+# Of a whole message, and of a word in it: a path may have more than a key.
+_LONGEST_LINE = 3000
+_LONGEST_WORD = 500
 
 
 class ConfigError(ValueError):
@@ -41,8 +44,27 @@ def likeness(word: str, option: str) -> float:
 
 def shown(value: Any) -> str:
   """`repr` of a value, cut where it is longer than a line can hold."""
-  text = repr(value)
-  return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
+  try:
+    return cut(repr(value))
+  except Exception:  # an integer of thousands of digits, a class of a recipe
+    return f'a {type(value).__name__}'
+
+
+def cut(text: str, most: int = _LONGEST) -> str:
+  """A text up to `most` characters; three dots say that there was more."""
+  return text if len(text) <= most else f'{text[:most]}...'
+
+
+def line(error: object) -> str:
+  """An error as one line that fits a screen and a log.
+
+  Whatever a message quotes, a line ends it, no word of it is endless and
+  nothing in it moves a terminal's cursor.
+  """
+  # Cut first: a text of megabytes is not worth looking through.
+  words = cut(str(error), 10 * _LONGEST_LINE).split()
+  text = cut(' '.join(cut(w, _LONGEST_WORD) for w in words), _LONGEST_LINE)
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def unknown(path: str, value: Any, options: Iterable[str]) -> str:
