@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from psa_jax import command_line, compile_cache
 from psa_jax import config as config_lib
-from psa_jax.config import ConfigError, recipe
+from psa_jax.config import ConfigError, paths, recipe
 from psa_jax.config.errors import cut
 from psa_jax.train import workdir
 
@@ -84,14 +84,16 @@ def _run(argv: Sequence[str]) -> int:
   if _PRINT_CONFIG.value:
     print(json.dumps(config_lib.to_dict(config), indent=2))
     return 0
-  directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
+  directory = paths.expanded(
+    _WORKDIR.value or recipe.default_workdir(_CONFIG.value), '--workdir'
+  )
   allow = _ALLOW_CONFIG_CHANGE.value
   reading = _MODE.value != 'train'
+  if _COMPILE_CACHE.value:
+    compile_cache.turn_on()
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
-  if _COMPILE_CACHE.value:
-    compile_cache.turn_on()
   # Checkpoints and data readers take seconds to import; what is refused above
   # does not wait for them.
   from psa_jax import tasks

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import Any
 
 from psa_jax import command_line
-from psa_jax.config import ConfigError, json_text
+from psa_jax.config import ConfigError, json_text, paths
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -70,7 +70,7 @@ def _cpu_name() -> str:
     text = pathlib.Path('/proc/cpuinfo').read_text()
   except OSError:
     return platform.machine()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
+  names = [s for s in text.split('\n') if s.startswith('model name')]
   return names[0].split(':')[1].strip() if names else platform.machine()
 
 
@@ -229,7 +229,9 @@ def _run(argv: Sequence[str] | None) -> None:
     '--plot', required=True, help='picture to write (PNG, SVG, PDF)'
   )
   options = parser.parse_args(argv)
-  plot_run(pathlib.Path(options.workdir), pathlib.Path(options.plot))
+  workdir = paths.expanded(options.workdir, 'the work directory')
+  target = paths.expanded(options.plot, '--plot')
+  plot_run(pathlib.Path(workdir), pathlib.Path(target))
 
 
 if __name__ == '__main__':

@@ -71,6 +71,9 @@ def test_train_installs_once_then_only_launches(project):
   code, _, log = make(project, 'train')
   assert code == 0
   assert installs(log) == ['requirements.txt']
+  # No package but these runs code of its own to be installed.
+  only = '--only-binary=:all: --no-binary=promise,seqeval -r requirements.txt'
+  assert log[0].endswith(only)
   launch = 'launch.py --config=configs/lm_64k.py'
   assert log[-1] == launch
   assert make(project, 'train') == (0, '', [launch])

@@ -18,7 +18,7 @@ from experiments.bench import settings as settings_lib
 from experiments.bench.experiment import Experiment
 from experiments.bench.rows import ROOT
 from psa_jax import command_line
-from psa_jax.config import ConfigError
+from psa_jax.config import ConfigError, paths
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
@@ -104,7 +104,9 @@ def _whole(experiment, settings) -> int:
       f'--set {key}={value} changes a recipe, and the page is of the recipes '
       'as they are: add --set results=FILE'
     )
-  path = ROOT / settings.results if settings.results else experiment.results
+  path = experiment.results
+  if settings.results:
+    path = ROOT / paths.expanded(settings.results, '--set results')
   if path.is_dir() or not path.parent.is_dir():
     raise ConfigError(
       f'--set results={settings.results}: name a file in a folder that exists'

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
-from psa_jax.config import json_text
+from psa_jax.config import json_text, paths
 from psa_jax.config.errors import ConfigError, cut, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
@@ -46,6 +46,7 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
       f'--config={cut(spec)} names no file; for example --config=configs/lm_64k'
       '.py:quick'
     )
+  file = paths.expanded(file, '--config')
   if file.endswith('.json'):
     return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from psa_jax import command_line
-from psa_jax.config import ConfigError, DataConfig
+from psa_jax.config import ConfigError, DataConfig, paths
 from psa_jax.data import cache, sources
 
 
@@ -54,7 +54,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     help=f'default: ${cache.ENVIRONMENT}, else ~/.cache/psa_jax',
   )
   options = parser.parse_args(arguments)
-  print(prepare(options.name, options.data_dir))
+  data_dir = paths.expanded(options.data_dir, '--data_dir')
+  print(prepare(options.name, data_dir))
 
 
 if __name__ == '__main__':
