@@ -7,7 +7,7 @@ from hypothesis import given
 from tests.fuzz import configs
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=100)
 @given(configs.cases())
 def test_overrides_give_a_configuration_or_a_line(overrides):
   assert configs.fault(overrides) is None
