@@ -6,6 +6,8 @@ CONFIG = configs/lm_64k.py
 # Empty: the one that launch.py names after the recipe, runs/lm_64k_quick for
 # configs/lm_64k.py:quick.
 WORKDIR =
+# Of `make soak`.
+MINUTES = 30
 # More flags: for launch.py in `make train`, for pytest in `make test`, for
 # experiments.aot in `make aot`.
 ARGS =
@@ -33,8 +35,8 @@ AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
 aot $(AOT_STAMP): VENV := .venv-aot
 aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test test-quick test-all lint types format tables aot audit \
-  bench-peers clean help
+.PHONY: train test test-quick test-all soak lint types format tables aot \
+  audit bench-peers clean help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
@@ -47,6 +49,9 @@ test-quick: $(DEV_STAMP) ## run what one runs between two edits
 
 test-all: $(DEV_STAMP) ## run every shape and simulator, compiled as in training
 	PSA_JAX_TEST_OPTIMIZED=1 $(PYTEST) --tier=all $(ARGS)
+
+soak: $(DEV_STAMP) ## fuzz configurations, files and kills for MINUTES
+	$(BIN)/python -m tests.fuzz.soak --minutes='$(MINUTES)' $(ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and types
 	@code=0; $(BIN)/ruff check || code=1; $(BIN)/ruff format --check || code=1; \
@@ -79,7 +84,7 @@ clean: ## remove environments and caches; runs/ stays
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
-	@echo 'Variables: PYTHON CONFIG WORKDIR ARGS, for instance'
+	@echo 'Variables: PYTHON CONFIG WORKDIR MINUTES ARGS, for instance'
 	@echo "  make train CONFIG=configs/lm_64k.py:quick ARGS='--config.seed=1'"
 
 define CHECK_PYTHON
