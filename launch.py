@@ -13,7 +13,6 @@ Exit codes: 0 done, or stopped by a signal and saved; 1 the run failed; 2 the
 command was refused and nothing ran.
 """
 
-import errno
 import json
 import os
 import re
@@ -22,9 +21,10 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from psa_jax import compile_cache
+from psa_jax import command_line, compile_cache
 from psa_jax import config as config_lib
 from psa_jax.config import ConfigError, RunError, paths, recipe
+from psa_jax.config.errors import StalledError, cut, line
 from psa_jax.train import workdir
 
 _FLAGS = (
@@ -71,41 +71,17 @@ _CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS[:-2]
 _RESUME_FROM, _COMPILE_CACHE = _FLAGS[-2:]
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
-# A full, read-only or forbidden place on disk is not a bug, so it gets no
-# traceback either.
-_DISK = (
-  errno.EACCES,
-  errno.EISDIR,
-  errno.ENOTDIR,
-  errno.EPERM,
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EROFS,
-  errno.EFBIG,
-  errno.EIO,
-)
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs one command line; returns the exit code."""
-  try:
-    if any(word in _HELP for word in argv[1:]):
-      print(_help())
-      return 0
-    return _run(argv)
-  except ConfigError as e:
-    return _report(e, 2)
-  except RunError as e:
-    return _report(e, 1)
-  except OSError as e:
-    if e.errno not in _DISK:
-      raise
-    return _report(e, 1)
-  except KeyboardInterrupt:
-    return _report('interrupted', 130)
+  return command_line.run(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
+  if any(word in _HELP for word in argv[1:]):
+    print(_help())
+    return 0
   overrides = _parse(argv)
   if not _CONFIG.value:
     raise ConfigError(
@@ -121,19 +97,19 @@ def _run(argv: Sequence[str]) -> int:
   )
   allow = _ALLOW_CONFIG_CHANGE.value
   reading = _MODE.value != 'train'
+  if _COMPILE_CACHE.value:
+    compile_cache.turn_on()
   if reading and _RESUME_FROM.value is not None:
     raise ConfigError('--resume_from is for --mode=train; leave it out')
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
-  if _COMPILE_CACHE.value:
-    compile_cache.turn_on()
   # Checkpoints and data readers take seconds to import; what is refused above
   # does not wait for them.
   from psa_jax import tasks
 
   tasks.check(config)
-  from psa_jax.train import checkpoint, loop
+  from psa_jax.train import loop
 
   try:
     if _MODE.value == 'eval':
@@ -147,9 +123,9 @@ def _run(argv: Sequence[str]) -> int:
         allow_config_change=allow,
         resume_from=_RESUME_FROM.value,
       )
-  except checkpoint.StalledError as e:
+  except StalledError as e:
     # At its end Python would wait for the threads that wait for the disk.
-    _report(e, 1)
+    print(f'error: {line(e)}', file=sys.stderr, flush=True)
     os._exit(1)
   except SystemExit as e:  # with code 0 too, nothing was finished
     raise RunError(f'something in the run called sys.exit({e.code!r})') from e
@@ -163,17 +139,28 @@ def _parse(argv: Sequence[str]) -> list[tuple[str, str]]:
     words, overrides = split_overrides(words)
     rest = flags.FLAGS([argv[0], *words])[1:]
   except flags.UnrecognizedFlagError as e:
-    near = config_lib.nearest(e.flagname, [f.name for f in _FLAGS])
+    raise _unknown_flag(e.flagname) from e
+  except RecursionError as e:  # absl's search for a flag of a similar name
+    raise _unknown_flag(max(argv[1:], key=len).lstrip('-')) from e
+  except UnicodeDecodeError as e:
     raise ConfigError(
-      f'unknown flag --{e.flagname}; did you mean --{near}? see --help'
+      f'a --flagfile is not UTF-8 text ({e.reason}); it holds one flag a line'
     ) from e
   except flags.Error as e:
-    raise ConfigError(str(e)) from e
+    raise ConfigError(str(e).removeprefix('ERROR:: ')) from e
   if rest:
-    hint = f'--config={rest[0]}' if '.py' in rest[0] else '--flag=value'
-    raise ConfigError(f'unexpected argument {rest[0]!r}; did you mean {hint}?')
+    word = cut(rest[0])
+    hint = f'--config={word}' if '.py' in word else '--flag=value'
+    raise ConfigError(f'unexpected argument {word!r}; did you mean {hint}?')
   logging.use_absl_handler()
   return overrides
+
+
+def _unknown_flag(name: str) -> ConfigError:
+  near = config_lib.nearest(name, [f.name for f in _FLAGS])
+  return ConfigError(
+    f'unknown flag --{cut(name)}; did you mean --{near}? see --help'
+  )
 
 
 def split_overrides(
@@ -220,11 +207,6 @@ def _help() -> str:
     options = f'   ({" | ".join(leaf.options)})' if leaf.options else ''
     lines.append(f'  --config.{leaf.path}={value}{options}')
   return '\n'.join(lines)
-
-
-def _report(error: object, code: int) -> int:
-  print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-  return code
 
 
 if __name__ == '__main__':

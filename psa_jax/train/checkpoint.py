@@ -39,6 +39,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from psa_jax.config import ConfigError, RunError
+from psa_jax.config.errors import StalledError
 from psa_jax.train import digest, workdir
 
 STALL_SECONDS = 300.0  # without a byte written, a save is given up
@@ -57,10 +58,6 @@ _DISK_REASONS = tuple(phrase.lower() for phrase in _DISK_ERRORS)
 
 class _Broken(Exception):
   """A checkpoint is not what was written; the text says why."""
-
-
-class StalledError(RunError):
-  """Threads wait for a disk, perhaps for ever; the process has to be left."""
 
 
 class Restored(NamedTuple):

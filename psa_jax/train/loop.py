@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from psa_jax import sharding, tasks
+from psa_jax import command_line, sharding, tasks
 from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
@@ -83,6 +83,11 @@ def train_and_evaluate(
           return run.finish()
         except Stopped:
           return run.stop()
+        except BrokenPipeError:  # nobody reads the lines any more: `| head`
+          command_line.drop_output()
+          if run.step:
+            run.stop()
+          raise
 
 
 def evaluate_checkpoint(

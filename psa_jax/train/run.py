@@ -155,6 +155,7 @@ class Run:
       self.folder,
       step=self.step,
       quality=self.task.quality,
+      mechanisms=self.evaluate.mechanisms,
       say=self.console.say,
     )
     self._open.callback(self.log.close)

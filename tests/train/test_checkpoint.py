@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from psa_jax import sharding
 from psa_jax.config import ConfigError, MeshConfig, RunError
+from psa_jax.config.errors import StalledError
 from psa_jax.train import checkpoint as lib
 from psa_jax.train.digest import DIGEST
 from psa_jax.train.state import TrainState
@@ -421,7 +422,7 @@ def test_threads_that_wait_for_ever_are_given_up(two, monkeypatch):
 
   threading.Thread(target=write).start()
   began = time.monotonic()
-  with pytest.raises(lib.StalledError, match='step 3: nothing was written'):
+  with pytest.raises(StalledError, match='step 3: nothing was written'):
     two.wait()
   assert time.monotonic() - began > 0.5
   two.close()

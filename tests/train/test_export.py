@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import os
 import resource
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from safetensors.numpy import save_file
 
 from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.train import export, workdir
-from psa_jax.train.state import TrainState
+from psa_jax.train.state import Program, TrainState
 
 ARRAYS = {
   'params': {'layers': {'w': np.arange(6, dtype=np.float32).reshape(2, 3)}},
@@ -30,16 +29,11 @@ Folded = collections.namedtuple('Folded', 'config params model_state')
 def program():
   """As much of one as `load` looks at."""
   where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-  def abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-  return types.SimpleNamespace(
-    abstract=types.SimpleNamespace(
-      **{part: jax.tree.map(abstract, tree) for part, tree in ARRAYS.items()}
-    ),
-    shardings=types.SimpleNamespace(step=where),
+  whole = TrainState(np.int32(0), **ARRAYS, opt_state=(), fault=np.int32(0))
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), whole
   )
+  return Program(None, None, None, abstract, Config(), 0)
 
 
 def write(folder, arrays=None, metadata=None):
