@@ -155,20 +155,29 @@ class _Chunk(NamedTuple):
     return lax.cond(self.whole, lambda x: x, cut, x)
 
   def take(self, x):
-    """Rows of x [tiles, rows, *] as [C * rows, *]."""
-    return jax.tree.map(lambda x: x[self.tile].reshape(-1, *x.shape[2:]), x)
+    """Rows of x [tiles, rows, *] as [C * rows, *]; 0 where none is there."""
+    # Zeros for queries and gradients make whatever follows of them zero.
+    return jax.tree.map(
+      lambda x: (
+        x.at[self._at(x)]
+        .get(mode='fill', fill_value=0)
+        .reshape(-1, *x.shape[2:])
+      ),
+      x,
+    )
+
+  def _at(self, x):
+    return jnp.where(self.there, self.tile, x.shape[0])
 
   def put(self, x, new):
     """`x` [tiles, rows, *] with the rows that are there replaced."""
-    at = jnp.where(self.there, self.tile, x.shape[0])
     new = new.reshape(-1, *x.shape[1:])
-    return x.at[at].set(new, mode='drop', unique_indices=True)
+    return x.at[self._at(x)].set(new, mode='drop', unique_indices=True)
 
   def add(self, x, more):
     """`x` [tiles, rows, *] with `more` added to the rows that are there."""
-    at = jnp.where(self.there, self.tile, x.shape[0])
     more = more.reshape(-1, *x.shape[1:])
-    return x.at[at].add(more, mode='drop', unique_indices=True)
+    return x.at[self._at(x)].add(more, mode='drop', unique_indices=True)
 
 
 def _forward(spec, q, k, v, ids, counts, segments, cubic):
@@ -247,9 +256,9 @@ def _backward_rule(spec, saved, grads):
       queries, d, row = chunk.take((qt, dot_, rows))
       raw = softmax.dot('sh,rh->sr', keys, queries, acc) * factor
       p, slope = row.probabilities(kind.scores(raw, cubic), kind)
-      there = jnp.repeat(chunk.there, tiles.rows)[None]
-      p = jnp.where(there, chunk.keep(p, 0, turned=True), 0)
-      slope = jnp.where(there, chunk.keep(slope, 0, turned=True), 0)
+      same = slope is p
+      p = chunk.keep(p, 0, turned=True)
+      slope = p if same else chunk.keep(slope, 0, turned=True)
       dp = softmax.dot('sh,rh->sr', values, d, acc)
       ds = slope * (dp - row.delta[None])
       if cubic is not None:
