@@ -23,7 +23,7 @@ from absl import flags, logging
 
 from psa_jax import compile_cache
 from psa_jax import config as config_lib
-from psa_jax.config import ConfigError, RunError, recipe
+from psa_jax.config import ConfigError, RunError, paths, recipe
 from psa_jax.train import workdir
 
 _FLAGS = (
@@ -108,7 +108,9 @@ def _run(argv: Sequence[str]) -> int:
   if _PRINT_CONFIG.value:
     print(json.dumps(config_lib.to_dict(config), indent=2))
     return 0
-  directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
+  directory = paths.expanded(
+    _WORKDIR.value or recipe.default_workdir(_CONFIG.value), '--workdir'
+  )
   allow = _ALLOW_CONFIG_CHANGE.value
   reading = _MODE.value != 'train'
   workdir.check(

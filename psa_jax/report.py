@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from psa_jax.config import ConfigError
+from psa_jax.config import ConfigError, paths
 
 _PLOT = flags.DEFINE_string('plot', None, 'Picture to write (PNG, SVG, PDF).')
 
@@ -72,7 +72,7 @@ def _cpu_name() -> str:
     text = pathlib.Path('/proc/cpuinfo').read_text()
   except OSError:
     return platform.machine()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
+  names = [s for s in text.split('\n') if s.startswith('model name')]
   return names[0].split(':')[1].strip() if names else platform.machine()
 
 
@@ -99,7 +99,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   if not path.exists():
     raise ConfigError(f'there is no {path}; give the work directory of a run')
-  return [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+  lines = path.read_text('utf-8').split('\n')
+  return [json.loads(line) for line in lines if line]
 
 
 def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
@@ -181,7 +182,9 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2 or not _PLOT.value:
     raise app.UsageError('give one work directory and --plot=FILE')
   try:
-    plot_run(pathlib.Path(argv[1]), pathlib.Path(_PLOT.value))
+    workdir = paths.expanded(argv[1], 'the work directory')
+    target = paths.expanded(_PLOT.value, '--plot')
+    plot_run(pathlib.Path(workdir), pathlib.Path(target))
   except ConfigError as error:
     raise app.UsageError(str(error)) from error
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from experiments.bench import settings as settings_lib
 from experiments.bench.experiment import Experiment
 from experiments.bench.rows import ROOT
-from psa_jax.config import ConfigError
+from psa_jax.config import ConfigError, paths
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +113,9 @@ def _whole(experiment, settings) -> int:
       f'--set {key}={value} changes a recipe, and the page is of the recipes '
       'as they are: add --set results=FILE'
     )
-  path = ROOT / settings.results if settings.results else experiment.results
+  path = experiment.results
+  if settings.results:
+    path = ROOT / paths.expanded(settings.results, '--set results')
   book = experiment.book(settings, path)
   try:
     return experiment.run(settings, book) or 0

@@ -239,7 +239,7 @@ def process(command: Sequence[str], core: int) -> Row:
     check=False,
   )
   try:
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.rstrip().split('\n')[-1])
   except (IndexError, json.JSONDecodeError):
-    lines = done.stderr.strip().splitlines()
-    return {'error': lines[-1][:300] if lines else f'exit {done.returncode}'}
+    last = done.stderr.rstrip().split('\n')[-1]
+    return {'error': last[:300] or f'exit {done.returncode}'}

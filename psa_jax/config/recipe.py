@@ -8,7 +8,6 @@ wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
-import json
 import pathlib
 import traceback
 import types
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
+from psa_jax.config import json_text, paths
 from psa_jax.config.errors import ConfigError, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
@@ -41,6 +41,7 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     ConfigError: the file, its argument, a key or a value is wrong.
   """
   file, _, arg = spec.partition(':')
+  file = paths.expanded(file, '--config')
   if file.endswith('.json'):
     return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)
@@ -66,13 +67,11 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
       f'{file} is a resolved configuration and takes no argument :{arg}'
     )
   try:
-    values = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))
+    values = json_text.read_object(file)
   except FileNotFoundError:
     raise ConfigError(f'there is no configuration {file}') from None
   except (OSError, ValueError) as e:
     raise ConfigError(f'cannot read the configuration {file}: {e}') from e
-  if not isinstance(values, dict):
-    raise ConfigError(f'the configuration {file} is no JSON object')
   return with_task(values)
 
 

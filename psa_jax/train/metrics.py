@@ -22,7 +22,7 @@ import tensorboardX
 from absl import logging
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config
+from psa_jax.config import Config, json_text
 
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
@@ -194,7 +194,7 @@ def _read(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
   end = 0
   for line in path.read_bytes().splitlines(keepends=True):
     try:
-      row = json.loads(line)
+      row = json_text.parse(line)
     except ValueError:
       return
     known = isinstance(row, dict) and {'kind', 'step'} <= row.keys()

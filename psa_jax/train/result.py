@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from psa_jax import config as config_lib
 from psa_jax import tasks
-from psa_jax.config import Config
+from psa_jax.config import Config, json_text
 from psa_jax.eval import recall
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import workdir
@@ -85,8 +86,8 @@ def evaluation(
 
 
 def save(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
-  """Writes `result.json`."""
-  workdir.write_json(folder / RESULT, result)
+  """Writes `result.json`, with its own checksum."""
+  workdir.write_json(folder / RESULT, json_text.sealed(result))
 
 
 def load_complete(
@@ -94,11 +95,15 @@ def load_complete(
 ) -> dict[str, Any] | None:
   """The result of a run that has nothing left to do, else None.
 
-  Another configuration has something left: its final evaluation.
+  Another configuration has something left: its final evaluation. So has a
+  result that is not as it was written: it is made again.
   """
   try:
-    result = json.loads((folder / RESULT).read_text('utf-8'))
-  except (FileNotFoundError, ValueError):
+    result = json_text.unsealed(json_text.read(folder / RESULT))
+  except FileNotFoundError:
+    return None
+  except ValueError as e:
+    logging.warning('%s is evaluated again: %s', folder / RESULT, e)
     return None
   wanted_config = json.loads(json.dumps(config_lib.to_dict(config)))
   saved = config_lib.with_task(result.get('config', {}))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from psa_jax import sharding
-from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.config import Config, ConfigError, RunError, paths
 from psa_jax.tasks import Data, make_task
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
@@ -136,7 +136,9 @@ class Run:
     if not source:
       return state
     checkpoints = Checkpoints(
-      pathlib.Path(source) / CHECKPOINTS, read_only=True, say=self.console.say
+      pathlib.Path(paths.expanded(source, 'train.init_from')) / CHECKPOINTS,
+      read_only=True,
+      say=self.console.say,
     )
     saved = checkpoints.read_arrays()
     checkpoints.close()

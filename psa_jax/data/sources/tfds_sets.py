@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from psa_jax.config import ConfigError, DataConfig, RunError
+from psa_jax.config import ConfigError, DataConfig, RunError, paths
 from psa_jax.data import cache
 
 _NAME = re.compile(r'[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?')
@@ -85,8 +85,14 @@ def tensorflow_once(name: str, data_dir: Path) -> str:
 
 
 def _roots(data_dir: Path) -> list[Path]:
-  usual = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  return [data_dir, Path(usual).expanduser()]
+  usual = os.environ.get('TFDS_DATA_DIR')
+  if usual:
+    return [data_dir, Path(paths.expanded(usual, '$TFDS_DATA_DIR'))]
+  # The other folder that TFDS would use; without a home there is none.
+  usual = '~/tensorflow_datasets'
+  if paths.unusable(usual, ''):
+    return [data_dir]
+  return [data_dir, Path(paths.expanded(usual, ''))]
 
 
 def _import_legacy(name: str) -> None:

@@ -22,6 +22,8 @@ from psa_jax.data.sources.registry import LABELLED, Source, register
 
 PACKAGE = 'vaderSentiment==3.3.2'
 CLASSES = ('negative', 'neutral', 'positive')
+# What reading an archive that is another one raises.
+_DAMAGE = (tarfile.TarError, StopIteration, KeyError, ValueError)
 _RATED = ('movieReview', 'tweets', 'amazonReview', 'nytEditorial')
 
 
@@ -75,7 +77,7 @@ def _sentences(path: Path) -> Iterator[tuple[str, Labelled]]:
       with tarfile.open(fileobj=io.BytesIO(content.read())) as archive:
         for name in _RATED:
           yield from _rated(archive, name)
-  except (tarfile.TarError, StopIteration, KeyError, OSError, EOFError) as e:
+  except (*_DAMAGE, OSError, EOFError) as e:
     raise ConfigError(
       f'{path} is not the archive of {PACKAGE} ({e}); delete it and prepare '
       'vader3 again'
@@ -89,7 +91,9 @@ def _rated(archive: tarfile.TarFile, name: str):
   ]
   content = archive.extractfile(names[0] if names else stem)
   assert content is not None
-  for line in content.read().splitlines():
+  for line in content.read().split(b'\n'):
+    if not line:
+      continue
     number, rating, text = line.split(b'\t', 2)
     if not text.strip():
       continue
