@@ -210,13 +210,14 @@ def test_other_kinds_by_key_block(kind):
 
 def test_lists_of_a_token_go_by_key_block():
   """`auto` on a CPU; a tile with many rows goes by query tile."""
-  for name, machine, slower in (
-    ('per token', 'cpu', False),
-    ('per token', 'gpu', True),
-    ('G = 16', 'cpu', True),
+  for name, block_k, machine, slower in (
+    ('per token', 16, 'cpu', False),
+    ('per token', 16, 'gpu', True),
+    ('per token', 8, 'cpu', True),
+    ('G = 16', 16, 'cpu', True),
   ):
     args, call, *_ = make_case(name)
-    spec = Spec(call.keywords['block_q'], 8, True, None, 0, 1.0)
+    spec = Spec(call.keywords['block_q'], block_k, True, None, 0, 1.0)
     where = platform.Target(machine)
     assert xla_keys.slower(where, *args, spec=spec) == slower, (name, machine)
 

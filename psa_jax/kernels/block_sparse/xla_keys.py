@@ -13,7 +13,7 @@ have one owner and one order, that of the queries is added into row by row.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,17 @@ from psa_jax.kernels.tiles import Tiles
 ROWS = 2048
 # `auto` goes by query tile where one has as many rows as this.
 MOST_ROWS = 32
+# And where a block has fewer keys: each reader is moved for every block.
+LEAST_KEYS = 16
 
 
 def slower(where, q, k, *args, spec):
   """Whether another implementation is faster on this machine."""
   del args
   rows = q.shape[2] // k.shape[2] * spec.block_q
-  return where.platform != 'cpu' or rows > MOST_ROWS
+  return (
+    where.platform != 'cpu' or rows > MOST_ROWS or spec.block_k < LEAST_KEYS
+  )
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
@@ -61,7 +65,7 @@ class _Walk(NamedTuple):
     kv_seg: [B * nk, block_k] or None.
   """
 
-  spec: object
+  spec: Any
   tiles: Tiles
   offsets: jax.Array
   readers: jax.Array
@@ -121,7 +125,7 @@ class _Walk(NamedTuple):
     mask = mask & (position <= query) if spec.causal else mask
     if spec.window is not None:
       mask = mask & (position > query - spec.window)
-    if self.q_seg is not None:
+    if self.q_seg is not None and self.kv_seg is not None:
       b = block // (tiles.nk * tiles.K)
       q_seg = jax.vmap(lambda x: tiles.q_segments(self.q_seg, x))(flat)
       kv_seg = self.kv_seg[b * tiles.nk + j]
