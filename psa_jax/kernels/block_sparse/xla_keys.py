@@ -27,8 +27,8 @@ from psa_jax.kernels.tiles import Tiles
 # Rows of queries (tiles times heads times block_q) that are gathered at a time.
 # Measured in experiments/LOG.md: more leave the cache, fewer starve products.
 ROWS = 2048
-# `auto` goes by query tile where one has as many rows as this.
-MOST_ROWS = 32
+# `auto` goes by query tile where one has more rows than this.
+MOST_ROWS = 8
 # And where a block has fewer keys: each reader is moved for every block.
 LEAST_KEYS = 16
 
