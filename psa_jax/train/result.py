@@ -186,16 +186,17 @@ def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _change(suffix: str, start, end) -> list[tuple[str, str]]:
   """From the start to the end of a stretch of training."""
-  return [
-    (
-      f'{label}{suffix}, start to end',
-      f'{_number(start.get(name), form)} -> {_number(end.get(name), form)}',
-    )
-    for name, label, form in (
-      ('density', 'density', '.1%'),
-      ('seconds_per_step', 'seconds per step', '.3f'),
-    )
-  ]
+  rows = []
+  for name, label, form in (
+    ('density', 'density', '.1%'),
+    ('seconds_per_step', 'seconds per step', '.3f'),
+  ):
+    ends = [_number(edge.get(name), form) for edge in (start, end)]
+    if start == end:  # one row is both
+      rows.append((f'{label}{suffix}', ends[0]))
+    else:
+      rows.append((f'{label}{suffix}, start to end', ' -> '.join(ends)))
+  return rows
 
 
 def _memory(result) -> tuple[str, str]:
@@ -231,13 +232,15 @@ def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
   compiled = [
     r['compile_seconds'] for r in stage_rows if 'compile_seconds' in r
   ]
+  # Of a short stage the two ends share no row either.
+  count = min(_ROWS, max(1, len(stage_rows) // 2))
   return {
     'seq_len': stage.seq_len,
     'batch_size': stage.batch_size,
     'steps': stage.end - stage.begin,
     'compile_seconds': compiled[0] if compiled else None,
-    'start': _edge(stage_rows[:_ROWS], 0),
-    'end': _edge(stage_rows[-_ROWS:], -1),
+    'start': _edge(stage_rows[:count], 0),
+    'end': _edge(stage_rows[-count:], -1),
   }
 
 

@@ -123,7 +123,11 @@ class Run:
       self._timer = _Timer(checkpoint.meta['seconds'])
       self.console.say(f'going on from step {self.step} of {self.total}')
     self.log = Log(
-      self.config, self.folder, step=self.step, quality=self.task.quality
+      self.config,
+      self.folder,
+      step=self.step,
+      quality=self.task.quality,
+      mechanisms=self.evaluate.mechanisms,
     )
     self._open.callback(self.log.close)
 

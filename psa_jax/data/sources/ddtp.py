@@ -144,5 +144,6 @@ register(
     yields={PAIRS: load},
     pattern=_NAME.pattern,
     prepare=prepare,
+    lock="the signature of the archive that apt is set to, by apt's own keys",
   )
 )

@@ -43,5 +43,6 @@ register(
     'stdlib',
     yields={DOCUMENTS: lambda config: packaged.load(PACKAGE, config)},
     prepare=lambda config: packaged.prepare(PACKAGE, config),
+    lock='nothing is fetched: the files are installed',
   )
 )
