@@ -110,9 +110,9 @@ def attend(
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     mask = masks['mask']
     masks['mask'] = same if mask is None else same & mask
-  # Its type wants literals.
-  of_jax: Any = functools.partial(
-    jax.nn.dot_product_attention,
+  attention: Any = jax.nn.dot_product_attention  # its type wants literals
+  of_jax = functools.partial(
+    attention,
     is_causal=is_causal,
     scale=scale,
     implementation=implementations[implementation],
