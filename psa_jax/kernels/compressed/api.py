@@ -137,8 +137,7 @@ def top_blocks(
 
   Args:
     q: the queries that select, one a list.
-    k: compressed keys; further ones, which no query sees, may hold anything
-      finite.
+    k: compressed keys; further ones, which no query sees, may hold anything.
     lse: log-sum-exps of `compressed_attention` for these queries.
     positions: their positions, nondecreasing along Tb.
     ranges: which blocks are visible to each, and which come first; `scored`
