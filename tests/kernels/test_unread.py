@@ -105,6 +105,8 @@ BLOCK_SPARSE = [
   ('xla', 'prefill chunk', dict(window=9)),
   ('xla', 'wide values', dict(softmax='sas')),
   ('xla', 'narrow values', dict(softmax='polynomial', coefficients=CUBIC)),
+  ('xla_keys', 'prefill chunk', dict(window=9)),
+  ('xla_keys', 'narrow values', dict(softmax='polynomial', coefficients=CUBIC)),
   ('reference', 'prefill chunk', dict(window=9)),
   ('pallas_tpu', 'prefill chunk', dict(window=9)),
   ('pallas_tpu', 'narrow values', dict(softmax='sas')),
