@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -44,6 +45,8 @@ from psa_jax.attention.block_lists import (
   Tiles,
   WideListConfig,
   check_ratio,
+  idle_budget,
+  idle_text,
   read_blocks,
   renew,
   retained_mass,
@@ -110,6 +113,16 @@ class PsaConfig(WideListConfig):
   def check_budget(self, path: str) -> Iterator[str]:
     """A controller sets a ratio, in place of the schedule."""
     return check_ratio(path, self.budget, self.keep)
+
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """A ratio that sink and window exceed; a mass depends on the data."""
+    keep = float(schedules.make(self.keep)(step))
+    if self.budget != 'ratio' or keep >= 1:
+      return None
+    found = idle_budget(
+      self, length, lambda forced, seen: np.ceil(keep * seen - 1e-3) > forced
+    )
+    return idle_text(f'{path}keep', keep, length, found)
 
 
 def psa(

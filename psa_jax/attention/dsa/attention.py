@@ -38,6 +38,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -48,6 +49,8 @@ from psa_jax.attention.block_lists import (
   BlockListConfig,
   Tiles,
   check_ratio,
+  idle_budget,
+  idle_text,
   read_blocks,
   retained_mass,
   share_read,
@@ -133,6 +136,21 @@ class DsaConfig(BlockListConfig):
   def check_budget(self, path: str) -> Iterator[str]:
     """A controller sets a ratio, in place of the schedule."""
     return check_ratio(path, self.budget, self.keep)
+
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """A ratio, or a number of tokens, that sink and window exceed."""
+    budget = float(budget_at(self, step, True))
+    tokens = self.budget == 'tokens'
+    share = min(budget / length, 1.0) if tokens else budget
+    if self.self_competes or share >= 1:
+      return None
+
+    def acts(forced, seen):
+      kept = budget / self.block_k if tokens else budget * seen
+      return np.minimum(np.ceil(kept - 1e-3), seen) > forced
+
+    key = f'{path}{"top_k" if tokens else "keep"}'
+    return idle_text(key, share, length, idle_budget(self, length, acts))
 
 
 def dsa(
@@ -351,4 +369,5 @@ def _choose(cfg, index, tiles, budget):
   ids = indexer.block_importance(
     index, tiles.starts, block_k=cfg.block_k, pooling=cfg.pooling, then=rank
   )
-  return BlockList(ids[:, None], counts[:, None], visible[:, None])
+  lists = ids, counts, jnp.asarray(visible)
+  return BlockList(*(x[:, None] for x in lists))
