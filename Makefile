@@ -6,6 +6,8 @@ CONFIG = configs/lm_64k.py
 # Empty: the one that launch.py names after the recipe, runs/lm_64k_quick for
 # configs/lm_64k.py:quick.
 WORKDIR =
+# Of `make soak`.
+MINUTES = 30
 # More flags: for launch.py in `make train`, for pytest in `make test`, for
 # experiments.aot in `make aot`.
 ARGS =
@@ -16,9 +18,12 @@ BIN = $(VENV)/bin
 # Half the files to each worker, in their order, so that tests which share
 # programs and fixtures meet; one that is done takes from the other.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist=worksteal
+# Packages that have no wheel: no other may run code of its own to be installed.
+SDISTS = promise,seqeval
 # No bytecode at install: most files of a wheel are never imported.
 PIP = $(BIN)/python -m pip install -qq --no-input --no-compile \
-  --disable-pip-version-check --progress-bar off
+  --disable-pip-version-check --progress-bar=off \
+  --only-binary=:all: --no-binary=$(SDISTS)
 
 # A set-up is done when the stamp with the hash of its requirements exists.
 hash = $(firstword $(shell cat $(1) | cksum))
@@ -30,8 +35,8 @@ AOT_STAMP := $(subst $(VENV)/,.venv-aot/,$(TRAIN_STAMP))-aot-$(call \
 aot $(AOT_STAMP): VENV := .venv-aot
 aot $(AOT_STAMP): SIZE := 2.4 GB
 
-.PHONY: train test test-quick test-all lint types format tables aot bench-peers \
-  clean help
+.PHONY: train test test-quick test-all soak lint types format tables aot \
+  audit bench-peers clean help
 
 train: $(TRAIN_STAMP) ## train CONFIG; the same command again resumes
 	$(BIN)/python launch.py --config='$(CONFIG)' $(WORKDIR:%=--workdir='%') $(ARGS)
@@ -45,12 +50,18 @@ test-quick: $(DEV_STAMP) ## run what one runs between two edits
 test-all: $(DEV_STAMP) ## run every shape and simulator, compiled as in training
 	PSA_JAX_TEST_OPTIMIZED=1 $(PYTEST) --tier=all $(ARGS)
 
+soak: $(DEV_STAMP) ## fuzz configurations, files and kills for MINUTES
+	$(BIN)/python -m tests.fuzz.soak --minutes='$(MINUTES)' $(ARGS)
+
 lint: $(DEV_STAMP) ## check style, formatting and types
 	@code=0; $(BIN)/ruff check || code=1; $(BIN)/ruff format --check || code=1; \
 	  $(BIN)/ty check || code=1; exit $$code
 
 types: $(DEV_STAMP) ## check types with the pins of both lines of Python
 	$(BIN)/python .ci/check_types.py
+
+audit: $(DEV_STAMP) ## list what is not locked by a version and a hash
+	$(BIN)/python .ci/audit.py
 
 format: $(DEV_STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix
@@ -65,7 +76,7 @@ aot: $(AOT_STAMP) ## compile the kernels for TPUs and GPUs, with none there
 bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -qq --disable-pip-version-check \
-	  torch==2.13.0 numpy native-sparse-attention-pytorch==0.2.3
+	  --only-binary=:all: torch==2.13.0 numpy==2.4.6 native-sparse-attention-pytorch==0.2.3
 
 clean: ## remove environments and caches; runs/ stays
 	rm -rf $(VENV) .venv-aot .venv-peers .jax_cache .types .hypothesis .pytest_cache .ruff_cache
@@ -73,7 +84,7 @@ clean: ## remove environments and caches; runs/ stays
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
-	@echo 'Variables: PYTHON CONFIG WORKDIR ARGS, for instance'
+	@echo 'Variables: PYTHON CONFIG WORKDIR MINUTES ARGS, for instance'
 	@echo "  make train CONFIG=configs/lm_64k.py:quick ARGS='--config.seed=1'"
 
 define CHECK_PYTHON

@@ -13,7 +13,6 @@ Exit codes: 0 done, or stopped by a signal and saved; 1 the run failed; 2 the
 command was refused and nothing ran.
 """
 
-import errno
 import json
 import re
 import sys
@@ -21,9 +20,10 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from psa_jax import compile_cache
+from psa_jax import command_line, compile_cache
 from psa_jax import config as config_lib
-from psa_jax.config import ConfigError, RunError, recipe
+from psa_jax.config import ConfigError, paths, recipe
+from psa_jax.config.errors import cut
 from psa_jax.train import workdir
 
 _FLAGS = (
@@ -63,41 +63,17 @@ _CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS[:-1]
 _COMPILE_CACHE = _FLAGS[-1]
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
-# A full, read-only or forbidden place on disk is not a bug, so it gets no
-# traceback either.
-_DISK = (
-  errno.EACCES,
-  errno.EISDIR,
-  errno.ENOTDIR,
-  errno.EPERM,
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EROFS,
-  errno.EFBIG,
-  errno.EIO,
-)
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs one command line; returns the exit code."""
-  try:
-    if any(word in _HELP for word in argv[1:]):
-      print(_help())
-      return 0
-    return _run(argv)
-  except ConfigError as e:
-    return _report(e, 2)
-  except RunError as e:
-    return _report(e, 1)
-  except OSError as e:
-    if e.errno not in _DISK:
-      raise
-    return _report(e, 1)
-  except KeyboardInterrupt:
-    return _report('interrupted', 130)
+  return command_line.run(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
+  if any(word in _HELP for word in argv[1:]):
+    print(_help())
+    return 0
   overrides = _parse(argv)
   if not _CONFIG.value:
     raise ConfigError(
@@ -108,14 +84,16 @@ def _run(argv: Sequence[str]) -> int:
   if _PRINT_CONFIG.value:
     print(json.dumps(config_lib.to_dict(config), indent=2))
     return 0
-  directory = _WORKDIR.value or recipe.default_workdir(_CONFIG.value)
+  directory = paths.expanded(
+    _WORKDIR.value or recipe.default_workdir(_CONFIG.value), '--workdir'
+  )
   allow = _ALLOW_CONFIG_CHANGE.value
   reading = _MODE.value != 'train'
+  if _COMPILE_CACHE.value:
+    compile_cache.turn_on()
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
-  if _COMPILE_CACHE.value:
-    compile_cache.turn_on()
   # Checkpoints and data readers take seconds to import; what is refused above
   # does not wait for them.
   from psa_jax import tasks
@@ -139,17 +117,28 @@ def _parse(argv: Sequence[str]) -> list[tuple[str, str]]:
     words, overrides = split_overrides(words)
     rest = flags.FLAGS([argv[0], *words])[1:]
   except flags.UnrecognizedFlagError as e:
-    near = config_lib.nearest(e.flagname, [f.name for f in _FLAGS])
+    raise _unknown_flag(e.flagname) from e
+  except RecursionError as e:  # absl's search for a flag of a similar name
+    raise _unknown_flag(max(argv[1:], key=len).lstrip('-')) from e
+  except UnicodeDecodeError as e:
     raise ConfigError(
-      f'unknown flag --{e.flagname}; did you mean --{near}? see --help'
+      f'a --flagfile is not UTF-8 text ({e.reason}); it holds one flag a line'
     ) from e
   except flags.Error as e:
-    raise ConfigError(str(e)) from e
+    raise ConfigError(str(e).removeprefix('ERROR:: ')) from e
   if rest:
-    hint = f'--config={rest[0]}' if '.py' in rest[0] else '--flag=value'
-    raise ConfigError(f'unexpected argument {rest[0]!r}; did you mean {hint}?')
+    word = cut(rest[0])
+    hint = f'--config={word}' if '.py' in word else '--flag=value'
+    raise ConfigError(f'unexpected argument {word!r}; did you mean {hint}?')
   logging.use_absl_handler()
   return overrides
+
+
+def _unknown_flag(name: str) -> ConfigError:
+  near = config_lib.nearest(name, [f.name for f in _FLAGS])
+  return ConfigError(
+    f'unknown flag --{cut(name)}; did you mean --{near}? see --help'
+  )
 
 
 def split_overrides(
@@ -196,11 +185,6 @@ def _help() -> str:
     options = f'   ({" | ".join(leaf.options)})' if leaf.options else ''
     lines.append(f'  --config.{leaf.path}={value}{options}')
   return '\n'.join(lines)
-
-
-def _report(error: object, code: int) -> int:
-  print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-  return code
 
 
 if __name__ == '__main__':

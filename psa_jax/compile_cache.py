@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import jax
 
+from psa_jax.config import paths
+
 FOLDER = 'PSA_JAX_CACHE_DIR'
 MAX_BYTES = 2 * 2**30
 # Compiling takes longer than reading for all but the smallest programs.
@@ -44,9 +46,13 @@ def settings(environ: Mapping[str, str]) -> dict[str, str | int | float]:
 
 def _folder(environ: Mapping[str, str]) -> pathlib.Path:
   own, cache = environ.get(FOLDER), environ.get('XDG_CACHE_HOME')
-  root = pathlib.Path(cache) if cache else pathlib.Path.home() / '.cache'
-  base = pathlib.Path(own) if own else root / 'psa_jax'
-  return base / f'compiled-{_machine()}'
+  if own:
+    base = paths.expanded(own, f'${FOLDER}')
+  elif cache:
+    base = os.path.join(paths.expanded(cache, '$XDG_CACHE_HOME'), 'psa_jax')
+  else:
+    base = paths.expanded('~/.cache/psa_jax', f'--compile_cache or ${FOLDER}')
+  return pathlib.Path(base) / f'compiled-{_machine()}'
 
 
 def _machine() -> str:
@@ -61,7 +67,7 @@ def _machine() -> str:
     text = platform.processor()
   flags = {
     line.partition(':')[2]
-    for line in text.splitlines()
+    for line in text.split('\n')
     if line.startswith(('flags', 'Features', 'model name'))
   }
   described = ''.join(sorted(flags)) or text

@@ -7,20 +7,18 @@ Not done: LaTeX tables, and tables over a sweep.
 """
 
 import datetime
-import json
+import itertools
 import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from absl import app, flags
-
-from psa_jax.config import ConfigError
-
-_PLOT = flags.DEFINE_string('plot', None, 'Picture to write (PNG, SVG, PDF).')
+from psa_jax import command_line
+from psa_jax.config import ConfigError, json_text, paths
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +70,7 @@ def _cpu_name() -> str:
     text = pathlib.Path('/proc/cpuinfo').read_text()
   except OSError:
     return platform.machine()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
+  names = [s for s in text.split('\n') if s.startswith('model name')]
   return names[0].split(':')[1].strip() if names else platform.machine()
 
 
@@ -97,13 +95,25 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ConfigError: there is none.
   """
+  # Only a picture of a run needs what writes one.
+  from psa_jax.train import metrics
+
   if not path.exists():
     raise ConfigError(f'there is no {path}; give the work directory of a run')
-  return [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+  return metrics.read_rows(path)
 
 
 def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
-  """Draws the quality, density and gamma, and seconds over the steps."""
+  """Draws the quality, density and gamma, and seconds over the steps.
+
+  Args:
+    workdir: of the run.
+    target: the picture; its ending says the format.
+
+  Raises:
+    ConfigError: there is nothing to draw, a file of the run is damaged, or the
+      picture cannot be written.
+  """
   import matplotlib
 
   matplotlib.use('Agg')
@@ -111,14 +121,14 @@ def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
   rows = read_rows(workdir / 'metrics.jsonl')
   train = [row for row in rows if row['kind'] == 'train']
+  if not train:
+    raise ConfigError(f'{workdir / "metrics.jsonl"} has no row of a step yet')
   final = {r['mechanism']: r for r in rows if r['kind'] == 'final'}
-  result = workdir / 'result.json'
-  baselines = {}
-  if result.exists():
-    baselines = json.loads(result.read_text('utf-8'))['baselines']
-  figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True)
+  figure, axes = plt.subplots(
+    3, 1, figsize=(9.5, 8), sharex=True, layout='constrained'
+  )
   steps = [row['step'] for row in train]
-  _draw_quality(axes[0], steps, train, final, baselines)
+  _draw_quality(axes[0], steps, train, final, _result(workdir))
   _draw_schedules(axes[1], steps, train)
   axes[2].plot(steps, [r['seconds_per_step'] for r in train], color='C3')
   axes[2].set(ylabel='seconds per step', xlabel='optimiser step', yscale='log')
@@ -132,27 +142,53 @@ def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
       xycoords=('data', 'axes fraction'),
       fontsize=8,
     )
-  figure.tight_layout()
-  figure.savefig(target, dpi=120)
-  plt.close(figure)
+  try:
+    figure.savefig(target, dpi=120)
+  except (OSError, ValueError) as e:  # no such folder, no such format
+    raise ConfigError(f'--plot={target}: {e}') from e
+  finally:
+    plt.close(figure)
 
 
-def _draw_quality(axis, steps, train, final, baselines):
-  metric = 'accuracy' if 'accuracy' in train[0] else 'bits_per_byte'
+def _result(workdir: pathlib.Path) -> dict[str, Any]:
+  """What the run ended with; {} while it has not."""
+  path = workdir / 'result.json'
+  try:
+    return json_text.unsealed(json_text.read(path))
+  except FileNotFoundError:
+    return {}
+  except ValueError as e:
+    raise ConfigError(
+      f"cannot read {path}: {e}; the same command as the run's writes it again"
+    ) from e
+
+
+def _draw_quality(axis, steps, train, final, result):
+  quality = result.get('quality')
+  names = (quality, 'accuracy', 'bits_per_byte', 'loss')
+  metric = next(name for name in names if name in train[0])
   axis.plot(steps, [r[metric] for r in train], label='train')
-  for name, value in baselines.items():
-    axis.axhline(value, color='grey', linestyle=':')
-    middle = steps[len(steps) // 2]
-    axis.annotate(f'{name} {value:.2f}', (middle, value + 0.05), fontsize=8)
+  # Baselines are of the metric that the run is judged by, and of no other.
+  baselines = result.get('baselines', {}) if metric == quality else {}
+  styles = itertools.cycle((':', '--', '-.'))
+  for style, (name, value) in zip(styles, baselines.items(), strict=False):
+    label = f'{name}: {value:.3f}'
+    axis.axhline(value, color='grey', linestyle=style, label=label)
   for marker, (name, row) in zip('ox+', final.items(), strict=False):
-    axis.plot(
-      [steps[-1]],
-      [row[metric]],
-      marker,
-      label=f'validation, {name}: {row[metric]:.3f}',
-    )
+    if metric in row:
+      axis.plot(
+        [steps[-1]],
+        [row[metric]],
+        marker,
+        label=f'validation, {name}: {row[metric]:.3f}',
+      )
   axis.set(ylabel=metric.replace('_', ' '))
-  axis.legend()
+  _legend(axis)
+
+
+def _legend(axis):
+  """Beside the axes, where it hides nothing."""
+  axis.legend(loc='upper left', bbox_to_anchor=(1.01, 1), fontsize=8)
 
 
 def _draw_schedules(axis, steps, train):
@@ -160,7 +196,8 @@ def _draw_schedules(axis, steps, train):
     if name in train[0]:
       axis.plot(steps, [row[name] for row in train], label=name)
   axis.set(ylabel='share', ylim=(-0.02, 1.02))
-  axis.legend()
+  if axis.lines:
+    _legend(axis)
 
 
 def _stage_starts(train):
@@ -176,15 +213,26 @@ def _mark_stages(axis, train):
     axis.axvline(step, color='black', linewidth=0.5)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
   """The command line; see the module docstring."""
-  if len(argv) != 2 or not _PLOT.value:
-    raise app.UsageError('give one work directory and --plot=FILE')
-  try:
-    plot_run(pathlib.Path(argv[1]), pathlib.Path(_PLOT.value))
-  except ConfigError as error:
-    raise app.UsageError(str(error)) from error
+  return command_line.run(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+  parser = command_line.Parser(
+    prog='python -m psa_jax.report',
+    description="Draws a run's quality, budget and step time.",
+    allow_abbrev=False,
+  )
+  parser.add_argument('workdir', help='work directory of the run')
+  parser.add_argument(
+    '--plot', required=True, help='picture to write (PNG, SVG, PDF)'
+  )
+  options = parser.parse_args(argv)
+  workdir = paths.expanded(options.workdir, 'the work directory')
+  target = paths.expanded(options.plot, '--plot')
+  plot_run(pathlib.Path(workdir), pathlib.Path(target))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  sys.exit(main())

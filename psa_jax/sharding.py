@@ -25,7 +25,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from psa_jax.config import ConfigError, MeshConfig
+from psa_jax.config import ConfigError, MeshConfig, RunError
+from psa_jax.config.errors import cut
+
+# Of a run of several processes; JAX names them.
+_ADDRESS = 'JAX_COORDINATOR_ADDRESS'
+_COUNT = 'JAX_NUM_PROCESSES'
+_INDEX = 'JAX_PROCESS_ID'
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
@@ -102,17 +108,54 @@ def initialize_distributed() -> None:
   Does nothing unless `JAX_COORDINATOR_ADDRESS` is set. `JAX_NUM_PROCESSES` and
   `JAX_PROCESS_ID` say which process this is; without them JAX asks the
   cluster (Slurm, Cloud TPU, Open MPI).
+
+  Raises:
+    ConfigError: some of the variables are set and others are not, or they name
+      no process; each would otherwise train a run of its own.
+    RunError: the coordinator does not answer.
   """
-  if not os.environ.get('JAX_COORDINATOR_ADDRESS'):
+  number = _process_number(os.environ)
+  if number is None or jax.distributed.is_initialized():
     return
-  if jax.distributed.is_initialized():
-    return
-  count = os.environ.get('JAX_NUM_PROCESSES')
-  index = os.environ.get('JAX_PROCESS_ID')
-  jax.distributed.initialize(
-    num_processes=int(count) if count else None,
-    process_id=int(index) if index else None,
-  )
+  try:
+    jax.distributed.initialize(
+      num_processes=number[1] if number else None,
+      process_id=number[0] if number else None,
+    )
+  except (ValueError, RuntimeError) as e:
+    raise RunError(
+      f'cannot join the run of {_ADDRESS}={cut(os.environ[_ADDRESS])}: '
+      f'{cut(str(e))}; outside a cluster that JAX knows set {_COUNT} and '
+      f'{_INDEX} too'
+    ) from e
+
+
+def _process_number(
+  environ: Mapping[str, str],
+) -> tuple[int, int] | tuple[()] | None:
+  """(index, count) of this process; () to ask the cluster, None for one."""
+  words = {name: environ.get(name, '') for name in (_ADDRESS, _COUNT, _INDEX)}
+  absent = [name for name, word in words.items() if not word]
+  if len(absent) == 3:
+    return None
+  if absent == [_COUNT, _INDEX]:
+    return ()
+  if absent:
+    there = next(name for name in words if name not in absent)
+    raise ConfigError(
+      f'{there} is set, but not {" and ".join(absent)}; set all of {_ADDRESS}, '
+      f'{_COUNT} and {_INDEX}, or none'
+    )
+  try:
+    index, count = int(words[_INDEX]), int(words[_COUNT])
+  except ValueError:
+    index, count = -1, 0
+  if not 0 <= index < count:
+    raise ConfigError(
+      f'{_INDEX}={cut(words[_INDEX])} is not one of 0 to {_COUNT} - 1, and '
+      f'{_COUNT} is {cut(words[_COUNT])}'
+    )
+  return index, count
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYER = {
   'types': 0,
   'extras': 0,
+  'command_line': 0,
   'compile_cache': 0,
   'config': 0,
   'schedules': 0,
@@ -37,7 +38,7 @@ LAYER = {
   '': 7,
 }
 # Data stands beside the layers: it uses these, and only LAYER 5 up uses it.
-DATA_USES = {'types', 'config', 'data', 'extras'}
+DATA_USES = {'types', 'config', 'data', 'extras', 'command_line'}
 DATA_USED_FROM = 5
 
 # (module, module it imports in a function) -> why that may close a circle.

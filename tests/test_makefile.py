@@ -71,6 +71,9 @@ def test_train_installs_once_then_only_launches(project):
   code, _, log = make(project, 'train')
   assert code == 0
   assert installs(log) == ['requirements.txt']
+  # No package but these runs code of its own to be installed.
+  only = '--only-binary=:all: --no-binary=promise,seqeval -r requirements.txt'
+  assert log[0].endswith(only)
   launch = 'launch.py --config=configs/lm_64k.py'
   assert log[-1] == launch
   assert make(project, 'train') == (0, '', [launch])
@@ -123,8 +126,9 @@ def test_aot_has_an_environment_of_its_own(project):
   assert len(stamps(project, '.venv-aot')) == 1
 
 
-def test_a_difference_in_aot_fails_make(project):
-  assert make(project, 'aot', CODE='1')[0] == 2
+@pytest.mark.parametrize('target', ['aot', 'audit'])
+def test_what_is_found_fails_make(project, target):
+  assert make(project, target, CODE='1')[0] == 2
 
 
 def test_variables_of_the_environment_do_not_count(project):

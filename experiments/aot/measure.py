@@ -47,7 +47,7 @@ def bundles(utilization: str) -> dict[str, int]:
     `bundles`, `mxu` slots, and register `spills` and `fills`; static counts, a
     loop's body once.
   """
-  lines = utilization.splitlines()
+  lines = utilization.split('\n')
   names = [name.strip() for name in lines[1].split(',')]
   rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
   if any(len(row) != len(names) for row in rows):
@@ -135,7 +135,7 @@ def _assemble(assembler, arch, path) -> str:
 
 def reason(error: Exception) -> str:
   """The first line of an error, without what differs from run to run."""
-  line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+  line = (str(error).strip() or type(error).__name__).split('\n')[0]
   refusal = re.fullmatch(
     r'implementation .* cannot run here: (.*); use .*', line
   )

@@ -11,45 +11,36 @@ A mistake costs one line and the exit code 2.
 import argparse
 import json
 import pathlib
-import sys
 import tempfile
 from collections.abc import Sequence
 
 from experiments.bench import settings as settings_lib
 from experiments.bench.experiment import Experiment
 from experiments.bench.rows import ROOT
-from psa_jax.config import ConfigError
-
-
-class Parser(argparse.ArgumentParser):
-  """Says a mistake in one line."""
-
-  def error(self, message):
-    """Ends the program."""
-    self.exit(2, f'{self.prog}: {message}; --help lists the flags\n')
+from psa_jax import command_line
+from psa_jax.config import ConfigError, paths
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
   """Does what the flags say; returns the exit code."""
-  made = parser(experiment)
-  flags = made.parse_args(argv)
-  try:
-    start = experiment.quick if flags.quick else experiment.settings
-    settings = settings_lib.apply(start, flags.set)
-    if flags.child is not None:
-      print(json.dumps(_child(experiment)(settings, flags.child)), flush=True)
-      return 0
-    if flags.regenerate:
-      if flags.set:
-        raise ConfigError('--regenerate takes no --set: it runs nothing')
-      experiment.write_pages()
-      return 0
-    if flags.quick:
-      return _quick(experiment, settings)
-    return _whole(experiment, settings)
-  except ConfigError as error:
-    print(f'{made.prog}: {error}', file=sys.stderr)
-    return 2
+  return command_line.run(lambda: _run(experiment, argv))
+
+
+def _run(experiment, argv) -> int:
+  flags = parser(experiment).parse_args(argv)
+  start = experiment.quick if flags.quick else experiment.settings
+  settings = settings_lib.apply(start, flags.set)
+  if flags.child is not None:
+    print(json.dumps(_child(experiment)(settings, flags.child)), flush=True)
+    return 0
+  if flags.regenerate:
+    if flags.set:
+      raise ConfigError('--regenerate takes no --set: it runs nothing')
+    experiment.write_pages()
+    return 0
+  if flags.quick:
+    return _quick(experiment, settings)
+  return _whole(experiment, settings)
 
 
 def child_command(name: str, settings, words: str) -> list[str]:
@@ -58,7 +49,7 @@ def child_command(name: str, settings, words: str) -> list[str]:
   return ['-m', f'experiments.{name}', f'--child={words}', *flags]
 
 
-def parser(experiment: Experiment) -> Parser:
+def parser(experiment: Experiment) -> command_line.Parser:
   """Of its flags; `--help` lists its settings."""
   fields = settings_lib.known(experiment.settings)
   listed = '\n'.join(
@@ -68,7 +59,7 @@ def parser(experiment: Experiment) -> Parser:
   )
   if hasattr(experiment.settings, 'changes'):
     listed += '\n  any key of the recipes, for instance train.steps=20'
-  made = Parser(
+  made = command_line.Parser(
     prog=f'python -m experiments.{experiment.name}',
     description=experiment.about,
     epilog=f'settings:\n{listed}',
@@ -113,7 +104,13 @@ def _whole(experiment, settings) -> int:
       f'--set {key}={value} changes a recipe, and the page is of the recipes '
       'as they are: add --set results=FILE'
     )
-  path = ROOT / settings.results if settings.results else experiment.results
+  path = experiment.results
+  if settings.results:
+    path = ROOT / paths.expanded(settings.results, '--set results')
+  if path.is_dir() or not path.parent.is_dir():
+    raise ConfigError(
+      f'--set results={settings.results}: name a file in a folder that exists'
+    )
   book = experiment.book(settings, path)
   try:
     return experiment.run(settings, book) or 0

@@ -25,7 +25,7 @@ from experiments.bench import cli
 from experiments.bench.rows import ROOT, Book, Row
 from experiments.bench.settings import Changes, GridSettings
 from psa_jax import config as config_lib
-from psa_jax.config import Config, ConfigError
+from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.config.recipe import load_recipe
 
 # A fork of this process to set it there might hang: JAX has threads.
@@ -145,8 +145,11 @@ class Grid:
 
   def child(self, settings: GridSettings, words: str) -> Row:
     """One run, in the process that it has for itself."""
-    task, arm, seed = words.split(',')
-    run = Run(task, arm, int(seed))
+    try:
+      task, arm, seed = words.split(',')
+      run = Run(task, arm, int(seed))
+    except ValueError:
+      raise ConfigError(f'--child={words}: it takes task,arm,seed') from None
     return self.train(run, self.configure(run, settings.changes))
 
 
@@ -165,7 +168,13 @@ def trained(config: Config) -> Generator[tuple[dict[str, Any], pathlib.Path]]:
     contextlib.redirect_stdout(sys.stderr),
   ):
     folder = pathlib.Path(name)
-    yield loop.train_and_evaluate(config, folder), folder
+    result = loop.train_and_evaluate(config, folder)
+    if result.get('stopped'):
+      raise RunError(
+        f'a signal stopped the run at step {result["step"]}; the same command '
+        'makes it again'
+      )
+    yield result, folder
 
 
 def digest(config: Config) -> str:
@@ -239,7 +248,7 @@ def process(command: Sequence[str], core: int) -> Row:
     check=False,
   )
   try:
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.rstrip().split('\n')[-1])
   except (IndexError, json.JSONDecodeError):
-    lines = done.stderr.strip().splitlines()
-    return {'error': lines[-1][:300] if lines else f'exit {done.returncode}'}
+    last = done.stderr.rstrip().split('\n')[-1]
+    return {'error': last[:300] or f'exit {done.returncode}'}

@@ -178,7 +178,7 @@ def answer(kept, request, make):
     return {'seconds': seconds(kept[shape], request['what'], calls)}
   except (RuntimeError, MemoryError) as error:
     kept.clear()
-    return {'error': (str(error) or repr(error)).splitlines()[0]}
+    return {'error': (str(error) or repr(error)).split('\n')[0]}
 
 
 def about(make):

@@ -93,7 +93,7 @@ def measured(build):
 
 def reason(error):
   """An error in one line."""
-  return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+  return f'{type(error).__name__}: {error}'.split('\n')[0][:200]
 
 
 def sdpa(backend, inputs, grad):

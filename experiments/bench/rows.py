@@ -21,7 +21,7 @@ def read(path: pathlib.Path) -> list[Row]:
   """All rows, oldest first; a last line that was cut off is left out."""
   if not path.exists():
     return []
-  lines = path.read_text('utf-8').splitlines()
+  lines = path.read_text('utf-8').removesuffix('\n').split('\n')
   rows = []
   for number, line in enumerate(lines):
     try:

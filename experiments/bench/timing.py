@@ -159,7 +159,7 @@ def _attempt(timings, subject, call, calls):
   try:
     seconds = call(calls)
   except (Unavailable, jax.errors.JaxRuntimeError) as error:
-    reason = str(error).splitlines()[0]
+    reason = str(error).split('\n')[0]
     timings[subject] = Timing([], [], reason)
     print(f'{" ".join(subject)}: {reason}', file=sys.stderr, flush=True)
     return None

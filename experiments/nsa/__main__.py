@@ -91,7 +91,7 @@ def peak(settings, book):
       stdout=subprocess.PIPE,
       text=True,
     )
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = json.loads(done.stdout.rstrip().split('\n')[-1])
     book.add({**about, 'contender': contenders.layer_name(mechanism), **row})
   with peers.started(settings.peers, settings.peer_gib, ('nsa',)) as servers:
     for peer in servers:

@@ -250,7 +250,7 @@ def answer(settings, name):
     stdout=subprocess.PIPE,
     text=True,
   )
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(done.stdout.rstrip().split('\n')[-1])
 
 
 # In the order in which they are made.

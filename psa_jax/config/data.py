@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from psa_jax.config import paths
 from psa_jax.config.fields import (
   COUNT,
   OPTIONAL,
@@ -119,6 +120,14 @@ class DataConfig(Section):
     """What holds whatever the model and the task are."""
     if not self.text_key:
       yield f'{path}text_key is empty'
+    # What follows a source's colon may be a path; nothing else begins with ~.
+    places = {
+      'source': self.source.partition(':')[2],
+      'data_dir': self.data_dir,
+    }
+    for key, place in places.items():
+      if problem := paths.unusable(place, f'{path}{key}'):
+        yield problem
     kind, _, size = self.tokenizer.partition(':')
     bpe = kind == 'bpe' and size.isdecimal() and int(size) >= _MIN_BPE
     if self.tokenizer != 'bytes' and not bpe:

@@ -5,22 +5,33 @@ out. The wording is here once; who refuses only says what and where.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 # Longer words than any key: more would only make the search for the nearest
 # key slow and the message unreadable.
 _LONGEST = 200
+# Of a whole message, and of a word in it: a path may be longer than a key.
+_LONGEST_LINE = 3000
+_LONGEST_WORD = 500
 
 
-class ConfigError(ValueError):
+class _Bounded(Exception):
+  """An error whose message is cut where it quotes something endless."""
+
+  def __init__(self, text: object):
+    super().__init__(bounded(str(text)))
+
+
+class ConfigError(_Bounded, ValueError):
   """A request that is refused before anything runs: a key, a value, a flag.
 
   The text is one line and the whole message; the command line exits with 2.
   """
 
 
-class RunError(RuntimeError):
+class RunError(_Bounded, RuntimeError):
   """A run that cannot go on for a reason outside the program.
 
   A checkpoint that cannot be read, a full disk, a loss that is not finite. The
@@ -41,8 +52,31 @@ def likeness(word: str, option: str) -> float:
 
 def shown(value: Any) -> str:
   """`repr` of a value, cut where it is longer than a line can hold."""
-  text = repr(value)
-  return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
+  try:
+    return cut(repr(value))
+  except Exception:  # an integer of thousands of digits, a class of a recipe
+    return f'a {type(value).__name__}'
+
+
+def cut(text: str, most: int = _LONGEST) -> str:
+  """A text up to `most` characters; three dots say that there was more."""
+  return text if len(text) <= most else f'{text[:most]}...'
+
+
+def bounded(text: str) -> str:
+  """A message whose words, and which itself, are cut where they are endless."""
+  words = re.sub(rf'\S{{{_LONGEST_WORD},}}', lambda m: _short(m[0]), text)
+  return cut(words, _LONGEST_LINE)
+
+
+def _short(word: str) -> str:
+  return cut(word, _LONGEST_WORD)
+
+
+def line(error: object) -> str:
+  """An error as one bounded line, which moves no terminal's cursor."""
+  text = ' '.join(bounded(str(error)).split())
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def unknown(path: str, value: Any, options: Iterable[str]) -> str:

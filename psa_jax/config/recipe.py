@@ -8,7 +8,6 @@ wrong in it is one line, `ConfigError`. Sweeps are not done here.
 """
 
 import inspect
-import json
 import pathlib
 import traceback
 import types
@@ -16,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_jax import extras
-from psa_jax.config.errors import ConfigError, nearest
+from psa_jax.config import json_text, paths
+from psa_jax.config.errors import ConfigError, cut, nearest
 from psa_jax.config.run import Config
 from psa_jax.config.tree import from_config_dict, with_task
 
@@ -41,6 +41,12 @@ def load_recipe(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Config:
     ConfigError: the file, its argument, a key or a value is wrong.
   """
   file, _, arg = spec.partition(':')
+  if not file:
+    raise ConfigError(
+      f'--config={cut(spec)} names no file; for example --config=configs/lm_64k'
+      '.py:quick'
+    )
+  file = paths.expanded(file, '--config')
   if file.endswith('.json'):
     return from_config_dict(_read_json(file, arg), overrides)
   values = _call_get_config(file, _execute(file), arg)
@@ -66,13 +72,13 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
       f'{file} is a resolved configuration and takes no argument :{arg}'
     )
   try:
-    values = json.loads(pathlib.Path(file).read_text(encoding='utf-8'))
+    values = json_text.read_object(file)
   except FileNotFoundError:
     raise ConfigError(f'there is no configuration {file}') from None
   except (OSError, ValueError) as e:
-    raise ConfigError(f'cannot read the configuration {file}: {e}') from e
-  if not isinstance(values, dict):
-    raise ConfigError(f'the configuration {file} is no JSON object')
+    raise ConfigError(
+      f'cannot read the configuration {cut(file)}: {_reason(e)}'
+    ) from e
   return with_task(values)
 
 
@@ -83,30 +89,48 @@ def _execute(file: str) -> types.ModuleType:
     source = path.read_text(encoding='utf-8')
   except FileNotFoundError:
     raise ConfigError(_missing(path)) from None
-  except (OSError, UnicodeError) as e:
-    raise ConfigError(f'cannot read the recipe {file}: {e}') from e
+  except IsADirectoryError:
+    raise ConfigError(
+      f'{file} is a folder; name a recipe in it{_suggestion(path)}'
+    ) from None
+  except (OSError, ValueError) as e:  # no UTF-8, or a NUL in the name
+    raise ConfigError(
+      f'cannot read the recipe {cut(file)}: {_reason(e)}; a recipe is a Python '
+      'file with a function get_config(arg)'
+    ) from e
   module = types.ModuleType(path.stem)
   module.__file__ = file
   try:
     exec(compile(source, file, 'exec'), module.__dict__)
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     raise _failed(file, e) from e
   return module
 
 
 def _missing(path: pathlib.Path) -> str:
-  message = f'there is no recipe {path}'
   folder = path.parent if path.parent.is_dir() else pathlib.Path('configs')
+  return f'there is no recipe {path}{_suggestion(folder, str(path))}'
+
+
+def _suggestion(folder: pathlib.Path, wanted: str = '') -> str:
+  """The recipe in a folder that is most like a name."""
   files = [str(p) for p in folder.glob('*.py')]
-  if not files:
-    return message
-  return f'{message}; did you mean {nearest(str(path), files)}?'
+  return f'; did you mean {nearest(wanted, files)}?' if files else ''
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, UnicodeDecodeError):
+    return 'it is no text'
+  return getattr(error, 'strerror', None) or str(error)
 
 
 def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
   get_config = getattr(module, 'get_config', None)
   if not callable(get_config):
-    raise ConfigError(f'the recipe {file} has no function get_config(arg)')
+    raise ConfigError(
+      f'the recipe {file} has no function get_config(arg), which returns what '
+      'differs from the defaults'
+    )
   known = getattr(module, 'ARGS', None)
   options = getattr(module, 'OPTIONS', {})
   first, comma, option = arg.partition(',')
@@ -125,7 +149,7 @@ def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
     raise ConfigError(f'get_config of {file}: {e}') from e
   try:
     values = get_config(*words)
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     raise _failed(file, e) from e
   if not isinstance(values, ConfigDict | Mapping):
     raise ConfigError(
@@ -136,6 +160,7 @@ def _call_get_config(file: str, module: types.ModuleType, arg: str) -> Any:
 
 
 def _bad_arg(file: str, arg: str, known: list[str]) -> str:
+  arg = cut(arg)
   listed = ', '.join(f':{k}' if k else '(none)' for k in known)
   if not arg:
     return f'the recipe {file} needs an argument, {file}:arg; it takes {listed}'
@@ -144,7 +169,7 @@ def _bad_arg(file: str, arg: str, known: list[str]) -> str:
   return f'the recipe {file} has no argument :{arg}{hint} it takes {listed}'
 
 
-def _failed(file: str, error: Exception) -> ConfigError:
+def _failed(file: str, error: BaseException) -> ConfigError:
   """An exception raised inside a recipe as one line that names the place."""
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if f.filename == file]

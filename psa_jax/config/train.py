@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from psa_jax.config import paths
 from psa_jax.config.fields import (
   COUNT,
   OPTIONAL,
@@ -106,6 +107,8 @@ class TrainConfig(Section):
 
   def check(self, path: str) -> Iterator[str]:
     """Every stage has its steps, length and batch size."""
+    if problem := paths.unusable(self.init_from, f'{path}init_from'):
+      yield problem
     lengths = [len(t) for t in (self.steps, self.seq_len, self.batch_size)]
     if len(set(lengths)) > 1 or not all(lengths):
       yield (

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from psa_jax.config import attention
-from psa_jax.config.errors import ConfigError, likeness, shown, wrong_type
+from psa_jax.config.errors import ConfigError, cut, likeness, wrong_type
 from psa_jax.config.fields import NAMES, Section, refuse
 from psa_jax.config.run import Config
 from psa_jax.config.values import convert
@@ -239,6 +239,7 @@ def _unknown_key(path: str) -> ConfigError:
   if path in RENAMED:
     today = ' and '.join(f'config.{name}' for name in RENAMED[path])
     return ConfigError(f'config.{path} is now {today}')
+  path = cut(path)  # megabytes of dots would be searched for ever
   name = path.rpartition('.')[2]
 
   def score(known: str) -> tuple[bool, float]:
@@ -253,7 +254,7 @@ def _unknown_key(path: str) -> ConfigError:
     parent = parent.rpartition('.')[0]
   section = f'config.{parent}' if parent else 'config'
   return ConfigError(
-    f'unknown key config.{shown(path)[1:-1]}; did you mean config.{best}? '
+    f'unknown key config.{path}; did you mean config.{best}? '
     f'{section} has: {", ".join(sections[parent])}'
   )
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from absl import logging
 
-from psa_jax.config import DataConfig, RunError
+from psa_jax.config import DataConfig, RunError, paths
 
 T = TypeVar('T')
 
@@ -35,9 +35,16 @@ class Damaged(Exception):
 
 
 def data_dir(config: DataConfig) -> Path:
-  """Root of the cache: the config's, else the environment's, else ~/.cache."""
-  chosen = config.data_dir or os.environ.get(ENVIRONMENT, '')
-  return Path(chosen or '~/.cache/psa_jax').expanduser().absolute()
+  """Root of the cache: the config's, else the environment's, else ~/.cache.
+
+  Raises:
+    ConfigError: it is no path, or there is no home.
+  """
+  key = 'data.data_dir' if config.data_dir else f'${ENVIRONMENT}'
+  chosen = config.data_dir or os.environ.get(ENVIRONMENT)
+  if not chosen:
+    key, chosen = f'data.data_dir or ${ENVIRONMENT}', '~/.cache/psa_jax'
+  return Path(paths.expanded(chosen, key)).absolute()
 
 
 def cached(

@@ -10,11 +10,11 @@ sets are fetched by pip or apt. A name that is no source is a TFDS set, which is
 downloaded and written as array_record (`sources/tfds_sets.py`).
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from psa_jax.config import ConfigError, DataConfig, RunError
+from psa_jax import command_line
+from psa_jax.config import ConfigError, DataConfig, paths
 from psa_jax.data import cache, sources
 
 
@@ -35,7 +35,11 @@ def prepare(name: str, data_dir: str = '') -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  parser = argparse.ArgumentParser(
+  return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+  parser = command_line.Parser(
     prog='python -m psa_jax.data.prepare',
     description='Prepares a data set ahead of a run.',
   )
@@ -50,12 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help=f'default: ${cache.ENVIRONMENT}, else ~/.cache/psa_jax',
   )
   options = parser.parse_args(arguments)
-  try:
-    print(prepare(options.name, options.data_dir))
-  except (ConfigError, RunError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2 if isinstance(e, ConfigError) else 1
-  return 0
+  data_dir = paths.expanded(options.data_dir, '--data_dir')
+  print(prepare(options.name, data_dir))
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from psa_jax.config import RunError
+from psa_jax.config import RunError, json_text
 
 DIGEST = 'digest.json'
 _TEMPORARY = '.orbax-checkpoint-tmp'
@@ -264,7 +264,7 @@ class Checkpoints:
     """What is wrong with the files of a checkpoint, in a few words."""
     folder = self.path / str(step)
     try:
-      expected = json.loads((folder / DIGEST).read_text())
+      expected = json_text.read_object(folder / DIGEST)
       digest = _digest(folder)
     except FileNotFoundError:
       return f'{DIGEST} is missing'

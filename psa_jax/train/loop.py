@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from psa_jax import sharding, tasks
+from psa_jax import command_line, sharding, tasks
 from psa_jax.config import Config, RunError
 from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
@@ -76,6 +76,11 @@ def train_and_evaluate(
         return run.finish()
       except Stopped:
         return run.stop()
+      except BrokenPipeError:  # nobody reads the lines any more: `| head`
+        command_line.drop_output()
+        if run.step:
+          run.stop()
+        raise
 
 
 def evaluate_checkpoint(

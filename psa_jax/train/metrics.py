@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import tensorboardX
 from absl import logging
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config
+from psa_jax.config import Config, json_text
 
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
@@ -78,15 +78,15 @@ class TensorBoard:
     folder: str | pathlib.Path,
     hparams: Mapping[str, Any],
     *,
-    metric: str,
+    metrics: Sequence[str],
     step: int,
   ):
     """Opens a new event file; older ones stay.
 
     Args:
       folder: where the event files lie.
-      hparams: the configuration, dotted names to values.
-      metric: tag of the scalar that the hparams table shows.
+      hparams: what is special about the run, dotted names to values.
+      metrics: tags of the scalars that the hparams table shows.
       step: the step that the run goes on from; what older files hold beyond
         it is hidden.
     """
@@ -100,7 +100,7 @@ class TensorBoard:
       for name, value in hparams.items()
     }
     experiment, start, self._end = tensorboardX.summary.hparams(
-      simple, {metric: 0.0}
+      simple, dict.fromkeys(metrics, 0.0)
     )
     self._writer.file_writer.add_summary(experiment)
     self._writer.file_writer.add_summary(start)
@@ -147,6 +147,7 @@ class Log:
     *,
     step: int,
     quality: str = 'bits_per_byte',
+    mechanisms: Sequence[str] = (),
   ):
     """Opens the writers.
 
@@ -155,6 +156,7 @@ class Log:
       folder: its work directory.
       step: the step that the run goes on from.
       quality: the metric that TensorBoard's hparams table shows.
+      mechanisms: whose; those that the run is judged with.
     """
     self.rows: list[dict[str, Any]] = []
     self._writers: list[MetricsFile | TensorBoard] = []
@@ -167,8 +169,8 @@ class Log:
       self._writers.append(
         TensorBoard(
           folder / TENSORBOARD,
-          config_lib.flatten(config_lib.to_dict(config)),
-          metric=f'final_{config.model.attention.name}/{quality}',
+          _hparams(config),
+          metrics=[f'final_{name}/{quality}' for name in mechanisms],
           step=step,
         )
       )
@@ -184,6 +186,19 @@ class Log:
       writer.close()
 
 
+def _hparams(config: Config) -> dict[str, Any]:
+  """The keys that differ from the defaults: a table of all has 242 columns.
+
+  The attention is always there, for it is what arms differ by.
+  """
+  values, usual = (
+    config_lib.flatten(config_lib.to_dict(c)) for c in (config, Config())
+  )
+  name = 'model.attention.name'
+  own = {key: v for key, v in values.items() if v != usual[key]}
+  return {name: values[name]} | own
+
+
 def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a metrics file, up to the first line that is not whole."""
   return [row for row, _ in _read(pathlib.Path(path))]
@@ -194,7 +209,7 @@ def _read(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
   end = 0
   for line in path.read_bytes().splitlines(keepends=True):
     try:
-      row = json.loads(line)
+      row = json_text.parse(line)
     except ValueError:
       return
     known = isinstance(row, dict) and {'kind', 'step'} <= row.keys()

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from psa_jax import config as config_lib
 from psa_jax import tasks
-from psa_jax.config import Config
+from psa_jax.config import Config, json_text
 from psa_jax.eval import recall
 from psa_jax.train import stages as stages_lib
 from psa_jax.train import workdir
@@ -85,8 +86,8 @@ def evaluation(
 
 
 def save(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
-  """Writes `result.json`."""
-  workdir.write_json(folder / RESULT, result)
+  """Writes `result.json`, with its own checksum."""
+  workdir.write_json(folder / RESULT, json_text.sealed(result))
 
 
 def load_complete(
@@ -94,11 +95,15 @@ def load_complete(
 ) -> dict[str, Any] | None:
   """The result of a run that has nothing left to do, else None.
 
-  Another configuration has something left: its final evaluation.
+  Another configuration has something left: its final evaluation. So has a
+  result that is not as it was written: it is made again.
   """
   try:
-    result = json.loads((folder / RESULT).read_text('utf-8'))
-  except (FileNotFoundError, ValueError):
+    result = json_text.unsealed(json_text.read(folder / RESULT))
+  except FileNotFoundError:
+    return None
+  except ValueError as e:
+    logging.warning('%s is evaluated again: %s', folder / RESULT, e)
     return None
   wanted_config = json.loads(json.dumps(config_lib.to_dict(config)))
   saved = config_lib.with_task(result.get('config', {}))
@@ -181,16 +186,17 @@ def _quality(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _change(suffix: str, start, end) -> list[tuple[str, str]]:
   """From the start to the end of a stretch of training."""
-  return [
-    (
-      f'{label}{suffix}, start to end',
-      f'{_number(start.get(name), form)} -> {_number(end.get(name), form)}',
-    )
-    for name, label, form in (
-      ('density', 'density', '.1%'),
-      ('seconds_per_step', 'seconds per step', '.3f'),
-    )
-  ]
+  rows = []
+  for name, label, form in (
+    ('density', 'density', '.1%'),
+    ('seconds_per_step', 'seconds per step', '.3f'),
+  ):
+    ends = [_number(edge.get(name), form) for edge in (start, end)]
+    if start == end:  # one row is both
+      rows.append((f'{label}{suffix}', ends[0]))
+    else:
+      rows.append((f'{label}{suffix}, start to end', ' -> '.join(ends)))
+  return rows
 
 
 def _memory(result) -> tuple[str, str]:
@@ -226,13 +232,15 @@ def _stage(stage: stages_lib.Stage, rows) -> dict[str, Any]:
   compiled = [
     r['compile_seconds'] for r in stage_rows if 'compile_seconds' in r
   ]
+  # Of a short stage the two ends share no row either.
+  count = min(_ROWS, max(1, len(stage_rows) // 2))
   return {
     'seq_len': stage.seq_len,
     'batch_size': stage.batch_size,
     'steps': stage.end - stage.begin,
     'compile_seconds': compiled[0] if compiled else None,
-    'start': _edge(stage_rows[:_ROWS], 0),
-    'end': _edge(stage_rows[-_ROWS:], -1),
+    'start': _edge(stage_rows[:count], 0),
+    'end': _edge(stage_rows[-count:], -1),
   }
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from psa_jax import sharding
-from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.config import Config, ConfigError, RunError, paths
 from psa_jax.tasks import Data, make_task
 from psa_jax.train import result as result_lib
 from psa_jax.train import stages as stages_lib
@@ -123,7 +123,11 @@ class Run:
       self._timer = _Timer(checkpoint.meta['seconds'])
       self.console.say(f'going on from step {self.step} of {self.total}')
     self.log = Log(
-      self.config, self.folder, step=self.step, quality=self.task.quality
+      self.config,
+      self.folder,
+      step=self.step,
+      quality=self.task.quality,
+      mechanisms=self.evaluate.mechanisms,
     )
     self._open.callback(self.log.close)
 
@@ -136,7 +140,9 @@ class Run:
     if not source:
       return state
     checkpoints = Checkpoints(
-      pathlib.Path(source) / CHECKPOINTS, read_only=True, say=self.console.say
+      pathlib.Path(paths.expanded(source, 'train.init_from')) / CHECKPOINTS,
+      read_only=True,
+      say=self.console.say,
     )
     saved = checkpoints.read_arrays()
     checkpoints.close()

@@ -26,7 +26,7 @@ from importlib import metadata
 from typing import Any
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.config import Config, ConfigError, RunError, json_text
 
 CONFIG = 'config.json'
 COMMAND = 'command.txt'
@@ -193,16 +193,13 @@ def _write(path: pathlib.Path, text: str) -> None:
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """The object in `path`, or None where there is no such file."""
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    return json_text.read_object(path)
   except FileNotFoundError:
     return None
   except OSError as e:
     raise RunError(f'cannot read {path}: {e.strerror}') from e
   except ValueError as e:
-    raise ConfigError(f'{path} is not JSON: {e}; mend or delete it') from e
-  if not isinstance(value, dict):
-    raise ConfigError(f'{path} is not a JSON object; mend or delete it')
-  return value
+    raise ConfigError(f'cannot read {path}: {e}; mend or delete it') from e
 
 
 def _make_writable(path: pathlib.Path) -> None:

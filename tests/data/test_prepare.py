@@ -34,6 +34,17 @@ class Modest(Needy):
     yield 0, {'body': name}
 
 
+class Unlocked(Needy):
+  """A set that downloads what TFDS knows no hash of."""
+
+  def _generate_examples(self, name):
+    yield 0, {'body': name}
+
+  def _split_generators(self, dl_manager):
+    dl_manager.download(self.address)
+    return super()._split_generators(dl_manager)
+
+
 class Broken(Needy):
   """A set whose server is gone."""
 
@@ -88,6 +99,15 @@ def test_failures_are_one_line(tmp_path, capsys):
   assert code == 1 and 'no route to host' in last
   code, _, err = run(capsys, '--name=nosuch', f'--data_dir={tmp_path}')
   assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
+
+
+def test_what_has_no_hash_is_not_downloaded(tmp_path, monkeypatch, capsys):
+  file = tmp_path / 'file'
+  file.write_text('unknown')
+  monkeypatch.setattr(Unlocked, 'address', file.as_uri(), raising=False)
+  code, _, err = run(capsys, '--name=unlocked', f'--data_dir={tmp_path}')
+  last = err.strip().split('\n')[-1]
+  assert code == 1 and f'Missing checksums url: {file.as_uri()}' in last
 
 
 def test_packaged_sets_are_prepared_too(tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 
 from psa_jax.train import console as lib
 from psa_jax.train import result as result_lib
+from tests.train import tiny
 
 ROW = {
   'kind': 'train',
@@ -131,6 +132,31 @@ def test_the_table_of_a_run(capsys):
     'peak memory (process) 1,024 MiB',
   ):
     assert line in lines, line
+
+
+def test_the_ends_of_a_short_stage_are_other_steps():
+  config = tiny.config()
+  for logged, expected in (
+    ([0.4, 0.3, 0.2, 0.1], ('start to end', '0.350 -> 0.150')),
+    ([0.3, 0.2, 0.1], ('start to end', '0.300 -> 0.100')),
+    ([0.4], ('seconds per step', '0.400')),
+  ):
+    rows = [
+      {'kind': 'train', 'stage': 0, 'step': i + 1, 'seconds_per_step': seconds}
+      for i, seconds in enumerate(logged)
+    ]
+    built = result_lib.build(
+      config,
+      rows=rows,
+      validation={'dense': FOUND},
+      baselines={},
+      quality='bits_per_byte',
+      seconds=1.0,
+    )
+    one = {**built, 'stages': built['stages'][:1]}
+    found = [r for r in result_lib.table(one) if r[0].startswith('seconds per')]
+    assert len(found) == 1 and found[0][1] == expected[1]
+    assert found[0][0].endswith(expected[0])
 
 
 def test_the_table_of_an_evaluation():

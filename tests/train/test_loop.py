@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from psa_jax import sharding
-from psa_jax.config import ConfigError, RunError
+from psa_jax.config import ConfigError, RunError, json_text
 from psa_jax.tasks import LanguageModel
 from psa_jax.train import loop
 from psa_jax.train.checkpoint import Checkpoints
@@ -45,7 +45,8 @@ def test_a_run_leaves_its_record(whole, config):
     *('config.json', 'command.txt', 'environment.json', 'data_manifest.json'),
     *('metrics.jsonl', 'result.json', 'tensorboard', 'checkpoints'),
   }
-  assert json.loads((folder / 'result.json').read_text()) == result
+  written = json.loads((folder / 'result.json').read_text())
+  assert json_text.unsealed(written) == result
   found = rows(folder)
   trained = [row for row in found if row['kind'] == 'train']
   assert [row['step'] for row in trained] == list(range(1, 8))

@@ -92,7 +92,7 @@ def events(folder):
 
 def test_tensorboard_has_the_rows_and_the_hparams(tmp_path):
   config = tiny.config()
-  log = lib.Log(config, tmp_path, step=0)
+  log = lib.Log(config, tmp_path, step=0, mechanisms=('psa', 'dense'))
   for r in (*ROWS[:4], row('final', 3, mechanism='dense', bits_per_byte=2.3)):
     log.write(r)
   log.close()
@@ -113,6 +113,11 @@ def test_tensorboard_has_the_rows_and_the_hparams(tmp_path):
     for value in event.summary.value
   )
   for name in (b'optim.learning_rate', b'model.norm.kind', b'prepbn'):
+    assert name in hparams
+  # Keys as they are by default are no columns; each arm's quality is one.
+  for name in (b'optim.eps', b'model.attention.sla.', b'data.cutout'):
+    assert name not in hparams
+  for name in (b'model.attention.name', b'final_psa/bits', b'final_dense/bits'):
     assert name in hparams
   assert len(list((tmp_path / lib.TENSORBOARD).iterdir())) == 1
 
@@ -139,7 +144,7 @@ def test_tensorboard_hides_what_a_resumed_run_makes_again(tmp_path):
 )
 def test_a_disk_that_fills_up_ends_the_events_and_not_the_run(tmp_path, caplog):
   """TensorboardX's writer thread dies; its queue holds ten events."""
-  board = lib.TensorBoard(tmp_path, {}, metric='final/loss', step=0)
+  board = lib.TensorBoard(tmp_path, {}, metrics=['final/loss'], step=0)
   events = board._writer.file_writer.event_writer
 
   def full(event):

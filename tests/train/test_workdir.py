@@ -144,10 +144,14 @@ def test_tuples_in_a_manifest_are_no_difference(tmp_path):
   assert workdir.record(tmp_path, Config(), manifest=manifest)
 
 
-@pytest.mark.parametrize('text', ['{"seed": ', '[1]', ''])
+@pytest.mark.parametrize(
+  'text', [b'{"seed": ', b'[1]', b'', b'\xff', b'{"a":' * 3000 + b'}' * 3000]
+)
 def test_a_damaged_record_is_named(tmp_path, text):
-  (tmp_path / 'config.json').write_text(text)
-  with pytest.raises(ConfigError, match='config.json is not .*mend or delete'):
+  (tmp_path / 'config.json').write_bytes(text)
+  with pytest.raises(
+    ConfigError, match='cannot read .*config.json: .*mend or delete'
+  ):
     workdir.check(tmp_path, Config())
 
 

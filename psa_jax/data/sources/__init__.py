@@ -21,6 +21,7 @@ from psa_jax.data.sources.registry import PAIRS as PAIRS
 from psa_jax.data.sources.registry import QUESTIONS as QUESTIONS
 from psa_jax.data.sources.registry import TAGGED as TAGGED
 from psa_jax.data.sources.registry import Source as Source
+from psa_jax.data.sources.registry import every as every
 from psa_jax.data.sources.registry import find as find
 from psa_jax.data.sources.registry import load as load
 from psa_jax.data.sources.registry import names as names

@@ -54,7 +54,7 @@ def prepare(config: DataConfig) -> str:
 
 
 def _lines(content: bytes, path: Path) -> Iterator[tuple[bytes, Pair]]:
-  for i, line in enumerate(content.splitlines()):
+  for i, line in enumerate(content.removesuffix(b'\n').split(b'\n')):
     fields = line.split(b'\t')
     if len(fields) != 3:
       raise ConfigError(
@@ -122,7 +122,7 @@ def _stanzas(content: bytes) -> Iterator[tuple[bytes, bytes, list[bytes]]]:
   for stanza in content.split(b'\n\n'):
     package = digest = b''
     paragraphs: list[bytes] = []
-    for line in stanza.splitlines():
+    for line in stanza.split(b'\n'):
       if line.startswith(b'Package: '):
         package = line[9:].strip()
       elif line.startswith(b'Description-md5: '):
@@ -144,5 +144,6 @@ register(
     yields={PAIRS: load},
     pattern=_NAME.pattern,
     prepare=prepare,
+    lock="the signature of the archive that apt is set to, by apt's own keys",
   )
 )

@@ -49,7 +49,7 @@ def load(config: DataConfig) -> sets.ImageSet:
   try:
     content = path.read_bytes()
     table = np.loadtxt(
-      gzip.decompress(content).decode().splitlines(), delimiter=',', ndmin=2
+      gzip.decompress(content).decode().split('\n'), delimiter=',', ndmin=2
     )
     return sets.from_arrays(
       _pixels(table[:, :-1], package),

@@ -1,4 +1,4 @@
-"""Fetches the sets that no package passes on, by pip or by apt.
+"""Fetches the sets that no package passes on, from an index or by apt.
 
 `python -m psa_jax.data.prepare --name=<set>` is the command; a source of this
 kind calls `into_cache` with what fills its folder.

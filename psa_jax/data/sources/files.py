@@ -1,17 +1,18 @@
 """The user's own text: `files:<glob>`, each file a document.
 
 Validation is every tenth file by sorted path, at least one. A single file
-gives its last tenth. Empty files are left out.
+gives its last tenth. Empty files are left out. `matching` says which files
+match, and that each counts once; `compressed`, which are read decompressed.
 """
 
-import contextlib
-import glob
-import os
 from collections.abc import Sequence
 
-from psa_jax.config import ConfigError, DataConfig
+from psa_jax.config import ConfigError, DataConfig, paths
+from psa_jax.data.sources import compressed, matching
 from psa_jax.data.sources.registry import DOCUMENTS, Source, register
 from psa_jax.data.text import documents
+
+_CHARACTER = 4  # bytes of a UTF-8 character, at most
 
 
 class Files(Sequence[bytes]):
@@ -24,8 +25,8 @@ class Files(Sequence[bytes]):
     return len(self._paths)
 
   def __getitem__(self, i) -> bytes:
-    with _readable(self._paths[i]), open(self._paths[i], 'rb') as f:
-      return f.read()
+    with matching.readable(self._paths[i]):
+      return compressed.read(self._paths[i])
 
 
 def load(config: DataConfig) -> documents.TextSource:
@@ -34,16 +35,17 @@ def load(config: DataConfig) -> documents.TextSource:
   Raises:
     ConfigError: no file matches, one cannot be read, or all are empty.
   """
-  name, pattern = config.source, config.source.partition(':')[2]
-  matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  paths = [path for path in matches if not os.path.isdir(path)]
-  if not paths:
-    hint = f'; try {name.rstrip("/")}/**/*.txt' if matches else ''
-    raise ConfigError(f'data.source {name!r} matches no file{hint}')
-  texts = Files([path for path in paths if _size(path)])
+  name = config.source
+  pattern = paths.expanded(name.partition(':')[2], 'data.source')
+  found = matching.files(pattern)
+  if not found:
+    raise ConfigError(
+      f'data.source {name!r} matches no file{_hint(name, pattern)}'
+    )
+  texts = Files([file.path for file in found if _has_text(file)])
   if not len(texts):
     raise ConfigError(
-      f'data.source {name!r}: all matching files ({len(paths)}) are empty'
+      f'data.source {name!r}: all matching files ({len(found)}) are empty'
     )
   splits = _split(texts)
   content = documents.sha256(splits)
@@ -61,35 +63,39 @@ def load(config: DataConfig) -> documents.TextSource:
   return documents.TextSource(manifest, content, lambda: splits)
 
 
-def _size(path: str) -> int:
-  with _readable(path):
-    return os.path.getsize(path)
+def _hint(name: str, pattern: str) -> str:
+  if matching.any_match(pattern):
+    return f'; try {name.rstrip("/")}/**/*.txt'
+  if '[' in pattern:
+    return '; [ begins a set of letters, and [[] stands for itself'
+  return ''
 
 
-@contextlib.contextmanager
-def _readable(path: str):
-  try:
-    yield
-  except OSError as e:
-    raise ConfigError(
-      f'data.source: cannot read {path}: {e.strerror}; fix the file or leave '
-      'it out of the pattern'
-    ) from e
+def _has_text(file: matching.Found) -> bool:
+  with matching.readable(file.path):
+    return bool(file.size) and compressed.check(file.path)
 
 
-def _split(texts: Files) -> documents.Splits:
+def _split(texts: documents.Documents) -> documents.Splits:
   if len(texts) > 1:
     return documents.every_tenth(texts)
   text = texts[0]
-  cut = len(text) - max(1, len(text) // 10)
-  while cut > 0 and text[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-    cut -= 1
+  cut = _cut(text)
   if cut == 0:
     raise ConfigError(
       f'data.source: the only file holds {len(text)} bytes, too few to hold '
       'some out for validation; add text'
     )
   return documents.Splits([text[:cut]], [text[cut:]])
+
+
+def _cut(text: bytes) -> int:
+  """Where the last tenth begins: at a UTF-8 character, if there is any near."""
+  cut = len(text) - max(1, len(text) // 10)
+  for place in range(cut, max(-1, cut - _CHARACTER), -1):
+    if text[place] & 0xC0 != 0x80:
+      return place
+  return cut
 
 
 register(Source('files:<glob>', yields={DOCUMENTS: load}))

@@ -16,6 +16,7 @@ from absl import logging
 
 from psa_jax.config import ConfigError, DataConfig
 from psa_jax.data import cache
+from psa_jax.data.sources import tfds_sets
 from psa_jax.data.text import documents
 
 
@@ -115,6 +116,7 @@ def _load(name: str, path: Path, content: str) -> documents.Splits:
   import tensorflow_datasets as tfds
 
   try:
+    tfds_sets.check_features(path / name / '1.0.0')
     builder = tfds.builder_from_directory(path / name / '1.0.0')
     splits = documents.Splits(
       *(

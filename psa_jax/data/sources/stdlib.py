@@ -18,7 +18,11 @@ def find() -> list[tuple[str, Path]]:
   paths = []
   for module in sys.stdlib_module_names:  # leaves out site-packages
     paths += [root / f'{module}.py', *(root / module).rglob('*.py')]
-  named = {p.relative_to(root).as_posix(): p for p in paths if p.is_file()}
+  files: dict[Path, Path] = {}
+  for path in sorted(paths, key=lambda p: (p.is_symlink(), p)):
+    if path.is_file():  # each once, though links lead to it
+      files.setdefault(path.resolve(), path)
+  named = {p.relative_to(root).as_posix(): p for p in files.values()}
   return [
     (name, path)
     for name, path in sorted(named.items())
@@ -39,5 +43,6 @@ register(
     'stdlib',
     yields={DOCUMENTS: lambda config: packaged.load(PACKAGE, config)},
     prepare=lambda config: packaged.prepare(PACKAGE, config),
+    lock='nothing is fetched: the files are installed',
   )
 )

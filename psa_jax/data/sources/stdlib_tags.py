@@ -122,7 +122,7 @@ def passages(lines: Iterable[Tagged], *, most: int) -> Iterator[Tagged]:
 def _marks(tree: ast.AST, source: str, tokens) -> dict[tuple[int, int], tuple]:
   """(line, column) of a token -> (kind, number of its span)."""
   at = {token.start: i for i, token in enumerate(tokens)}
-  lines = source.splitlines(keepends=True)
+  lines = source.split('\n')  # as Python counts them
   names: dict[tuple[int, int], tuple] = {}
 
   def place(line, column) -> int | None:

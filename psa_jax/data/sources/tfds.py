@@ -326,5 +326,6 @@ register(
       IMAGES: load_images,
     },
     prepare=lambda config: tfds_sets.prepare(_name(config), config),
+    lock='sha256 of each download, in the package tensorflow-datasets',
   )
 )

@@ -20,12 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from psa_jax.config import ConfigError, DataConfig, RunError
+from psa_jax.config import (
+  ConfigError,
+  DataConfig,
+  RunError,
+  json_text,
+  paths,
+)
 from psa_jax.data import cache
 
 _NAME = re.compile(r'[A-Za-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?')
 # TFDS registers these groups only on import, and importing them all needs
 # TensorFlow; one module at a time does not.
+_FEATURES_FILE = 'features.json'
+# Keys in it whose value names a class; without a dot it names no module.
+_CLASS_KEYS = {'pythonClassName', 'python_class_name', 'type'}
+_FEATURES = 'tensorflow_datasets.'
 _GROUPS = ('text', 'translate', 'summarization', 'question_answering')
 
 
@@ -43,6 +53,10 @@ def find_builder(name: str, data_dir: Path) -> Any:
   from tensorflow_datasets.core import read_only_builder
 
   for root in _roots(data_dir):
+    folder = root / re.split('[/:]', name)[0]
+    for depth in ('*', '*/*'):
+      for path in folder.glob(f'{depth}/{_FEATURES_FILE}'):
+        check_features(path.parent)
     try:
       return read_only_builder.builder_from_files(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
@@ -62,6 +76,40 @@ def find_builder(name: str, data_dir: Path) -> Any:
     reason = ' '.join(str(e).split())
     reason = re.sub(r'^Failed to construct .*?}": ', '', reason)[:300]
     raise ConfigError(f'data.source tfds:{name}: {reason}') from e
+
+
+def check_features(folder: Path) -> None:
+  """Refuses a prepared set whose files name features that TFDS does not have.
+
+  TFDS imports the module of every class that `features.json` names, so a data
+  set would choose which code runs.
+
+  Raises:
+    ConfigError: a class of another package, or no readable JSON.
+  """
+  path = folder / _FEATURES_FILE
+  if not path.exists():
+    return
+  try:
+    todo = [json_text.read(path)]
+  except (OSError, ValueError) as e:
+    raise ConfigError(
+      f'{path} cannot be read: {e}; delete {folder} and prepare it again'
+    ) from e
+  while todo:
+    value = todo.pop()
+    if isinstance(value, list):
+      todo += value
+    elif isinstance(value, dict):
+      todo += value.values()
+      for key in _CLASS_KEYS & value.keys():
+        text = value[key]
+        named = isinstance(text, str) and '.' in text
+        if named and not text.startswith(_FEATURES):
+          raise ConfigError(
+            f'{path} names the feature {text!r}, which is none of TFDS and is '
+            f'not imported; delete {folder} and prepare it again'
+          )
 
 
 def misses_tensorflow(error: BaseException | None) -> bool:
@@ -85,8 +133,14 @@ def tensorflow_once(name: str, data_dir: Path) -> str:
 
 
 def _roots(data_dir: Path) -> list[Path]:
-  usual = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  return [data_dir, Path(usual).expanduser()]
+  usual = os.environ.get('TFDS_DATA_DIR')
+  if usual:
+    return [data_dir, Path(paths.expanded(usual, '$TFDS_DATA_DIR'))]
+  # The other folder that TFDS would use; without a home there is none.
+  usual = '~/tensorflow_datasets'
+  if paths.unusable(usual, ''):
+    return [data_dir]
+  return [data_dir, Path(paths.expanded(usual, ''))]
 
 
 def _import_legacy(name: str) -> None:
@@ -146,9 +200,15 @@ def prepare(name: str, config: DataConfig) -> str:
 
 
 def _download(name: str, builder: Any, root: Path) -> None:
+  import tensorflow_datasets as tfds
+
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own advice
-      builder.download_and_prepare(file_format='array_record')
+      # What TFDS knows no hash of is not downloaded.
+      checked = tfds.download.DownloadConfig(force_checksums_validation=True)
+      builder.download_and_prepare(
+        file_format='array_record', download_config=checked
+      )
   except Exception as e:  # the set's own code: anything
     if misses_tensorflow(e):
       raise RunError(tensorflow_once(name, root)) from e

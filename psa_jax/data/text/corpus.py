@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from psa_jax.config import ConfigError, DataConfig, RunError
+from psa_jax.config import ConfigError, DataConfig, RunError, json_text
 from psa_jax.data import cache, sources
 from psa_jax.data.text import baselines, documents, tokenizer
 from psa_jax.data.text.windows import Packed
@@ -52,7 +52,9 @@ def build_corpus(config: DataConfig) -> Corpus:
   tokenizer.bpe_size(config.tokenizer)  # refuse a bad name before any work
   source = sources.load(config, sources.DOCUMENTS)
   key = f'{_LAYOUT} {source.key} {config.tokenizer}'
-  short = re.sub(r'\W+', '-', f'{config.source}-{config.tokenizer}')[-60:]
+  # ASCII: the name of a folder is bounded in bytes.
+  words = re.sub(r'\W+', '-', f'{config.source}-{config.tokenizer}', flags=re.A)
+  short = words[-60:]
   name = f'{short}-{hashlib.sha256(key.encode()).hexdigest()[:16]}'
   return cache.cached(
     cache.data_dir(config) / 'corpora' / name,
@@ -155,7 +157,7 @@ def _baselines(splits: documents.Splits, nul: bool) -> dict[str, float]:
 def _load(source_manifest: dict, path: Path) -> Corpus:
   """Reads a corpus folder; every byte of it is checked."""
   try:
-    description = json.loads((path / 'corpus.json').read_text())
+    description = json_text.read_object(path / 'corpus.json')
     for name, check in description['crc32'].items():
       if zlib.crc32(_map(path / name, np.dtype(np.uint8)).data) != check:
         raise cache.Damaged(f'{name} is not what was written')

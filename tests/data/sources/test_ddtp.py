@@ -49,6 +49,11 @@ def test_paragraphs_pair_where_both_have_as_many():
   ]
 
 
+def test_a_return_inside_a_line_does_not_end_it():
+  english, french = ENGLISH.replace(b'It does', b'It\rdoes'), FRENCH
+  assert list(ddtp.pairs(english, french)) == list(ddtp.pairs(ENGLISH, french))
+
+
 def load(folder):
   config = DataConfig(source='ddtp_en_fr', data_dir=str(folder))
   return sources.load(config, sources.PAIRS)

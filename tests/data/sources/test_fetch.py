@@ -1,13 +1,12 @@
-"""Sets that pip and apt bring, with both of them mocked."""
+"""Sets from an index and by apt, with pip and apt mocked."""
 
-import pathlib
 import subprocess
 
 import pytest
 
 from psa_jax.config import DataConfig, RunError
 from psa_jax.data import prepare, sources
-from psa_jax.data.sources import fetch
+from psa_jax.data.sources import fetch, vader
 from tests.data.sources.test_vader import write_archive
 
 
@@ -20,8 +19,14 @@ def stanzas(language, count=60):
 
 
 @pytest.fixture
-def commands(monkeypatch):
-  """What was run; pip and apt write what they would."""
+def index(tmp_path):
+  """A package index in a folder."""
+  return tmp_path / 'simple'
+
+
+@pytest.fixture
+def commands(monkeypatch, index):
+  """What was run; pip and apt answer and write what they would."""
   ran = []
 
   def run(command, **settings):
@@ -30,8 +35,8 @@ def commands(monkeypatch):
     ran.append(command)
     out = b''
     if 'pip' in command:
-      where = pathlib.Path(command[command.index('-d') + 1])
-      write_archive(where / 'vaderSentiment-3.3.2.tar.gz')
+      assert command[-2:] == ['config', 'list']  # it downloads nothing
+      out = f"global.index-url='{index.as_uri()}'\n".encode()
     elif 'update' in command:
       lists = next(w for w in command if w.startswith('Dir::State::lists='))
       folder = lists.partition('=')[2]
@@ -72,11 +77,23 @@ def test_a_language_without_descriptions(tmp_path, commands, capsys):
   assert commands and not (tmp_path / 'ddtp_en_xx').exists()
 
 
-def test_sentences_are_fetched_by_pip(tmp_path, commands, capsys):
+def test_sentences_are_fetched_by_their_hash(
+  tmp_path, commands, index, monkeypatch, capsys
+):
+  """Nothing of the archive is run, and another one is not kept."""
+  page = index / 'vadersentiment' / 'index.html'
+  digest = write_archive(page.with_name('vaderSentiment-3.3.2.tar.gz'))
+  page.write_text('<a href="vaderSentiment-3.3.2.tar.gz#sha256=0">it</a>')
   arguments = ['--name=vader3', f'--data_dir={tmp_path}']
+  assert prepare.main(arguments) == 1
+  error = capsys.readouterr().err
+  assert f'has sha256 {digest} and not {vader.SHA256}' in error
+  assert error.count('\n') == 1 and not (tmp_path / 'vader3').exists()
+  monkeypatch.setattr(vader, 'SHA256', digest)
   assert prepare.main(arguments) == 0
-  assert 'vaderSentiment==3.3.2' in commands[0] and '--no-deps' in commands[0]
   assert 'vader3: train ' in capsys.readouterr().out
+  assert [p.name for p in (tmp_path / 'vader3').iterdir()] == [vader.FILE]
+  assert all('download' not in command for command in commands)
 
 
 def test_failures_are_one_line(tmp_path, monkeypatch):

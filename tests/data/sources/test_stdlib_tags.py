@@ -40,6 +40,14 @@ def test_tags_of_a_program_are_those_of_its_syntax_tree():
   assert sentences[4].words == ("'...'",)  # of a string only that it is one
 
 
+def test_only_a_new_line_ends_a_line():
+  """A form feed, which many modules have, is no line for Python."""
+  odd = '\f\x0b\x1c\x1d\x1e\x85\u2028\u2029'
+  before = f'\f\n"""{odd}"""  # {odd}\nx = "{odd}"\n'
+  tagged = list(stdlib_tags.python_sentences(CODE))
+  assert list(stdlib_tags.python_sentences(before + CODE))[2:] == tagged
+
+
 def test_passages_join_lines_and_cut_long_ones_between_spans():
   lines = [Tagged(('a', 'b'), (0, 1))] * 3
   joined = list(stdlib_tags.passages(lines, most=6))

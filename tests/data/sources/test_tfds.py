@@ -235,3 +235,22 @@ def test_pg19_from_mock_data_with_real_metadata(tmp_path):
     source = load('/nowhere', 'pg19', text_key='book_text')
     assert len(list(source.train)) == len(list(source.validation)) == 5
   assert source.manifest['held_out'] == 'split validation'
+
+
+@pytest.mark.parametrize('key', ['pythonClassName', 'python_class_name'])
+def test_files_do_not_choose_which_code_runs(tmp_path, monkeypatch, key):
+  """TFDS would import the module that a feature's class is said to be in."""
+  prepare(tmp_path, monkeypatch, train=['a'], test=['b'])
+  path = tmp_path / 'verses' / '2.1.0' / 'features.json'
+  features = json.loads(path.read_text())
+  title = features['featuresDict']['features']['title']
+  del title['pythonClassName']
+  title[key] = 'chosen_by_the_data.Text'
+  path.write_text(json.dumps(features))
+  (tmp_path / 'chosen_by_the_data.py').write_text('raise SystemExit("run")')
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ConfigError, match=f"{path} names the feature 'chosen_by"):
+    load(tmp_path)
+  path.write_text('[' * 9999)
+  with pytest.raises(ConfigError, match=f'{path} cannot be read: .*; delete'):
+    load(tmp_path)
