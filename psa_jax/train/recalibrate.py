@@ -10,8 +10,8 @@ training.
 
 They are read off how far the running ones move: with momentum m a batch whose
 own are b turns r into m r + (1 - m) b. So a batch's variance is its unbiased
-one here too, and the pooled variance is that of all positions as one batch up
-to a share of 1 / n, n positions a batch.
+one here too, and the pooled variance at most n / (n - 1) of that of all
+positions as one batch, n of them in each.
 """
 
 import dataclasses
