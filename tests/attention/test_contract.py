@@ -159,6 +159,11 @@ ROWS = {
     hybrid(scoring='bounds', sink_blocks=1), hybrid(1.0, scoring='bounds')
   ),
   'dsa': Row(dsa(), dsa(T), ramp=(T, 1.0)),
+  'dsa per token, itself': Row(
+    dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0, keep_self=True),
+    None,
+    ramp=(T, 1.0),
+  ),
   'dsa per token': Row(
     dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0),
     dsa(T, block_q=1, block_k=1, window=1, sink_blocks=0),
@@ -217,7 +222,8 @@ IMPLEMENTATIONS = ('reference', 'xla')
 QUICK = ('psa', 'topk', 'dsa', 'nsa')
 VARIANTS = (
   *('psa per token', 'psa sas', 'psa bounds', 'topk cubic', 'hybrid per token'),
-  *('hybrid bounds', 'dsa per token', 'random', 'window'),
+  *('hybrid bounds', 'dsa per token', 'dsa per token, itself'),
+  *('random', 'window'),
 )
 every = pytest.mark.parametrize('name', list(ROWS))
 some = pytest.mark.parametrize('name', tiers.cases(ROWS, quick=QUICK))

@@ -12,6 +12,8 @@ selected one. Printed with `- m - n` it is 1-based; 0-based it reads
   score[j] = sum_{m < l'/d} sum_{n < l/d} p[(l'/d) j + m - n]
 
 A group's heads share a selection: their probabilities are added (equation 10).
+Both sums are made and compared as logarithms, for a probability of f32 that is
+below e^-104 is 0 and ties.
 
 Nothing of the size of queries x compressed keys exists beyond a chunk of
 queries: the second function recomputes probabilities from the log-sum-exp of
