@@ -26,7 +26,7 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 from psa_jax.config.fields import COUNT, OPTIONAL, number
-from psa_jax.kernels import block_scores
+from psa_jax.kernels import block_scores, unread
 from psa_jax.kernels.block_sparse import block_sparse_attention
 
 SAMPLES = 8  # queries whose retained mass is measured
@@ -260,7 +260,8 @@ def summarise(
   bounds: bool,
 ) -> tuple[Float[Array, 'B Tb N H'], block_scores.Pooled, Tiles]:
   """What prefill chooses by: tiles' first queries, blocks, and the tiles."""
-  q, k = lax.stop_gradient((q, k))
+  # A tile that begins in another document is chosen for by its query.
+  q, k = (unread.clean(lax.stop_gradient(x)) for x in (q, k))
   pooled = block_scores.pool(
     k,
     block_k=cfg.block_k,

@@ -49,6 +49,7 @@ from jaxtyping import Array, Float, Shaped
 
 from psa_jax import schedules
 from psa_jax.config import ConfigError, NormConfig
+from psa_jax.kernels import unread
 from psa_jax.types import Scalar
 
 BASES = ('rmsnorm', 'layernorm')
@@ -126,7 +127,7 @@ class Norm(nnx.Module):
         normalise by the batch).
       mask: positions that count in the statistics (true or non-zero); None
         counts all. Whatever the others hold, NaN included, stays out of
-        the statistics.
+        the statistics, and out of their gradients.
 
     Raises:
       ValueError: a mask whose shape is not that of `x` without its last axis.
@@ -139,8 +140,14 @@ class Norm(nnx.Module):
     # One row a token: XLA's sums over two leading axes, which the gradients
     # of the affine parameters are, cost 5 to 8 times those over one on CPU.
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    mask = None if mask is None else mask.reshape(-1)
+    mask, bad = None if mask is None else mask.reshape(-1), None
+    if mask is not None and self.config.kind in BATCH_KINDS:
+      # Its own output is NaN, but 0 times that would be in all gradients.
+      bad = (mask == 0) & ~unread.finite(rows)
+      rows = jnp.where(bad[:, None], 0, rows)
     y = self._rows(rows, step=step, train=train, mask=mask)
+    if bad is not None:
+      y = unread.spoil(y, bad)
     return y.reshape(x.shape).astype(x.dtype)
 
   def _rows(self, x, *, step, train, mask):

@@ -348,6 +348,33 @@ def test_what_the_mask_leaves_out_has_no_influence(kind, statistics):
 
 
 @pytest.mark.tier('default')
+@pytest.mark.parametrize('statistics', ['batch', 'running'])
+@pytest.mark.parametrize('kind', BATCH_KINDS)
+def test_what_the_mask_leaves_out_has_no_influence_on_gradients(
+  kind, statistics
+):
+  """Where nothing depends on it; and a NaN stays one in its own row."""
+  mask, found = some_mask(), []
+  for garbage in (0.0, np.nan, np.inf):
+    norm, x = make_norm(kind, statistics=statistics), inputs()
+    x[mask == 0] = garbage
+    graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
+
+    def total(params, x, graphdef=graphdef, rest=rest):
+      norm = nnx.merge(graphdef, params, rest, copy=True)
+      y = norm(x, step=5, train=True, mask=jnp.asarray(mask))
+      kept = jnp.where(mask[..., None] > 0, y, 0)
+      return (kept * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    grads, y = jax.grad(total, (0, 1), has_aux=True)(params, jnp.asarray(x))
+    finite = np.isfinite(np.asarray(y)[mask == 0])
+    assert finite.all() if garbage == 0 else not finite.any()
+    found.append(jax.tree.map(np.asarray, nnx.as_pure(grads)))
+  for other in found[1:]:
+    jax.tree.map(np.testing.assert_array_equal, other, found[0])
+
+
+@pytest.mark.tier('default')
 def test_a_masked_batch_equals_the_batch_without_padding():
   x, rows = inputs(), []
   padded = np.concatenate([x, np.full((3, 4, DIM), 9, np.float32)], axis=1)
