@@ -78,6 +78,7 @@ def entropies(q, k, cfg, segments=None):
     settings(0.4, block_q=8, block_k=16, coefficient=0.5),
     settings(0.6, block_q=1, window=20, min_blocks=3, coefficient=0.8),
     settings(0.4, scoring='bounds', coefficient=0.6),
+    settings(0.6, min_blocks=3, coefficient=0.1),  # asks for one
   ],
 )
 def test_selection_is_the_definition(cfg, cut):
