@@ -76,7 +76,7 @@ aot: $(AOT_STAMP) ## compile the kernels for TPUs and GPUs, with none there
 bench-peers: ## set up .venv-peers with what the benchmarks compare to
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -qq --disable-pip-version-check \
-	  torch==2.13.0 numpy==2.4.6 native-sparse-attention-pytorch==0.2.3
+	  --only-binary=:all: torch==2.13.0 numpy==2.4.6 native-sparse-attention-pytorch==0.2.3
 
 clean: ## remove environments and caches; runs/ stays
 	rm -rf $(VENV) .venv-aot .venv-peers .jax_cache .types .hypothesis .pytest_cache .ruff_cache

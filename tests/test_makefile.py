@@ -126,8 +126,9 @@ def test_aot_has_an_environment_of_its_own(project):
   assert len(stamps(project, '.venv-aot')) == 1
 
 
-def test_a_difference_in_aot_fails_make(project):
-  assert make(project, 'aot', CODE='1')[0] == 2
+@pytest.mark.parametrize('target', ['aot', 'audit'])
+def test_what_is_found_fails_make(project, target):
+  assert make(project, target, CODE='1')[0] == 2
 
 
 def test_variables_of_the_environment_do_not_count(project):

@@ -52,7 +52,9 @@ def build_corpus(config: DataConfig) -> Corpus:
   tokenizer.bpe_size(config.tokenizer)  # refuse a bad name before any work
   source = sources.load(config, sources.DOCUMENTS)
   key = f'{_LAYOUT} {source.key} {config.tokenizer}'
-  short = re.sub(r'\W+', '-', f'{config.source}-{config.tokenizer}')[-60:]
+  # ASCII: the name of a folder is bounded in bytes.
+  words = re.sub(r'\W+', '-', f'{config.source}-{config.tokenizer}', flags=re.A)
+  short = words[-60:]
   name = f'{short}-{hashlib.sha256(key.encode()).hexdigest()[:16]}'
   return cache.cached(
     cache.data_dir(config) / 'corpora' / name,

@@ -78,7 +78,7 @@ def test_a_login_is_for_the_index_alone(tmp_path, pip):
     login = f'me:{urllib.parse.quote("p@ss")}@'
     pip['list'] = (
       f":env:.index-url='http://{login}127.0.0.1:{port}/simple/'\n"
-      "global.index-url='http://nowhere.invalid'\n"
+      "global.index-url='http://127.0.0.1:9'\n"
     )
     assert download(tmp_path) == CONTENT
   assert server.logins == [LOGIN, LOGIN, None]
@@ -109,7 +109,7 @@ def test_every_index_is_asked_and_the_hash_decides(tmp_path, pip):
 
 
 def test_the_index_of_pip_itself_is_in_its_help(tmp_path, pip):
-  index = 'http://nowhere.invalid/simple'
+  index = 'http://127.0.0.1:9/simple'
   pip['--help'] = f'-i, --index-url <url>  Base URL\n (default\n {index}).'
   with pytest.raises(RunError, match='set could not be fetched: '):
     download(tmp_path)

@@ -61,6 +61,14 @@ def test_corpus_packs_every_document(tmp_path, name):
   assert corpus.train.tokens.dtype == (np.uint8 if small else np.uint16)
 
 
+def test_a_pattern_may_have_any_letters(tmp_path):
+  """60 of them would be 240 bytes in the name of the corpus' folder."""
+  file = tmp_path / ('\U00020000' * 60)
+  file.write_bytes(b'text' * 10)
+  config = DataConfig(source=f'files:{file}', data_dir=str(tmp_path))
+  assert lib.build_corpus(config).manifest['documents'] == 1
+
+
 def test_baselines_do_not_depend_on_the_tokenizer(tmp_path):
   first = lib.build_corpus(config_of(tmp_path))
   second = lib.build_corpus(config_of(tmp_path, tokenizer='bpe:270'))
