@@ -29,6 +29,7 @@ IMPLEMENTATIONS = (
   'auto',
   'reference',
   'xla',
+  'xla_keys',
   'pallas_tpu',
   'pallas_gpu',
   'cudnn',

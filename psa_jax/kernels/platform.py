@@ -50,6 +50,8 @@ class Implementation(NamedTuple):
     refusal: takes the target and the same arguments; why it cannot run
       there, or None.
     automatic: whether `auto` may take it.
+    slower: takes the same; whether `auto` passes it over for a later one,
+      without a word.
     platform: what it was written for; '' for any.
   """
 
@@ -57,6 +59,7 @@ class Implementation(NamedTuple):
   refusal: Callable[..., str | None] = lambda *args, **kwargs: None
   automatic: bool = True
   platform: str = ''
+  slower: Callable[..., bool] = lambda *args, **kwargs: False
 
 
 _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar(
@@ -129,7 +132,9 @@ def pick(
     return known[name].run
   passed = []
   for candidate, implementation in known.items():
-    if not implementation.automatic:
+    if not implementation.automatic or implementation.slower(
+      where, *args, **kwargs
+    ):
       continue
     reason = implementation.refusal(where, *args, **kwargs)
     if reason is None:

@@ -131,7 +131,10 @@ ROWS = {
     AttentionConfig('dense'), AttentionConfig('dense'), sparse=False
   ),
   'psa': Row(psa(), psa(keep=1.0)),
-  'psa per token': Row(psa(block_q=1), psa(keep=1.0, block_q=1)),
+  # Few rows and 16 keys: these go by key block (`kernels/README.md`).
+  'psa per token': Row(
+    psa(block_q=1, block_k=16), psa(keep=1.0, block_q=1, block_k=16)
+  ),
   'psa mass': Row(psa_mass(), psa_mass(mass=1.0)),
   'psa cubic': Row(
     approximate('polynomial', **CUBIC), approximate('polynomial', mix=0.0)
@@ -149,7 +152,9 @@ ROWS = {
   ),
   'topk learned': Row(topk(learnable=True), topk(1.0, mix=0.0, learnable=True)),
   'hybrid': Row(hybrid(), hybrid(1.0)),
-  'hybrid per token': Row(hybrid(block_q=1), hybrid(1.0, block_q=1)),
+  'hybrid per token': Row(
+    hybrid(block_q=1, block_k=16), hybrid(1.0, block_q=1, block_k=16)
+  ),
   'hybrid bounds': Row(
     hybrid(scoring='bounds', sink_blocks=1), hybrid(1.0, scoring='bounds')
   ),

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 
 from psa_jax.kernels import platform, softmax
-from psa_jax.kernels.block_sparse import IMPLEMENTATIONS, block_sparse_attention
+from psa_jax.kernels.block_sparse import (
+  IMPLEMENTATIONS,
+  block_sparse_attention,
+  xla_keys,
+)
 from psa_jax.kernels.block_sparse import xla as xla_module
+from psa_jax.kernels.block_sparse.api import Spec
 from tests import oracles, tiers
 
 # Kernels for one machine are refused here and have tests of their own.
@@ -168,6 +173,53 @@ def test_chunking_changes_nothing(chunks, monkeypatch):
   want = oracles.attention_grads(*args, mask, d_out, np.zeros(d_out.shape[:-1]))
   for got, grad in zip(grads, want, strict=True):
     oracles.check_close(got, grad, gradient=True)
+
+
+@pytest.mark.tier('default')
+@pytest.mark.parametrize('rows', [4, 12, 10_000])
+@pytest.mark.parametrize('name', ['per token', 'prefill chunk'])
+def test_readers_in_chunks(name, rows, monkeypatch):
+  """By key block: chunks of readers, one by one, the last one partial."""
+  monkeypatch.setattr(xla_keys, 'ROWS', rows)
+  check_value_and_gradients(name, implementation='xla_keys')
+
+
+@pytest.mark.tier('default')
+@pytest.mark.parametrize('kind', ['polynomial', 'sas'])
+def test_other_kinds_by_key_block(kind):
+  args, call, _, d_out = make_case('per token')
+  cubic = jnp.asarray([0.1, 1.0, 0.2, 0.05])
+  more = {'coefficients': cubic} if kind == 'polynomial' else {}
+  how = softmax.Kind(kind, clamp=1.5)
+
+  def loss(more, *args, implementation):
+    out, lse = call(*args, implementation=implementation, softmax=how, **more)
+    return (out * d_out).sum(), (out, jnp.where(jnp.isfinite(lse), lse, 0))
+
+  got, want = (
+    jax.jit(
+      jax.value_and_grad(
+        functools.partial(loss, implementation=name), (0, 1, 2, 3), has_aux=True
+      )
+    )(more, *args)
+    for name in ('xla_keys', 'reference')
+  )
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    oracles.check_close(x, np.asarray(y), gradient=True)
+
+
+def test_lists_of_a_token_go_by_key_block():
+  """`auto` on a CPU; a tile with many rows goes by query tile."""
+  for name, block_k, machine, slower in (
+    ('per token', 16, 'cpu', False),
+    ('per token', 16, 'gpu', True),
+    ('per token', 8, 'cpu', True),
+    ('G = 16', 16, 'cpu', True),
+  ):
+    args, call, *_ = make_case(name)
+    spec = Spec(call.keywords['block_q'], block_k, True, None, 0, 1.0)
+    where = platform.Target(machine)
+    assert xla_keys.slower(where, *args, spec=spec) == slower, (name, machine)
 
 
 @pytest.mark.tier('default')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +90,30 @@ def run(folder, cfg=None, **settings):
   )
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A finished run and its result, for all tests that need one."""
+  folder = tmp_path_factory.mktemp('runs') / 'whole'
+  return folder, run(folder)
+
+
+@pytest.fixture
+def trained(whole, tmp_path):
+  """A copy of the finished run that a test may write into."""
+  return shutil.copytree(whole[0], tmp_path / 'trained')
+
+
 def metrics(folder):
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
 
 
-def test_a_run_learns_reports_and_goes_on(tmp_path):
-  result = run(tmp_path / 'whole')
+def test_a_run_learns_reports_and_goes_on(whole, tmp_path):
+  folder, result = whole
   found = result['validation']['dense']
   assert found['accuracy'] > 0.9 > 0.6 > result['baselines']['majority']
   assert found['items'] == found['windows'] == 12
-  rows = metrics(tmp_path / 'whole')
+  rows = metrics(folder)
   assert rows[0]['gamma'] == 1 and rows[0]['accuracy'] <= 1
   # Stopped half-way and started again: the same numbers, bit for bit.
   half = dataclasses.replace(
@@ -108,23 +122,22 @@ def test_a_run_learns_reports_and_goes_on(tmp_path):
   half = dataclasses.replace(
     half, optim=dataclasses.replace(half.optim, decay_steps=STEPS)
   )
-  whole = dataclasses.replace(
+  full = dataclasses.replace(
     config(), optim=dataclasses.replace(config().optim, decay_steps=STEPS)
   )
   run(tmp_path / 'parts', half)
-  again = run(tmp_path / 'parts', whole)
+  again = run(tmp_path / 'parts', full)
   assert again['validation']['dense']['loss'] == found['loss']
 
 
-def test_the_exported_model_is_the_folded_one(tmp_path):
-  run(tmp_path)
-  target = loop.export_checkpoint(config(), tmp_path, corpus=pictures())
+def test_the_exported_model_is_the_folded_one(trained):
+  target = loop.export_checkpoint(config(), trained, corpus=pictures())
   spec = str(target / 'config.json')
   cfg = load_recipe(spec, [('eval.windows', '24')])
   assert default_workdir(spec) == target
   assert cfg.model.norm.kind == 'none' and cfg.eval.windows == 24
   kept = dataclasses.replace(config(), eval=cfg.eval)
-  want = loop.evaluate_checkpoint(kept, tmp_path, corpus=pictures())
+  want = loop.evaluate_checkpoint(kept, trained, corpus=pictures())
   got = loop.evaluate_checkpoint(cfg, target, corpus=pictures())
   assert got['step'] == want['step'] == STEPS
   want, got = (x['validation']['dense'] for x in (want, got))
@@ -172,15 +185,14 @@ def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
     assert jax.tree.all(same)
 
 
-def test_recalibration_in_evaluation_and_export(tmp_path):
-  run(tmp_path)
+def test_recalibration_in_evaluation_and_export(trained):
   new = config(eval=EvalConfig(windows=12, recalibrate_bn=3))
-  found = loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
-  target = loop.export_checkpoint(new, tmp_path, corpus=pictures())
+  found = loop.evaluate_checkpoint(new, trained, corpus=pictures())
+  target = loop.export_checkpoint(new, trained, corpus=pictures())
   cfg = load_recipe(str(target / 'config.json'))
   folded = loop.evaluate_checkpoint(cfg, target, corpus=pictures())
   old = loop.evaluate_checkpoint(
-    config(eval=EvalConfig(windows=12)), tmp_path, corpus=pictures()
+    config(eval=EvalConfig(windows=12)), trained, corpus=pictures()
   )
   new, folded, old = (
     x['validation']['dense']['loss'] for x in (found, folded, old)
@@ -223,9 +235,8 @@ def test_without_statistics_there_is_nothing_to_estimate(tmp_path):
     loop.evaluate_checkpoint(new, tmp_path, corpus=pictures())
 
 
-def test_exports_of_another_model_are_refused(tmp_path):
-  run(tmp_path)
-  target = loop.export_checkpoint(config(), tmp_path, corpus=pictures())
+def test_exports_of_another_model_are_refused(trained):
+  target = loop.export_checkpoint(config(), trained, corpus=pictures())
   cfg = load_recipe(str(target / 'config.json'))
   path = target / 'model.safetensors'
   arrays = load_file(path)

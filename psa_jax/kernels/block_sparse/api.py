@@ -23,6 +23,7 @@ from psa_jax.kernels.block_sparse import (
   pallas_tpu,
   reference,
   xla,
+  xla_keys,
 )
 from psa_jax.kernels.platform import Implementation
 
@@ -43,6 +44,9 @@ IMPLEMENTATIONS = {
     pallas_tpu.block_sparse_attention, pallas_tpu.refusal, platform='tpu'
   ),
   'pallas_gpu': Implementation(_on_gpu, _gpu_refusal, platform='gpu'),
+  'xla_keys': Implementation(
+    xla_keys.block_sparse_attention, slower=xla_keys.slower
+  ),
   'xla': Implementation(xla.block_sparse_attention),
   'reference': Implementation(
     reference.block_sparse_attention, automatic=False

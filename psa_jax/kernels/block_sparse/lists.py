@@ -47,9 +47,13 @@ def transpose(
   block = jnp.where(used, block_ids, blocks).reshape(B, K, -1)
   tile = jnp.broadcast_to(jnp.arange(tiles)[:, None], (tiles, M)).reshape(-1)
   tile = jnp.broadcast_to(tile[None, None], block.shape)
+  ends = jnp.arange(blocks + 1)
+  if (blocks + 1) * tiles <= jnp.iinfo(jnp.int32).max:
+    # One number sorts several times faster than a pair does.
+    pair = jnp.sort(block * tiles + tile, axis=-1)
+    return Readers(_search(pair, ends * tiles, 'left'), pair % tiles)
   block, tile = jax.lax.sort((block, tile), num_keys=1, is_stable=True)
-  offsets = _search(block, jnp.arange(blocks + 1), 'left')
-  return Readers(offsets, tile.astype(jnp.int32))
+  return Readers(_search(block, ends, 'left'), tile.astype(jnp.int32))
 
 
 class Shares(NamedTuple):
