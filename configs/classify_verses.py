@@ -144,7 +144,8 @@ def _base(steps):
       'num_kv_heads': 4,
       'mlp_dim': 256,
       'dropout': 0.3,
-      'norm': {'kind': 'rmsnorm'},
+      # As in the runs that are written down; SLAB has 1e-6, the default.
+      'norm': {'kind': 'rmsnorm', 'base_eps': 1e-5},
     },
     'optim': {
       'learning_rate': 1e-3,

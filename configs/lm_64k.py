@@ -208,6 +208,8 @@ def _prepbn(*, warmup: int, decay: int) -> dict:
   # when gamma falls (experiments/LOG.md).
   return {
     'kind': 'prepbn',
+    # As in the runs that are written down; SLAB has 1e-6, the default.
+    'base_eps': 1e-5,
     'warmup_steps': warmup,
     'decay_steps': decay,
     'scale_init': 1.0,

@@ -241,6 +241,8 @@ def _base(synthetic: dict, attention: dict) -> dict:
       'num_heads': 2,
       'num_kv_heads': 2,
       'mlp_dim': 128,
+      # As in the runs that are written down; SLAB has 1e-6, the default.
+      'norm': {'base_eps': 1e-5},
       # Rows are short: masks are faster here than lists for every query.
       'attention': attention | {'implementation': _kernels(attention)},
     },

@@ -15,6 +15,8 @@ STEPS = 400
 def get_config(arg: str = '') -> ConfigDict:
   """The recipe named `arg`, a key of `ARGS`."""
   norm = {'base': 'layernorm', 'scale_init': 1.0, 'eta_init': 1.0}
+  # As in the runs that are written down; SLAB has 1e-6, the default.
+  norm |= {'base_eps': 1e-5}
   recipe = _base(norm | ARGS[arg]())
   recipe['name'] = f'vit_digits_{arg}' if arg else 'vit_digits'
   return ConfigDict(recipe)

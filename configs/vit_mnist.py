@@ -141,7 +141,13 @@ def _base(steps):
       'mlp': 'gelu',
       'biases': True,
       'image': {'size': 28, 'channels': 1, 'patch': 4},
-      'norm': {'base': 'layernorm', 'scale_init': 1.0, 'eta_init': 1.0},
+      # As in the runs that are written down; SLAB has 1e-6, the default.
+      'norm': {
+        'base': 'layernorm',
+        'base_eps': 1e-5,
+        'scale_init': 1.0,
+        'eta_init': 1.0,
+      },
     },
     'optim': {
       'learning_rate': 2e-3,

@@ -193,7 +193,8 @@ class PRepBN(Norm):
     warmup_steps: int = 0,
     base: str = 'layernorm',
     momentum: float = 0.9,
-    epsilon: float = 1e-5,
+    base_epsilon: float = 1e-6,
+    bn_epsilon: float = 1e-5,
     statistics: str = 'batch',
     scale_init: float = 1.0,
     eta_init: float = 1.0,
@@ -208,7 +209,8 @@ class PRepBN(Norm):
       warmup_steps: steps of pure base norm first.
       base: `layernorm` or `rmsnorm`.
       momentum: weight of the old running statistics.
-      epsilon: added to the variance.
+      base_epsilon: added to the variance by the base norm.
+      bn_epsilon: added to the variance by the batch norm.
       statistics: `batch`, or `running`, which leaks nothing of the future of a
         causal model.
       scale_init: initial batch-norm scale.
@@ -225,7 +227,8 @@ class PRepBN(Norm):
       decay_steps=decay_steps,
       warmup_steps=warmup_steps,
       momentum=momentum,
-      eps=epsilon,
+      base_eps=base_epsilon,
+      bn_eps=bn_epsilon,
       statistics=statistics,
       scale_init=scale_init,
       eta_init=eta_init,

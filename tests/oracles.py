@@ -33,6 +33,14 @@ def check_close(got, want, dtype='float32', gradient=False, what=''):
   assert worst <= 10 * limit, f'{what}: worst {worst:.2e} > {10 * limit}'
 
 
+def log_sum(values):
+  """log(sum(exp(values))) of a list, -inf of an empty one."""
+  top = max(values, default=-math.inf)
+  if not math.isfinite(top):
+    return top
+  return top + math.log(sum(math.exp(x - top) for x in values))
+
+
 def _rows(q, k, mask, scale):
   """(b, t, n, kv head, keys read, scores) of every query that reads any."""
   B, T, N, H = q.shape
@@ -141,7 +149,8 @@ def block_ranking(q, k, block_k, ranges, bounds):
   """{(b, kv head, tile): (forced blocks ascending, the other visible ranked)}.
 
   `ranges` are [B, tiles] each: begin, end, scored, sink, near. A block that is
-  visible but does not compete has importance 0.
+  visible but does not compete has importance 0. They are logarithms: float64
+  underflows too, at a spread of 745.
   """
   q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
   B, tiles, N, H = q.shape
@@ -152,7 +161,7 @@ def block_ranking(q, k, block_k, ranges, bounds):
     begin, end, scored, sink, near = (int(x[b, i]) for x in ranges)
     visible = range(begin, end)
     forced = [j for j in visible if j < sink or j >= near]
-    importance = {j: 0.0 for j in visible}
+    heads = {j: [] for j in visible}
     for g in range(G):
       x = q[b, i, h * G + g] * H**-0.5
       mass = {}
@@ -161,11 +170,11 @@ def block_ranking(q, k, block_k, ranges, bounds):
         score = x @ keys.mean(0)
         if bounds:
           score = np.maximum(x * keys.min(0), x * keys.max(0)).sum()
-        mass[j] = len(keys) * math.exp(score)
+        mass[j] = math.log(len(keys)) + score
       for j in mass:
-        importance[j] += mass[j] / sum(mass.values())
+        heads[j].append(mass[j] - log_sum(mass.values()))
     rest = [j for j in visible if j not in forced]
-    ranked = sorted(rest, key=lambda j: (-importance[j], j))
+    ranked = sorted(rest, key=lambda j: (-log_sum(heads[j]), j))
     result[b, h, i] = forced, ranked
   return result
 
@@ -187,7 +196,8 @@ def psa_selection(
 
   Section 3 of the specification in loops: the tile's first query scores the
   blocks that lie wholly at or before it; heads of a group are summed after
-  the softmax; the budget is a ratio of the tile's blocks or a mass.
+  the softmax, as logarithms; the budget is a ratio of the tile's blocks or a
+  mass.
   """
   q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
   B, T, N, H = q.shape
@@ -205,7 +215,7 @@ def psa_selection(
         sinks = range(begin // block_k, begin // block_k + sink)
         forced = [j for j in visible if j >= low or j in sinks]
         scored = [j for j in visible if (j + 1) * block_k - 1 <= t0]
-        p = {j: 0.0 for j in scored}
+        heads = {j: [] for j in scored}
         kept_mass, left_mass = [], []
         for g in range(G):
           x = q[b, t0, h * G + g] * H**-0.5
@@ -223,11 +233,12 @@ def psa_selection(
             if bounds:
               best = np.maximum(x * keys.min(0), x * keys.max(0)).sum()
               high_[j] = size + best
-          total = sum(math.exp(high_[j]) for j in scored)
+          total = log_sum(high_.values())
           for j in scored:
-            p[j] += math.exp(high_[j]) / total
-          kept_mass.append({j: math.exp(low_[j]) for j in scored})
-          left_mass.append({j: math.exp(high_[j]) for j in scored})
+            heads[j].append(high_[j] - total)
+          kept_mass.append(low_)
+          left_mass.append(high_)
+        p = {j: log_sum(heads[j]) for j in scored}
         ranked = sorted(
           (j for j in scored if j not in forced), key=lambda j: (-p[j], j)
         )
@@ -240,9 +251,14 @@ def psa_selection(
           for g in range(G):
             for n in range(len(forced), len(visible) + 1):
               inside = set(forced) | set(ranked[: n - len(forced)])
-              has = sum(x for j, x in kept_mass[g].items() if j in inside)
-              rest = sum(x for j, x in left_mass[g].items() if j not in inside)
-              if has * (1 - mass) >= mass * rest:
+              has, rest = (
+                log_sum([x for j, x in found.items() if (j in inside) == own])
+                for found, own in (
+                  (kept_mass[g], True),
+                  (left_mass[g], False),
+                )
+              )
+              if has + math.log1p(-mass) >= math.log(mass) + rest:
                 count = max(count, n)
                 break
         count = min(max(count, len(forced)), len(visible))
@@ -273,7 +289,7 @@ def pool_scores(scores, start, block_k, pooling):
     elif pooling == 'max':
       found.append(own.max())
     else:
-      found.append(np.log(np.exp(own).sum()))
+      found.append(log_sum(own))
   return np.array(found)
 
 

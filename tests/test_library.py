@@ -112,6 +112,44 @@ def test_dense_equals_jax(form, array):
 
 
 @slow
+@pytest.mark.parametrize('form', ['mask', 'lengths', 'bias'])
+def test_what_dense_masks_may_be_nan(form):
+  """The bits of zeros there, also of the gradients; what reads it is NaN."""
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(2, 9, n, 4)), jnp.float32) for n in (4, 2, 2)
+  )
+  seen = np.arange(9) < np.asarray([6, 9])[:, None]
+  mask = np.broadcast_to(seen[:, None, None], (2, 1, 9, 9)).copy()
+  mask[0, 0, 2:, 5] = False  # the first two queries read it
+  keys = ~seen
+  if form == 'mask':
+    keys[0, 5] = True
+  options = {
+    'mask': dict(mask=mask),
+    'lengths': dict(key_value_seq_lengths=np.asarray([6, 9], np.int32)),
+    'bias': dict(bias=np.where(seen, 0.0, -np.inf)[:, None, None]),
+  }[form]
+  reads = np.zeros((2, 9), bool)
+  reads[0, :2] = form == 'mask'
+
+  @jax.jit
+  def run(k, v):
+    def loss(q, k, v):
+      out = psa_jax.attention(q, k, v, kind='dense', **options)
+      return jnp.sin(jnp.where(reads[..., None, None], 0, out)).sum(), out
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+  def filled(value):
+    return run(*(jnp.where(keys[..., None, None], value, x) for x in (k, v)))
+
+  want, got = filled(0.0), filled(np.nan)
+  jax.tree.map(np.testing.assert_array_equal, got[0], want[0])
+  np.testing.assert_array_equal(got[1][~reads], want[1][~reads])
+  assert np.isnan(got[1][reads]).all()
+
+
 def test_dense_equals_jax_without_a_batch_axis():
   q, k, v = (x[0] for x in arrays())
   for options in (dict(is_causal=True), dict(mask=np.tri(T, dtype=bool)[None])):

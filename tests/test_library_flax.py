@@ -291,7 +291,7 @@ def test_prepbn_goes_from_a_layer_norm_to_a_batch_norm():
   norm = psa_jax.nnx.PRepBN(D, decay_steps=10, rngs=nnx.Rngs(0))
   x = 3 + 2 * inputs()
   first = norm(x, step=0, train=True)
-  close(first, nnx.LayerNorm(D, epsilon=1e-5, rngs=nnx.Rngs(0))(x))
+  close(first, nnx.LayerNorm(D, epsilon=1e-6, rngs=nnx.Rngs(0))(x))
   rows = np.asarray(x, np.float64).reshape(-1, D)
   want = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) + rows
   close(norm(x, step=10, train=True), want.reshape(x.shape))

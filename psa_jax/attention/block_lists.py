@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -25,10 +26,11 @@ from psa_jax.config import (
   ScheduleConfig,
 )
 from psa_jax.config.fields import COUNT, OPTIONAL, number
-from psa_jax.kernels import block_scores
+from psa_jax.kernels import block_scores, unread
 from psa_jax.kernels.block_sparse import block_sparse_attention
 
 SAMPLES = 8  # queries whose retained mass is measured
+LONGEST = 2**30  # tokens up to which a budget is asked whether it acts
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def tile_ranges(
   cfg: BlockListConfig,
   tiles: Tiles,
   blocks: int,
-) -> tuple[block_scores.Ranges, Int[Array, 'B Tb']]:
-  """Where the blocks lie as seen from each tile.
+) -> tuple[block_scores.Ranges, Int[Array | np.ndarray, 'B Tb']]:
+  """Where the blocks lie as seen from each tile; of NumPy arrays in NumPy.
 
   Args:
     cfg: block sizes, window and sink.
@@ -176,17 +178,68 @@ def tile_ranges(
     the sequence ends.
   """
   begin = tiles.starts // cfg.block_k
-  first = jnp.broadcast_to(tiles.first, begin.shape)
+  first = tiles.first + 0 * begin
   end = (first + cfg.block_q - 1) // cfg.block_k + 1
-  cut = jnp.maximum(end - blocks, 0)
+  cut = (end - blocks).clip(min=0)
   ranges = block_scores.Ranges(
     begin=begin,
     end=end - cut,
     scored=(first + 1) // cfg.block_k,
     sink=begin + cfg.sink_blocks,
-    near=jnp.maximum(first - cfg.window + 1, 0) // cfg.block_k,
+    near=(first - cfg.window + 1).clip(min=0) // cfg.block_k,
   )
   return ranges, cut
+
+
+def idle_budget(
+  cfg: BlockListConfig,
+  length: int,
+  acts: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[float, str] | None:
+  """Whether sink and window leave a budget nothing to say at this length.
+
+  Args:
+    cfg: block sizes, window and sink.
+    length: tokens of a row, which is one document.
+    acts: whether the budget changes what a tile reads, from the blocks that it
+      always reads and those that it sees.
+
+  Returns:
+    The share of the visible blocks that sink and window take, and from which
+    length on the budget acts, in words; None where it acts at this one.
+  """
+
+  def blocks_of(numbers):  # of tiles that no end of a sequence cuts
+    first: Any = numbers[None] * cfg.block_q
+    ranges, _ = tile_ranges(cfg, Tiles(first, 0 * first), 2**31 - 1)
+    forced: Any = ranges.forced()
+    return forced[0], ranges.visible()[0]
+
+  tiles = -(-length // cfg.block_q)
+  forced, seen = blocks_of(np.arange(tiles))
+  if acts(forced, seen).any():
+    return None
+  cut = np.maximum(seen + -length // cfg.block_k, 0)
+  share = (forced - cut).sum() / (seen - cut).sum()
+  # Tiles lie in different ways to the blocks: so many in a row have them all.
+  row = np.arange(2 * cfg.block_k)
+  low, high = tiles, LONGEST // cfg.block_q
+  while low < high:
+    middle = (low + high) // 2
+    found = acts(*blocks_of(middle + row)).any()
+    low, high = (low, middle) if found else (middle + 1, high)
+  found = low + row[acts(*blocks_of(low + row))]
+  if not len(found):
+    return share, 'it acts at no length; raise it, or narrow the window'
+  return share, f'it acts from {found[0] * cfg.block_q + 1:,} tokens on'
+
+
+def idle_text(key: str, asked: float, length: int, found: Any) -> str | None:
+  """The line for what `idle_budget` found of a density, or None."""
+  return found and (
+    f'{key} asks for a density of {asked:.3g}, but at {length:,} tokens sink '
+    f'and window alone take {found[0]:.3g}: {found[1]}'
+  )
 
 
 def summarise(
@@ -198,7 +251,8 @@ def summarise(
   bounds: bool,
 ) -> tuple[Float[Array, 'B Tb N H'], block_scores.Pooled, Tiles]:
   """What prefill chooses by: tiles' first queries, blocks, and the tiles."""
-  q, k = lax.stop_gradient((q, k))
+  # A tile that begins in another document is chosen for by its query.
+  q, k = (unread.clean(lax.stop_gradient(x)) for x in (q, k))
   pooled = block_scores.pool(
     k,
     block_k=cfg.block_k,

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from psa_jax import schedules
@@ -38,6 +39,7 @@ from psa_jax.attention.block_lists import (
   BlockList,
   Tiles,
   WideListConfig,
+  idle_budget,
   read_blocks,
   renew,
   retained_mass,
@@ -93,6 +95,23 @@ class HybridConfig(WideListConfig):
   min_blocks: int = number(4, OPTIONAL)
   scoring: str = choice('mean', 'mean', 'bounds')
   eval_keep: float = number(0.0, UNIT, runtime=True)
+
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """Where all that is left beside sink and window is read in any case."""
+    keep = float(schedules.make(self.keep)(step))
+    if keep >= 1:
+      return None
+
+    def acts(forced, seen):
+      most = np.floor(keep * seen + 1e-3)
+      return seen - forced > np.minimum(most, max(self.min_blocks, 1))
+
+    found = idle_budget(self, length, acts)
+    return found and (
+      f'{path}keep asks for {keep:.3g} of the visible blocks beside sink and '
+      f'window, but at {length:,} tokens these alone take {found[0]:.3g} and '
+      f'what is left is always read: {found[1]}'
+    )
 
 
 class Spread(NamedTuple):

@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -44,6 +45,8 @@ from psa_jax.attention.block_lists import (
   Tiles,
   WideListConfig,
   check_ratio,
+  idle_budget,
+  idle_text,
   read_blocks,
   renew,
   retained_mass,
@@ -110,6 +113,16 @@ class PsaConfig(WideListConfig):
   def check_budget(self, path: str) -> Iterator[str]:
     """A controller sets a ratio, in place of the schedule."""
     return check_ratio(path, self.budget, self.keep)
+
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """A ratio that sink and window exceed; a mass depends on the data."""
+    keep = float(schedules.make(self.keep)(step))
+    if self.budget != 'ratio' or keep >= 1:
+      return None
+    found = idle_budget(
+      self, length, lambda forced, seen: np.ceil(keep * seen - 1e-3) > forced
+    )
+    return idle_text(f'{path}keep', keep, length, found)
 
 
 def psa(
@@ -336,22 +349,34 @@ def _mass_counts(scores, order, budget):
   """Smallest prefix of `order` whose mass is at least `budget`, every head.
 
   Blocks that are read but not whole have mass >= 0 in truth and are taken as
-  0 here, so the true share is at least the one that stops.
+  0 here, so the true share is at least the one that stops. Masses are compared
+  by their logarithms: in f32 they are 0 themselves where an estimate lies 104
+  below the largest bound, and 0 against 0 would stop too early.
   """
   estimate, bound, eligible = scores
+  blocks, share = bound.shape[-1], jnp.asarray(budget, jnp.float32)
   top = jnp.max(jnp.where(eligible, bound, -jnp.inf), -1, keepdims=True)
   top = jnp.where(jnp.isfinite(top), top, 0)
-  kept = jnp.where(eligible, jnp.exp(estimate - top), 0)
-  rest = jnp.where(eligible, jnp.exp(bound - top), 0)
-  order = order[..., None, :]
-  kept = jnp.cumsum(jnp.take_along_axis(kept, order, -1), -1)
-  rest = jnp.take_along_axis(rest, order, -1)
-  # After n + 1 blocks: what is kept, and what the later ones may hold. The
-  # suffix sums are exactly 0 after the last, so the rule always ends.
-  rest = lax.cumsum(rest, axis=rest.ndim - 1, reverse=True)
-  rest = jnp.pad(rest[..., 1:], [(0, 0)] * (rest.ndim - 1) + [(0, 1)])
-  short = kept * (1 - budget) < budget * rest
-  return 1 + short.sum(-1).max(-1)
+  kept, rest = (
+    jnp.take_along_axis(
+      jnp.where(eligible, x - top, -jnp.inf), order[..., None, :], -1
+    )
+    for x in (estimate, bound)
+  )
+  place = jnp.arange(blocks).reshape((1,) * (kept.ndim - 1) + (-1,))
+
+  def halve(_, bracket):
+    low, high = bracket
+    count = (low + high) // 2
+    inside = place < count[..., None]
+    has = jax.nn.logsumexp(jnp.where(inside, kept, -jnp.inf), axis=-1)
+    left = jax.nn.logsumexp(jnp.where(inside, -jnp.inf, rest), axis=-1)
+    short = has + jnp.log1p(-share) < jnp.log(share) + left
+    return jnp.where(short, count + 1, low), jnp.where(short, high, count)
+
+  low = jnp.ones(kept.shape[:-1], jnp.int32)
+  bracket = low, jnp.full_like(low, blocks)  # all blocks leave nothing
+  return lax.fori_loop(0, blocks.bit_length(), halve, bracket)[1].max(-1)
 
 
 SPEC = register(

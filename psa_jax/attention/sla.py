@@ -38,6 +38,7 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.attention.registry import MechanismSpec, register
 from psa_jax.config import AttentionConfig, MechanismConfig, ModelConfig
 from psa_jax.config.fields import COUNT, number
+from psa_jax.kernels import unread
 from psa_jax.kernels.linear_attention import linear_attention
 from psa_jax.types import AttnOut, Learned
 
@@ -201,7 +202,8 @@ def _position(learned, at):
 def _convolve(v, learned, segment_ids, causal):
   """[B, T, K, Hv] f32: five shifted copies of the values, added."""
   taps = learned.weights['conv'].astype(jnp.float32)
-  T, x = v.shape[1], v.astype(jnp.float32)
+  T, x, bad = v.shape[1], v.astype(jnp.float32), ~unread.finite(v)
+  x, reads = unread.clean(x), jnp.zeros_like(bad)
   first = 1 - TAPS if causal else -(TAPS // 2)
   out = jnp.broadcast_to(
     learned.weights['conv_bias'][None, None, None], v.shape
@@ -216,11 +218,12 @@ def _convolve(v, learned, segment_ids, causal):
       return a[:, max(shift, 0) :][:, :T]
 
     piece = shifted(x) * taps[tap][None, None, None]
+    seen = shifted(bad)
     if segment_ids is not None:
-      same = shifted(segment_ids) == segment_ids
-      piece = jnp.where(same[..., None, None], piece, 0)
-    out = out + piece
-  return out
+      same = (shifted(segment_ids) == segment_ids)[..., None]
+      piece, seen = jnp.where(same[..., None], piece, 0), same & seen
+    out, reads = out + piece, reads | seen
+  return unread.spoil(out, reads)
 
 
 def _add(out, local):

@@ -73,6 +73,21 @@ class MechanismConfig(Section):
     del path
     return iter(())
 
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """Why the schedule of the budget has no say at this length and step.
+
+    Args:
+      path: what stands in front of a setting's name, dot included.
+      length: tokens of a row.
+      step: optimiser step.
+
+    Returns:
+      One line with what it asks for, what is read anyway, and the length from
+      which it acts; None where it acts.
+    """
+    del path, length, step
+    return None
+
 
 @runtime_checkable
 class Mechanism(Protocol):

@@ -24,7 +24,9 @@ class NormConfig(Section):
   Attributes:
     kind: which normalisation every layer uses; `none` is for models whose
       norms are folded into their weights, and no model learns with it.
-    eps: added to the variance.
+    base_eps: added to the variance by RMSNorm and LayerNorm, alone or as the
+      base of PRepBN. SLAB's vision models have 1e-6.
+    bn_eps: added to the variance by the batch norm; theirs is 1e-5.
     momentum: weight of the old running statistics, as in Flax.
     warmup_steps: optimiser steps of pure base norm (gamma = 1) first.
     decay_steps: optimiser steps over which gamma falls from 1 to 0 (`T`).
@@ -39,7 +41,8 @@ class NormConfig(Section):
   kind: str = choice(
     'rmsnorm', 'rmsnorm', 'layernorm', 'batchnorm', 'repbn', 'prepbn', 'none'
   )
-  eps: float = number(1e-5, POSITIVE)
+  base_eps: float = number(1e-6, POSITIVE)
+  bn_eps: float = number(1e-5, POSITIVE)
   momentum: float = number(0.9, PROBABILITY)
   warmup_steps: int = number(0, OPTIONAL)
   decay_steps: int = number(1000, OPTIONAL)

@@ -43,9 +43,13 @@ class Leaf(NamedTuple):
   runtime: bool
 
 
-# Keys of before -> of today, in the same section. A saved configuration is read
-# by these names; a recipe or a flag with an old one is refused.
-RENAMED = {'eval.reestimate': 'eval.recalibrate_bn'}
+# Keys of before -> those of today that took their place, in the same section. A
+# saved configuration is read by these names; a recipe or a flag with an old one
+# is refused.
+RENAMED = {
+  'eval.reestimate': ('eval.recalibrate_bn',),
+  'model.norm.eps': ('model.norm.base_eps', 'model.norm.bn_eps'),
+}
 
 
 class Changes(NamedTuple):
@@ -158,7 +162,8 @@ def _renamed(saved: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     if isinstance(value, Mapping):
       values[key] = _renamed(value, f'{path}.')
     else:
-      values[RENAMED.get(path, path).rpartition('.')[2]] = value
+      for name in RENAMED.get(path, (path,)):
+        values[name.rpartition('.')[2]] = value
   return values
 
 
@@ -232,7 +237,8 @@ def _sections_of(mechanisms: tuple[str, ...]) -> dict[str, list[str]]:
 
 def _unknown_key(path: str) -> ConfigError:
   if path in RENAMED:
-    return ConfigError(f'config.{path} is now config.{RENAMED[path]}')
+    today = ' and '.join(f'config.{name}' for name in RENAMED[path])
+    return ConfigError(f'config.{path} is now {today}')
   path = cut(path)  # megabytes of dots would be searched for ever
   name = path.rpartition('.')[2]
 

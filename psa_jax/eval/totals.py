@@ -59,7 +59,9 @@ def add_up(
     for name, value in loss.sums.items():
       sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
     for name, value in loss.means.items():
-      means[name] = means.get(name, 0.0) + weight_of_batch * float(value)
+      # Of a batch in which nothing counts they may be NaN.
+      share = weight_of_batch * float(value) if weight_of_batch else 0.0
+      means[name] = means.get(name, 0.0) + share
   if not weight:
     raise RunError(hint)
   means = {name: value / weight for name, value in means.items()}

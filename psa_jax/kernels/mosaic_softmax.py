@@ -161,11 +161,12 @@ class Running(NamedTuple):
       at = pl.multiple_of(n * step, step)
       rows, lanes = pl.ds(at, step), pl.ds(at, mosaic.lanes_of(step))
       total = self.total[rows].sum(1, keepdims=True)
-      some = total > 0
-      total = jnp.where(some, total, 1)
+      # Not `> 0` or `!= 0`, which are false of NaN on a TPU.
+      none = total == 0
+      total = jnp.where(none, 1, total)
       out[rows] = (self.out[rows] / total).astype(out.dtype)
       log = self.top[rows] * (1 / unit) + jnp.log(total)
-      lse[:, lanes] = mosaic.row(jnp.where(some, log, -jnp.inf))
+      lse[:, lanes] = mosaic.row(jnp.where(none, -jnp.inf, log))
       if top is not None:
         top[:, lanes] = mosaic.row(self.top[rows] * (1 / unit))
       return carry

@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from psa_jax.kernels import unread
+
 # Masked scores. Half of it is the initial row maximum, so that a row that has
 # read nothing yet has exp(MASKED - MASKED / 2) = 0 and not exp(0).
 MASKED = -1e30
@@ -159,7 +161,7 @@ def _sas_parts(x):
   table = jnp.ones_like(t)
   for bit in (1, 2, 4):
     table = table * jnp.where(index & bit, math.exp(-bit), 1.0).astype(t.dtype)
-  return table, t - whole, x >= SAS_LEAST
+  return table, t - whole, ~(x < SAS_LEAST)  # NaN is not cut off
 
 
 class Running(NamedTuple):
@@ -221,9 +223,9 @@ def add(run: Running, scores: jax.Array, values: jax.Array) -> Running:
 
 def finish(run: Running, dtype) -> tuple[jax.Array, jax.Array]:
   """Output in `dtype` and log-sum-exp; 0 and -inf where nothing was read."""
-  some = run.total > 0
-  total = jnp.where(some, run.total, 1)
-  lse = jnp.where(some, run.top + jnp.log(total), -jnp.inf)
+  none = run.total == 0  # what `> 0` would take NaN for
+  total = jnp.where(none, 1, run.total)
+  lse = jnp.where(none, -jnp.inf, run.top + jnp.log(total))
   return (run.out / total[:, None]).astype(dtype), lse
 
 
@@ -231,7 +233,8 @@ class Backward(NamedTuple):
   """What the backward pass knows of every row.
 
   Attributes:
-    lse: log-sum-exp; +inf where nothing was read, so that its exp is 0.
+    lse: log-sum-exp; +inf where nothing was read, or nothing depends on the
+      row, so that its exp is 0.
     delta: what every score's gradient has in common.
     top: row maximum, where the softmax depends on it, else None.
   """
@@ -245,7 +248,12 @@ class Backward(NamedTuple):
     """From the forward pass's results [B, T, N, ...] and their gradients."""
     dtype = lse.dtype
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
-    return cls(jnp.where(lse == -jnp.inf, jnp.inf, lse), delta, top)
+    # Of a row that is NaN all this would be NaN, though nothing comes of it.
+    idle = unread.quiet(d_out, d_lse)
+    if top is not None:
+      top = jnp.where(idle, 0, top)
+    lse = jnp.where(idle | (lse == -jnp.inf), jnp.inf, lse)
+    return cls(lse, jnp.where(idle, 0, delta), top)
 
   def probabilities(self, s: jax.Array, kind: Kind):
     """Of a tile [keys, rows], and their derivatives by the scores.
@@ -283,10 +291,10 @@ def merge(
   top = jax.lax.stop_gradient(lse.max(0))
   top = jnp.where(jnp.isfinite(top), top, 0)
   # exp(-inf) has a gradient of 0 * inf in some rules: leave those parts out.
-  some = lse > -jnp.inf
+  some = lse != -jnp.inf
   weight = jnp.where(some, jnp.exp(jnp.where(some, lse, 0) - top[None]), 0)
   total = weight.sum(0)
-  read = total > 0
+  read = total != 0
   total = jnp.where(read, total, 1)
   out = sum(
     w[..., None] * part.astype(lse.dtype)

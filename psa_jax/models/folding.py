@@ -110,7 +110,7 @@ def _fold_layers(config: ModelConfig, layers: Tree, state: Tree) -> None:
 
 def _taken(config: ModelConfig, tree: Tree, state: Tree, name: str):
   """What a norm does; it is in the trees no more."""
-  return ScaleShift.of(tree.pop(name), state.pop(name), config.norm.eps)
+  return ScaleShift.of(tree.pop(name), state.pop(name), config.norm.bn_eps)
 
 
 def _following(norm: ScaleShift, tree: Tree, names: Mapping[str, str]) -> None:

@@ -44,7 +44,7 @@ class ScaleShift(NamedTuple):
     Args:
       params: of a `Norm`: `bn_scale`, `bn_bias` and, if it has one, `eta`.
       statistics: its `mean` and `var`.
-      eps: added to the variance.
+      eps: added to the variance, `norm.bn_eps`.
     """
     a, b, mean, var = (
       np.asarray(x, np.float64)

@@ -16,9 +16,13 @@ What is decided here:
   in evaluation alike. The reference code counts forward calls (gradient
   accumulation and rematerialisation shorten its T) and evaluates with
   gamma = 0 at any step.
-* Statistics are means over every position of the batch that `mask` counts;
-  the variance is the biased one, as in Flax. A mask without a single token
-  leaves the running statistics alone and normalises by them.
+* Statistics are means over every position of the batch that `mask` counts. A
+  mask without a single token leaves the running statistics alone and normalises
+  by them.
+* A batch is normalised by its biased variance (n in the denominator), and the
+  running variance follows the unbiased one (n - 1), as in PyTorch's BatchNorm,
+  which the reference code is made of. Flax has the biased one in both places.
+* Base and BN have an epsilon each, as there: 1e-6 and 1e-5.
 * Arrays are global under `jax.jit`, so these plain means are already
   synchronised over a sharded batch. Inside `shard_map` or `pmap` they would
   be local: do not call the layer there.
@@ -45,6 +49,7 @@ from jaxtyping import Array, Float, Shaped
 
 from psa_jax import schedules
 from psa_jax.config import ConfigError, NormConfig
+from psa_jax.kernels import unread
 from psa_jax.types import Scalar
 
 BASES = ('rmsnorm', 'layernorm')
@@ -122,7 +127,7 @@ class Norm(nnx.Module):
         normalise by the batch).
       mask: positions that count in the statistics (true or non-zero); None
         counts all. Whatever the others hold, NaN included, stays out of
-        the statistics.
+        the statistics, and out of their gradients.
 
     Raises:
       ValueError: a mask whose shape is not that of `x` without its last axis.
@@ -135,8 +140,14 @@ class Norm(nnx.Module):
     # One row a token: XLA's sums over two leading axes, which the gradients
     # of the affine parameters are, cost 5 to 8 times those over one on CPU.
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    mask = None if mask is None else mask.reshape(-1)
+    mask, bad = None if mask is None else mask.reshape(-1), None
+    if mask is not None and self.config.kind in BATCH_KINDS:
+      # Its own output is NaN, but 0 times that would be in all gradients.
+      bad = (mask == 0) & ~unread.finite(rows)
+      rows = jnp.where(bad[:, None], 0, rows)
     y = self._rows(rows, step=step, train=train, mask=mask)
+    if bad is not None:
+      y = unread.spoil(y, bad)
     return y.reshape(x.shape).astype(x.dtype)
 
   def _rows(self, x, *, step, train, mask):
@@ -157,18 +168,19 @@ class Norm(nnx.Module):
     if self.base == 'layernorm':
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    y = x * jax.lax.rsqrt(power + self.config.eps)
+    y = x * jax.lax.rsqrt(power + self.config.base_eps)
     y = y * _row(self.scale[...])
     return y + _row(self.bias[...]) if self.base == 'layernorm' else y
 
   def _batch_norm(self, x, *, train, mask):
     mean, var = self.mean[...], self.var[...]
     if train:
-      batch_mean, batch_var = _moments(x, mask, mean, var)
-      self._move_statistics(batch_mean, batch_var)
+      batch_mean, batch_var, count = _moments(x, mask, mean, var)
+      unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
+      self._move_statistics(batch_mean, jnp.where(count > 1, unbiased, var))
       if self.config.statistics == 'batch':
         mean, var = batch_mean, batch_var
-    inverse = jax.lax.rsqrt(var + self.config.eps)
+    inverse = jax.lax.rsqrt(var + self.config.bn_eps)
     y = (x - _row(mean)) * _row(inverse)
     return y * _row(self.bn_scale[...]) + _row(self.bn_bias[...])
 
@@ -181,13 +193,13 @@ class Norm(nnx.Module):
 
 
 def _moments(x, mask, empty_mean, empty_var):
-  """Mean and biased variance over the counted positions, [D] each.
+  """Mean and biased variance [D] of the counted positions, and their number.
 
   Without any counted position they are `empty_mean` and `empty_var`, which
   for the running statistics means no move.
   """
   if mask is None:
-    return jnp.mean(x, axis=0), jnp.var(x, axis=0)
+    return jnp.mean(x, axis=0), jnp.var(x, axis=0), jnp.float32(len(x))
   counts = jnp.expand_dims(mask != 0, -1)
   total = jnp.sum(counts, dtype=jnp.float32)
   some, total = total > 0, jnp.maximum(total, 1)
@@ -195,7 +207,7 @@ def _moments(x, mask, empty_mean, empty_var):
   mean = jnp.where(some, mean, empty_mean)
   centred = jnp.where(counts, x - _row(mean), 0)
   var = jnp.sum(jnp.square(centred), axis=0) / total
-  return mean, jnp.where(some, var, empty_var)
+  return mean, jnp.where(some, var, empty_var), total
 
 
 def _row(values):

@@ -93,7 +93,8 @@ def stage_one(
 
 
 def _scale(top):
-  return jnp.where(top > 0, top / LIMIT, 1)
+  # NaN of what is not finite, for integers cannot say it.
+  return jnp.where(top == 0, 1, top / LIMIT)
 
 
 def stage_two(

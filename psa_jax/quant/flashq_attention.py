@@ -97,7 +97,9 @@ def _add(run, queries, ids, listed, keys, values):
   at = ids[..., None] * block + jnp.arange(block)[None, None]
   mask = listed[..., None, None] & (at[:, :, None] <= queries.position)
   s = jnp.where(mask, s * k_scale[..., None, None], softmax.MASKED)
-  v = v.astype(jnp.float32) * v_scale[..., None, None]
+  # A block that is not listed may have a scale of NaN.
+  v_scale = jnp.where(listed, v_scale, 0)[..., None, None]
+  v = v.astype(jnp.float32) * v_scale
   return jax.vmap(jax.vmap(softmax.add))(run, s, v)
 
 

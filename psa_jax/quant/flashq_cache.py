@@ -151,6 +151,8 @@ def prefill(
 
 def _prefill(store, x, lengths):
   block = store.block
+  real = jnp.arange(x.shape[1])[None] < lengths[:, None]
+  x = jnp.where(real[..., None, None], x, 0)  # NaN would be the block's scale
   x = jnp.take(x, store.heads.order, axis=2)
   x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
   x = jnp.moveaxis(x, 2, 1)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform, softmax
+from psa_jax.kernels import arguments, platform, softmax, unread
 from psa_jax.kernels.dense import dense_attention
 from psa_jax.kernels.platform import Implementation
 from psa_jax.quant import on_demand_xla
@@ -108,6 +108,7 @@ def on_demand_attention(
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
   spec = Spec(config, causal, q_offset, arguments.scale_or_default(q, scale))
   run = platform.pick(implementation, IMPLEMENTATIONS)
+  k, v = unread.mark(k, v)
   return _straight_through(spec, run, q, k, v, segments)
 
 
@@ -141,6 +142,11 @@ def attend_split(
   factor = arguments.scale_or_default(q, scale)
   run = platform.pick(implementation, IMPLEMENTATIONS)
   whole, q_scale = to_integers(q, config.query_bits)
+  bad = ~unread.finite(v)
+  keys, v = (
+    keys._replace(scale=jnp.where(bad, jnp.nan, keys.scale)),
+    unread.clean(v),
+  )
   spec = Spec(config, causal, q_offset, factor)
   out, row = run(whole, q_scale, keys, v, None, spec=spec)
   return out, _stats(config, q.shape[-1], *row)

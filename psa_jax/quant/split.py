@@ -61,7 +61,8 @@ def to_integers(
   most = 2 ** (bits - 1) - 1
   x = x.astype(jnp.float32)
   top = jnp.max(jnp.abs(x), axis=-1)
-  scale = jnp.where(top > 0, top / most, 1)
+  # NaN where something is not finite, which integers cannot say.
+  scale = jnp.where(top == 0, 1, jnp.where(jnp.isinf(top), jnp.nan, top / most))
   return jnp.round(x / scale[..., None]).astype(jnp.int32), scale
 
 

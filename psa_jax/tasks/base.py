@@ -102,7 +102,8 @@ def auxiliary(
   the loss is, however the batch was cut into micro-batches.
   """
   losses = [value for name, value in aux.items() if name.startswith('loss/')]
-  return weight * sum(losses, jnp.float32(0))
+  # Where nothing counts they may be NaN.
+  return jnp.where(weight != 0, weight * sum(losses, jnp.float32(0)), 0)
 
 
 @runtime_checkable

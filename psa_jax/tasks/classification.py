@@ -13,7 +13,7 @@ from psa_jax.data.examples import labelled
 from psa_jax.eval import f1, tfidf
 from psa_jax.tasks import encoding
 from psa_jax.tasks.base import ACCURACY, Loss, Metric, auxiliary
-from psa_jax.tasks.losses import label_loss
+from psa_jax.tasks.losses import counted, label_loss
 from psa_jax.tasks.registry import TaskSpec, register
 
 
@@ -35,7 +35,8 @@ class TextClassification(encoding.Encoding):
     """Nats of the labels; `confusion` counts guesses by label."""
     out = self.hidden(model, batch, context)
     labels, weights = batch['labels'], batch['weights'][:, 0]
-    logits = model.classify(out.hidden, batch['segment_ids'])
+    hidden = counted(out.hidden, weights[:, None])
+    logits = model.classify(hidden, batch['segment_ids'])
     smoothing = self.config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(logits, labels, weights, smoothing=smoothing)
     guesses = jnp.argmax(logits, -1)

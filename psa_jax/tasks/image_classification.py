@@ -22,7 +22,7 @@ from psa_jax.tasks.base import (
   eval_batches,
   train_batches,
 )
-from psa_jax.tasks.losses import label_loss
+from psa_jax.tasks.losses import counted, label_loss
 from psa_jax.tasks.registry import TaskSpec, register
 
 
@@ -83,7 +83,8 @@ class ImageClassification:
         cutmix=data.augment.cutmix,
       )
     out = model(images, context=context)
-    logits = model.classify(out.hidden)
+    hidden = counted(out.hidden, weights[:, None])
+    logits = model.classify(hidden)
     smoothing = self._config.train.label_smoothing if context.train else 0.0
     judge = functools.partial(
       label_loss, logits, weights=weights, smoothing=smoothing

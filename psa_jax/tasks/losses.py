@@ -36,7 +36,8 @@ def next_token_loss(
     model: `model.unembed` turns [B, t, D] hidden states into [B, t, V] logits.
     hidden: final hidden states.
     targets: the token after each position.
-    weights: what each position counts; 0 leaves it out, whatever its logits.
+    weights: what each position counts; 0 leaves it out of the value and of
+      the gradient, whatever its hidden state.
     chunk: most tokens whose logits exist at a time. A chunk takes the same
       positions of every row, so it is at least B.
 
@@ -48,7 +49,8 @@ def next_token_loss(
   count = -(-length // size)
 
   def piece(hidden, targets, weights):
-    return _weighted_nats(model.unembed(hidden), targets, weights)
+    logits = model.unembed(counted(hidden, weights))
+    return _weighted_nats(logits, targets, weights)
 
   weights = weights.astype(jnp.float32)
   if count == 1:
@@ -84,9 +86,9 @@ def answer_loss(
   """
   B, Q, L = answers.shape
   at = jnp.take_along_axis(hidden, answers.reshape(B, Q * L, 1), axis=1)
-  logits = model.unembed(at)
   weights = weights.astype(jnp.float32)
   each = jnp.broadcast_to(weights[..., None], (B, Q, L)).reshape(B, Q * L)
+  logits = model.unembed(counted(at, each))
   nats = _weighted_nats(logits, targets.reshape(B, Q * L), each)
   right = jnp.argmax(logits, axis=-1).reshape(B, Q, L) == targets
   return nats, jnp.sum(each), jnp.all(right, axis=-1)
@@ -104,7 +106,7 @@ def label_loss(
   Args:
     logits: of the classes, f32.
     labels: the right class of each row.
-    weights: what each row counts.
+    weights: what each row counts; 0 leaves it out, whatever its logits.
     smoothing: share of a label that is spread evenly over all classes
       (arXiv 1512.00567, section 7).
 
@@ -112,7 +114,7 @@ def label_loss(
     The weighted sums of the losses, and of the rows whose label is most
     likely.
   """
-  log_p = jax.nn.log_softmax(logits)
+  log_p = jax.nn.log_softmax(counted(logits, weights))
   hit = jnp.arange(logits.shape[-1])[None] == labels[:, None]
   nats = -jnp.sum(jnp.where(hit, log_p, 0), -1)
   if smoothing:
@@ -121,13 +123,24 @@ def label_loss(
   return jnp.sum(nats * weights), jnp.sum(right * weights)
 
 
+def counted(
+  x: Float[Array, '*rows D'], weights: Float[Array, '*#rows']
+) -> Float[Array, '*rows D']:
+  """`x`, and 0 where nothing counts: there it may be NaN.
+
+  Belongs in front of a head: the gradient of its matrix adds 0 times what
+  counts nothing.
+  """
+  return jnp.where((weights != 0)[..., None], x, 0)
+
+
 def _weighted_nats(logits, targets, weights):
   # A comparison instead of a gather: its gradient is not a scatter, and a
   # vocabulary that is split over devices stays split.
   hit = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
   of_target = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
   nats = jax.nn.logsumexp(logits, axis=-1) - of_target
-  return jnp.sum(jnp.where(weights != 0, nats, 0) * weights)
+  return jnp.sum(nats * weights)
 
 
 def _split(x, count, size):

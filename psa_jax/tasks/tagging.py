@@ -13,7 +13,7 @@ from psa_jax.data.examples import tagged
 from psa_jax.eval import f1
 from psa_jax.tasks import encoding
 from psa_jax.tasks.base import ACCURACY, Loss, Metric, auxiliary
-from psa_jax.tasks.losses import label_loss
+from psa_jax.tasks.losses import counted, label_loss
 from psa_jax.tasks.registry import TaskSpec, register
 
 
@@ -37,7 +37,8 @@ class Tagging(encoding.Encoding):
     out = self.hidden(model, batch, context)
     tags, weights = batch['tags'], batch['weights']
     first = batch['first'][..., None]
-    logits = model.label(jnp.take_along_axis(out.hidden, first, axis=1))
+    words = jnp.take_along_axis(out.hidden, first, axis=1)
+    logits = model.label(counted(words, weights))
     smoothing = self.config.train.label_smoothing if context.train else 0.0
     total, hits = label_loss(
       logits.reshape(-1, logits.shape[-1]),

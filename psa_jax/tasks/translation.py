@@ -28,7 +28,7 @@ from psa_jax.tasks.base import (
   train_batches,
 )
 from psa_jax.tasks.encoding import fitting_vocabulary
-from psa_jax.tasks.losses import label_loss, next_token_loss
+from psa_jax.tasks.losses import counted, label_loss, next_token_loss
 from psa_jax.tasks.registry import TaskSpec, register
 
 _SAMPLES = 3  # translations that are kept to be looked at
@@ -72,7 +72,7 @@ class Translation:
     smoothing = self._config.train.label_smoothing if context.train else 0.0
     targets, weights = batch['targets'], batch['weights']
     if smoothing:
-      logits = model.unembed(out.hidden)
+      logits = model.unembed(counted(out.hidden, weights))
       total, _ = label_loss(
         logits.reshape(-1, logits.shape[-1]),
         targets.reshape(-1),

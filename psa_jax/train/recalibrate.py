@@ -9,7 +9,9 @@ Every part of the model is there, and nothing of a batch is hidden or mixed
 training.
 
 They are read off how far the running ones move: with momentum m a batch whose
-own are b turns r into m r + (1 - m) b.
+own are b turns r into m r + (1 - m) b. So a batch's variance is its unbiased
+one here too, and the pooled variance at most n / (n - 1) of that of all
+positions as one batch, n of them in each.
 """
 
 import dataclasses

@@ -155,6 +155,8 @@ class Run:
 
   def train(self) -> None:
     """Makes the steps that are left, with evaluations and checkpoints."""
+    for line in stages_lib.idle_schedules(self.config):
+      self.console.say(line)
     while self.step < self.total:
       self.interrupt.check_step(self.step)
       self.checkpoints.poll()

@@ -6,6 +6,7 @@ the global step. Each stage has its own shuffled pass over the data, seeded by
 the run's seed and the stage's index.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,23 @@ def tokens_seen(stages: tuple[Stage, ...], step: int) -> int:
     max(0, min(step, stage.end) - stage.begin) * stage.tokens
     for stage in stages
   )
+
+
+def idle_schedules(config: Config) -> Iterator[str]:
+  """A line for each stage at whose end attention's schedule has no say.
+
+  Asked of the settings of the mechanism; a controller sets its own budget.
+  """
+  attention, stages = config.model.attention, plan(config)
+  if config.train.controller.kind != 'none':
+    return
+  path = f'model.attention.{attention.mechanism.section}.'
+  for stage in stages:
+    line = attention.mechanism_config.idle_schedule(
+      path, length=stage.seq_len, step=stage.end - 1
+    )
+    if line:
+      yield f'stage {stage.index + 1} of {len(stages)}: {line}'
 
 
 def check_rows(config: TrainConfig, accumulate: int, shards: int) -> None:

@@ -109,22 +109,20 @@ def overlap(m, j, sizes):
 
 
 def scores(q, kc, mask, sizes):
-  """{(b, kv head, t): {block: score}} over the blocks up to the query's."""
+  """{(b, kv head, t): {block: log score}} over the blocks up to the query's."""
   B, T, N, H = q.shape
   K = kc.shape[2]
   found = {}
   for b, h, t in np.ndindex(B, K, T):
-    total = {j: 0.0 for j in range(t // sizes.select + 1)}
+    total = {j: [] for j in range(t // sizes.select + 1)}
     seen = np.flatnonzero(mask[b, h, t])
     for n in range(h * (N // K), (h + 1) * (N // K)):
       if seen.size:
         s = kc[b, seen, h] @ q[b, t, n] * H**-0.5
-        p = np.exp(s - s.max())
-        p /= p.sum()
-        for m, x in zip(seen, p, strict=True):
+        for m, x in zip(seen, s - oracles.log_sum(s), strict=True):
           for j in total:
-            total[j] += x * overlap(m, j, sizes)
-    found[b, h, t] = total
+            total[j] += [x] * overlap(m, j, sizes)
+    found[b, h, t] = {j: oracles.log_sum(x) for j, x in total.items()}
   return found
 
 

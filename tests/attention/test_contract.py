@@ -159,6 +159,11 @@ ROWS = {
     hybrid(scoring='bounds', sink_blocks=1), hybrid(1.0, scoring='bounds')
   ),
   'dsa': Row(dsa(), dsa(T), ramp=(T, 1.0)),
+  'dsa per token, itself': Row(
+    dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0, keep_self=True),
+    None,
+    ramp=(T, 1.0),
+  ),
   'dsa per token': Row(
     dsa(9, block_q=1, block_k=1, window=1, sink_blocks=0),
     dsa(T, block_q=1, block_k=1, window=1, sink_blocks=0),
@@ -217,7 +222,8 @@ IMPLEMENTATIONS = ('reference', 'xla')
 QUICK = ('psa', 'topk', 'dsa', 'nsa')
 VARIANTS = (
   *('psa per token', 'psa sas', 'psa bounds', 'topk cubic', 'hybrid per token'),
-  *('hybrid bounds', 'dsa per token', 'random', 'window'),
+  *('hybrid bounds', 'dsa per token', 'dsa per token, itself'),
+  *('random', 'window'),
 )
 every = pytest.mark.parametrize('name', list(ROWS))
 some = pytest.mark.parametrize('name', tiers.cases(ROWS, quick=QUICK))
@@ -341,20 +347,6 @@ def test_future_tokens_change_no_bit_of_the_past(name, t):
 
 @default
 @every
-def test_gradients_of_the_future_are_exactly_zero(name):
-  args, t = arrays(), 40
-
-  def past(*args):
-    return attend(*args, ROWS[name].config)[0][:, : t + 1].sum()
-
-  dq, dk, dv = jax.grad(past, (0, 1, 2))(*args)
-  for g in (dq, dk, dv):
-    assert (np.asarray(g)[:, t + 1 :] == 0).all()
-  assert (np.asarray(dk)[:, : t + 1] != 0).any()
-
-
-@default
-@every
 def test_packed_documents_never_mix(name):
   """Changing one document changes no bit of the others, and all their past."""
   args, seg = arrays(), documents()
@@ -368,6 +360,56 @@ def test_packed_documents_never_mix(name):
     same = np.asarray(got == want).all(-1).all(-1)
     assert same[np.asarray(seg) != which].all()
     assert not same[np.asarray(seg) == which].all()
+
+
+@default
+@every
+@pytest.mark.parametrize(
+  'implementation', tiers.cases(IMPLEMENTATIONS, quick=['xla'], tier='all')
+)
+def test_what_is_not_read_changes_no_bit(name, implementation):
+  """Finite numbers, NaN and infinity there give the bits of zeros.
+
+  So do all gradients, which are exactly 0 there. Once another document is not
+  read, once what comes after the last query that counts. The tokens' own
+  outputs may be NaN, and nothing depends on them.
+  """
+  config = using(ROWS[name].config, implementation)
+  make = LEARNED.get(config.name, lambda *args: None)
+
+  @jax.jit
+  def step(args, learned, seg, read):
+    def loss(args, learned):
+      out = library_attend(
+        *args,
+        config=config,
+        learned=learned,
+        context=AttentionContext(step=0, segment_ids=seg, train=True),
+      ).out
+      out = jnp.where(read[..., None, None], out, 0)
+      return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    grads, out = jax.grad(loss, (0, 1), has_aux=True)(args, learned)
+    return out, grads
+
+  def run(seg, read, values):
+    """With `values` [B] in all that is not read; None leaves what is there."""
+    args = arrays()
+    if values is not None:
+      values = jnp.asarray(values).reshape(B, 1, 1, 1)
+      args = [jnp.where(read[..., None, None], x, values) for x in args]
+    return step(tuple(args), make(*args), seg, read)
+
+  two, one = documents(), jnp.ones((B, T), jnp.int32)
+  past = jnp.broadcast_to(jnp.arange(T) <= 40, one.shape)
+  for seg, read in ((two, two == 1), (two, two == 2), (one, past)):
+    want = run(seg, read, (0.0, 0.0))
+    for values in (None, (np.nan, np.inf)):
+      got = run(seg, read, values)
+      jax.tree.map(np.testing.assert_array_equal, got, want)
+    for grad in want[1][0]:
+      assert (np.asarray(grad)[~np.asarray(read)] == 0).all()
+      assert (np.asarray(grad)[np.asarray(read)] != 0).any()
 
 
 @default

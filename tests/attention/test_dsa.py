@@ -62,6 +62,8 @@ def definition(index, cfg, wanted, segments=None):
       begin = start // bk
       visible = range(begin, last // bk + 1)
       near = max(0, t0 - cfg.window + 1) // bk
+      if (bq, bk, cfg.window, cfg.keep_self) == (1, 1, 1, False):
+        near = t0 + 1
       sink = begin + cfg.sink_blocks
       forced = {j for j in visible if j >= near or j < sink}
       pooled = oracles.pool_scores(scores[b, t0], start, bk, cfg.pooling)
@@ -82,6 +84,7 @@ def definition(index, cfg, wanted, segments=None):
     settings(pooling='sum'),
     settings(pooling='mass'),
     settings(7, **PAPER),
+    settings(7, **PAPER, keep_self=True),
     settings(budget='ratio', keep=ScheduleConfig(init=0.7)),
     settings(block_q=4, block_k=8, sink_blocks=0, window=1),
   ],
@@ -112,16 +115,20 @@ def test_selection_is_the_definition(cfg, cut):
   assert sparse > 0
 
 
-def test_per_token_it_is_the_top_k_of_the_paper():
-  """The k best of all earlier tokens by I; a query always reads itself."""
+@pytest.mark.parametrize('keep_self', [False, True])
+def test_per_token_it_is_the_top_k_of_the_paper(keep_self):
+  """The k best of all up to the query by I; its own is forced by a key only."""
   index, q, k, v = arrays()
-  cfg = settings(9, **PAPER)
+  cfg = settings(9, **PAPER, keep_self=keep_self)
   out, aux = run(q, k, v, index, AttentionConfig('dsa', dsa=cfg))
   scores = oracles.index_scores(*index)
   mask = np.zeros((B, K, T, T), bool)
   for b, t in np.ndindex(B, T):
-    best = np.argsort(-scores[b, t, :t], kind='stable')[:8]
-    mask[b, :, t, [*best, t]] = True
+    if keep_self:
+      scores[b, t, t] = np.inf
+    best = np.argsort(-scores[b, t, : t + 1], kind='stable')[:9]
+    mask[b, :, t, best] = True
+  assert mask[:, 0, np.arange(T), np.arange(T)].all() == keep_self
   oracles.check_close(out, oracles.attention(q, k, v, mask)[0])
   want, _ = oracles.index_divergence(index, q, k, mask[:, 0])
   np.testing.assert_allclose(aux['loss/index_kl'], want.mean(), 1e-4)
@@ -238,22 +245,29 @@ def test_who_learns_from_what(warmup):
   assert np.abs(dx).max() > 0
 
 
-@pytest.mark.parametrize('budget', ['tokens', 'ratio'])
-def test_decoding_chooses_what_prefill_chose(budget):
+@pytest.mark.parametrize(
+  'cfg',
+  [
+    settings(24),
+    settings(budget='ratio', keep=ScheduleConfig(init=0.6)),
+    settings(9, **PAPER),
+    settings(9, **PAPER, keep_self=True),
+  ],
+)
+def test_decoding_chooses_what_prefill_chose(cfg):
   """With a cache that has room, and later keys in it already."""
   index, *_ = arrays(t=48)
-  keep = ScheduleConfig(init=0.6)
-  cfg = settings(24, budget=budget, keep=keep)
   amount = module.budget_at(cfg, 0, True)
   want = module.select_blocks(index, cfg, budget=amount)
   room = jnp.pad(index.k, ((0, 0), (0, 16), (0, 0)), constant_values=9.0)
   select = jax.jit(
     functools.partial(module.select_for_decode, cfg=cfg, budget=amount)
   )
-  for i in range(6):
-    at = slice(8 * i, 8 * i + 1)
+  tiles = 48 // cfg.block_q
+  for i in range(0, tiles, tiles // 6):
+    at = slice(cfg.block_q * i, cfg.block_q * i + 1)
     one = Index(index.q[:, at], index.weights[:, at], room)
-    got = select(one, positions=jnp.full((B,), 8 * i))
+    got = select(one, positions=jnp.full((B,), cfg.block_q * i))
     for b in range(B):
       count = int(want.counts[b, 0, i])
       assert got.counts[b, 0, 0] == count

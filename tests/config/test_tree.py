@@ -96,20 +96,27 @@ def test_an_unknown_key_lists_its_section():
 
 @pytest.mark.parametrize('old, new', RENAMED.items())
 def test_a_key_of_before_is_refused_by_its_new_name(old, new):
-  assert new in leaves() and old not in leaves()
-  section, name = old.split('.')
+  assert set(new) <= leaves().keys() and old not in leaves()
+  nested = 3
+  for name in reversed(old.split('.')):
+    nested = {name: nested}
   for message in (
-    refusal(from_config_dict, {section: {name: 3}}),
+    refusal(from_config_dict, nested),
     refusal(apply_overrides, Config(), [(old, '3')]),
   ):
-    assert message == f'config.{old} is now config.{new}'
+    names = ' and '.join(f'config.{name}' for name in new)
+    assert message == f'config.{old} is now {names}'
 
 
 def test_a_saved_configuration_is_read_by_the_new_names():
   saved = to_dict(Config())
   saved['eval']['reestimate'] = saved['eval'].pop('recalibrate_bn')
+  norm = saved['model']['norm']
+  del norm['base_eps'], norm['bn_eps']
+  norm['eps'] = 1e-5  # of both, when there was one
   changes = diff(with_task(saved), Config())
-  assert not changes.runtime and not changes.other
+  assert not changes.runtime
+  assert changes.other == {'model.norm.base_eps': (1e-5, 1e-6)}
 
 
 def test_a_section_takes_no_value_and_a_key_no_section():

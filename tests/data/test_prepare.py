@@ -120,6 +120,6 @@ def test_packaged_sets_are_prepared_too(tmp_path, capsys):
 
 
 def test_name_is_required(capsys):
-  with pytest.raises(SystemExit) as e:
-    run(capsys)
-  assert e.value.code == 2
+  code, out, err = run(capsys)
+  assert (code, out) == (2, '')
+  assert '--name' in err and err.count('\n') == 1

@@ -251,16 +251,16 @@ def test_cudnn_lowers_for_cuda(dtype, monkeypatch):
   assert calls(jnp.ones((1, 256, 4))) == (2, 2)
 
 
+def stand_in(q, k, v, *, scale, mask_type, return_residual):
+  """Has no gradient of the log-sum-exp, as cuDNN."""
+  assert return_residual
+  spec = cudnn_spec(causal=mask_type == fused.MaskType.CAUSAL, scale=scale)
+  out, lse = reference.dense_attention(q, k, v, None, spec=spec)
+  return out, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2))
+
+
 @pytest.mark.parametrize('causal', [True, False])
 def test_gradient_of_the_log_sum_exp_is_added_to_cudnn(causal, monkeypatch):
-  """The stand-in drops it, as cuDNN does."""
-
-  def stand_in(q, k, v, *, scale, mask_type, return_residual):
-    assert return_residual
-    spec = cudnn_spec(causal=mask_type == fused.MaskType.CAUSAL, scale=scale)
-    out, lse = reference.dense_attention(q, k, v, None, spec=spec)
-    return out, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2))
-
   monkeypatch.setattr(fused, 'dot_product_attention', stand_in)
   rng = np.random.default_rng(0)
   arrays = [normal(rng, 2, 9, n, 8) for n in (4, 2, 2)]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 
-def rms(x, scale, eps=1e-5):
+def rms(x, scale, eps=1e-6):
   return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 

@@ -81,7 +81,9 @@ def oracle(model, source, tokens):
 
   def rms(x, scale):
     return (
-      x / np.sqrt((x**2).mean(-1, keepdims=True) + NormConfig().eps) * scale
+      x
+      / np.sqrt((x**2).mean(-1, keepdims=True) + NormConfig().base_eps)
+      * scale
     )
 
   def turn(x):

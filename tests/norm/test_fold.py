@@ -38,7 +38,7 @@ def trained(kind, seed=0):
       )
   params = nnx.to_pure_dict(nnx.state(norm, nnx.Param))
   statistics = nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))
-  return norm, ScaleShift.of(params, statistics, config.eps)
+  return norm, ScaleShift.of(params, statistics, config.bn_eps)
 
 
 def normal(*shape, seed=1):

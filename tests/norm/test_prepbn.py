@@ -20,11 +20,13 @@ DIM = 6
 CONFIG = NormConfig(
   kind='prepbn', warmup_steps=2, decay_steps=8, scale_init=1.0, eta_init=1.0
 )
+# Neither is small beside the variance, so that taking one for the other shows.
+EPSILONS = dict(base_eps=0.1, bn_eps=0.4)
 
 
 def make_norm(kind='prepbn', seed=0, dim=DIM, **changes):
   """A layer with random parameters and statistics."""
-  config = dataclasses.replace(CONFIG, kind=kind, **changes)
+  config = dataclasses.replace(CONFIG, kind=kind, **EPSILONS | changes)
   norm = Norm(dim, config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(seed)
   state = nnx.as_pure(nnx.state(norm))
@@ -70,9 +72,9 @@ def oracle(p, x, config, *, weight, train, mask=None):
   def base(token):
     if base_kind == 'layernorm':
       centred = token - token.mean()
-      scale = np.sqrt(centred.var() + config.eps)
+      scale = np.sqrt(centred.var() + config.base_eps)
       return centred / scale * p['scale'] + p['bias']
-    return token / np.sqrt((token**2).mean() + config.eps) * p['scale']
+    return token / np.sqrt((token**2).mean() + config.base_eps) * p['scale']
 
   if config.kind in ('rmsnorm', 'layernorm'):
     return np.stack([base(t) for t in tokens]).reshape(x.shape)
@@ -80,7 +82,9 @@ def oracle(p, x, config, *, weight, train, mask=None):
   if train and config.statistics == 'batch':
     counted = tokens if mask is None else tokens[mask.reshape(-1) > 0]
     mean, var = counted.mean(0), counted.var(0)
-  y = (tokens - mean) / np.sqrt(var + config.eps) * p['bn_scale'] + p['bn_bias']
+  y = (tokens - mean) / np.sqrt(var + config.bn_eps) * p['bn_scale'] + p[
+    'bn_bias'
+  ]
   if config.kind != 'batchnorm':
     y = y + p['eta'] * tokens
   if config.kind == 'prepbn':
@@ -161,10 +165,36 @@ def test_statistics_move_in_training_only(kind, step, mask, statistics):
   tokens = x.reshape(-1, DIM).astype(np.float64)
   if mask is not None:
     tokens = tokens[mask.reshape(-1) > 0]
-  for name, batch in (('mean', tokens.mean(0)), ('var', tokens.var(0))):
+  unbiased = tokens.var(0, ddof=1)
+  for name, batch in (('mean', tokens.mean(0)), ('var', unbiased)):
     want = 0.9 * before.pop(name) + 0.1 * batch
     np.testing.assert_allclose(after[name], want, rtol=1e-5)
   assert all(np.array_equal(after[n], before[n]) for n in before)
+
+
+def test_epsilons_and_variances_are_those_of_the_papers_code():
+  """SLAB: LayerNorm 1e-6, BatchNorm1d 1e-5, its running variance unbiased."""
+  assert (NormConfig().base_eps, NormConfig().bn_eps) == (1e-6, 1e-5)
+  x = inputs(shape=(1, 3, DIM)) * 1e-3  # epsilons show beside such variances
+  rows = x[0].astype(np.float64)
+  layer = make_norm('layernorm', base_eps=1e-6)
+  layer.scale[...], layer.bias[...] = jnp.ones(DIM), jnp.zeros(DIM)
+  want = rows - rows.mean(1, keepdims=True)
+  want /= np.sqrt(rows.var(1, keepdims=True) + 1e-6)
+  got = layer(jnp.asarray(x), step=0, train=True)[0]
+  np.testing.assert_allclose(got, want, 1e-4, 1e-6)
+  batch = make_norm('batchnorm', bn_eps=1e-5)
+  batch.bn_scale[...], batch.bn_bias[...] = jnp.ones(DIM), jnp.zeros(DIM)
+  before = np.asarray(batch.var[...])
+  want = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+  got = batch(jnp.asarray(x), step=0, train=True)[0]
+  np.testing.assert_allclose(got, want, 1e-4, 1e-6)
+  moved = 0.9 * before + 0.1 * rows.var(0, ddof=1)
+  np.testing.assert_allclose(batch.var[...], moved, 1e-6)
+  # One token has no unbiased variance: the running one stays.
+  kept = np.asarray(batch.var[...])
+  batch(jnp.asarray(x[:, :1]), step=0, train=True)
+  np.testing.assert_array_equal(batch.var[...], kept)
 
 
 @pytest.mark.tier('default')
@@ -254,7 +284,7 @@ def test_repbn_is_a_batch_norm(train):
   plain.mean[...], plain.var[...] = rep.mean[...], rep.var[...]
   if train:
     mean, var = x.reshape(-1, DIM).mean(0), x.reshape(-1, DIM).var(0)
-  sigma, eta = np.sqrt(var + rep.config.eps), np.asarray(rep.eta[...])
+  sigma, eta = np.sqrt(var + rep.config.bn_eps), np.asarray(rep.eta[...])
   plain.bn_scale[...] = rep.bn_scale[...] + eta * sigma
   plain.bn_bias[...] = rep.bn_bias[...] + eta * mean
   x = jnp.asarray(x)
@@ -315,6 +345,33 @@ def test_what_the_mask_leaves_out_has_no_influence(kind, statistics):
   for other in outputs[1:]:
     for got, want in zip(other, outputs[0], strict=True):
       np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.tier('default')
+@pytest.mark.parametrize('statistics', ['batch', 'running'])
+@pytest.mark.parametrize('kind', BATCH_KINDS)
+def test_what_the_mask_leaves_out_has_no_influence_on_gradients(
+  kind, statistics
+):
+  """Where nothing depends on it; and a NaN stays one in its own row."""
+  mask, found = some_mask(), []
+  for garbage in (0.0, np.nan, np.inf):
+    norm, x = make_norm(kind, statistics=statistics), inputs()
+    x[mask == 0] = garbage
+    graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
+
+    def total(params, x, graphdef=graphdef, rest=rest):
+      norm = nnx.merge(graphdef, params, rest, copy=True)
+      y = norm(x, step=5, train=True, mask=jnp.asarray(mask))
+      kept = jnp.where(mask[..., None] > 0, y, 0)
+      return (kept * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    grads, y = jax.grad(total, (0, 1), has_aux=True)(params, jnp.asarray(x))
+    finite = np.isfinite(np.asarray(y)[mask == 0])
+    assert finite.all() if garbage == 0 else not finite.any()
+    found.append(jax.tree.map(np.asarray, nnx.as_pure(grads)))
+  for other in found[1:]:
+    jax.tree.map(np.testing.assert_array_equal, other, found[0])
 
 
 @pytest.mark.tier('default')
@@ -407,7 +464,7 @@ def test_a_large_offset_does_not_cost_the_variance():
   norm = make_norm('batchnorm', momentum=0.0)
   x = inputs(shape=(64, 64, DIM)) + 3000
   norm(jnp.asarray(x), step=0, train=True)
-  want = x.astype(np.float64).reshape(-1, DIM).var(0)
+  want = x.astype(np.float64).reshape(-1, DIM).var(0, ddof=1)
   np.testing.assert_allclose(norm.var[...], want, rtol=1e-3)
 
 
@@ -449,7 +506,8 @@ def test_each_kind_has_its_own_parameters_and_no_others():
   [
     (dict(kind='groupnorm'), "kind: unknown 'groupnorm'"),
     (dict(momentum=1.0), 'momentum'),
-    (dict(eps=0.0), 'eps'),
+    (dict(base_eps=0.0), 'base_eps'),
+    (dict(bn_eps=0.0), 'bn_eps'),
     (dict(decay_steps=-1), 'must be at least 0'),
     (dict(kind='batchnorm', scale_init=0.0), 'scale_init=1'),
     (dict(kind='repbn', scale_init=0.0, eta_init=0.0), 'scale_init=1'),

@@ -68,14 +68,18 @@ def test_gradient_does_not_depend_on_chunks(chunk):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_position_of_weight_0_counts_nothing_even_if_it_is_nan():
+@pytest.mark.parametrize('chunk', [4 * B, B * T])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_position_of_weight_0_counts_nothing_even_if_it_is_nan(chunk, value):
+  """Neither in the value nor in any gradient, that of the head included."""
   table, hidden, targets, weights = example()
   weights[1, 3] = 0
-  expected = loss(table, hidden, targets, weights, 4 * B)
-  hidden[1, 3] = np.nan
-  targets[1, 3] = 0
-  got = loss(table, hidden, targets, weights, 4 * B)
-  np.testing.assert_array_equal(got, expected)
+  run = jax.value_and_grad(lambda *args: loss(*args, chunk)[0], (0, 1))
+  expected = run(table, hidden, targets, weights)
+  hidden[1, 3], targets[1, 3] = value, 0
+  got = run(table, hidden, targets, weights)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+  assert (got[1][1][1, 3] == 0).all() and (got[1][0] != 0).any()
 
 
 def test_logits_never_exist_for_more_than_a_chunk():
@@ -148,6 +152,38 @@ def test_only_judged_positions_get_a_gradient():
   for row, question in np.ndindex(B, 2):
     counted[row, answers[row, question]] |= weights[row, question] > 0
   np.testing.assert_array_equal((grad != 0).any(-1), counted)
+
+
+def test_a_question_of_weight_0_counts_nothing_even_if_it_is_nan():
+  table, hidden, answers, targets, weights = questions()
+  answers[2] = [[0, 1], [8, 9]]
+  run = jax.value_and_grad(
+    lambda *args: judged(*args, answers, targets, weights)[0], (0, 1)
+  )
+  expected = run(table, hidden)
+  hidden[2, 8:] = np.nan
+  got = run(table, hidden)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.3])
+def test_a_label_of_weight_0_counts_nothing_even_if_it_is_nan(smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 4)).astype(np.float32)
+  labels = jnp.asarray(rng.integers(0, 4, 6), jnp.int32)
+  weights = jnp.asarray([1.0, 0, 2, 1, 0, 1])
+
+  @jax.jit
+  def run(logits):
+    return jax.value_and_grad(
+      lambda x: label_loss(x, labels, weights, smoothing=smoothing),
+      has_aux=True,
+    )(logits)
+
+  expected = run(logits)
+  logits[1], logits[4, 2] = np.nan, np.inf
+  got = run(logits)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.3])

@@ -148,7 +148,7 @@ def test_the_exported_model_is_the_folded_one(trained):
 
 
 def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
-  """Four batches of 8 are one of 32: those of one forward pass in training."""
+  """Four batches of 8 are one of 32, up to n - 1 in place of n of each."""
   still = config(data=DataConfig(source='digits'))
   run(tmp_path, still)
   mesh = sharding.make_mesh(still.mesh)
@@ -171,9 +171,13 @@ def test_statistics_anew_are_those_of_the_batches_together(tmp_path):
     model = program.merge(found.state.params, found.state.model_state)
     x = np.asarray(model.embed(pictures().normalize(x)), np.float64)
   stats = got.model_state['layers'][name]
-  x = x.reshape(-1, x.shape[-1])
-  np.testing.assert_allclose(stats['mean'][0], x.mean(0), atol=1e-5)
-  np.testing.assert_allclose(stats['var'][0], x.var(0), rtol=1e-4)
+  x = x.reshape(4, -1, x.shape[-1])
+  mean = x.mean((0, 1))
+  np.testing.assert_allclose(stats['mean'][0], mean, atol=1e-5)
+  want = (x.var(1, ddof=1) + x.mean(1) ** 2).mean(0) - mean**2
+  np.testing.assert_allclose(stats['var'][0], want, rtol=1e-4)
+  ratio, n = want / x.var((0, 1)), x.shape[1]
+  assert (ratio >= 1).all() and (ratio <= n / (n - 1) + 1e-9).all()
   old = found.state.model_state['layers'][name]
   assert np.abs(stats['mean'] - old['mean']).max() > 1e-3
   for part in ('params', 'step'):

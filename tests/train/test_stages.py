@@ -1,19 +1,25 @@
 """The plan of stages, and a place in the data that survives a restart."""
 
 import dataclasses
+import types
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from psa_jax.attention.psa import PsaConfig
 from psa_jax.config import (
+  AttentionConfig,
   Config,
   ConfigError,
+  ModelConfig,
   OptimConfig,
   RunError,
+  ScheduleConfig,
   TrainConfig,
 )
 from psa_jax.train import stages as lib
+from psa_jax.train.run import Run
 
 OPTIM = OptimConfig(warmup_steps=1)
 TRAIN = TrainConfig(steps=(3, 2), seq_len=(8, 32), batch_size=(4, 1))
@@ -145,3 +151,33 @@ def test_a_stage_that_has_ended_cannot_change(step, steps):
   changed = lib.StageData(Task, plan(steps=steps))
   with pytest.raises(RunError, match='only stages that have not ended'):
     changed.restore(data.state(), step)
+
+
+def idle(**changes):
+  """What a run with a ramp from 1 to 0.03 over 9 steps is told at start."""
+  ramp = ScheduleConfig('linear', 1.0, 0.03, length=9)
+  attention = AttentionConfig('psa', psa=PsaConfig(keep=ramp))
+  train = TrainConfig(
+    steps=(1, 5, 10), seq_len=(1024, 1024, 32_768), batch_size=(4, 4, 4)
+  )
+  config = Config(
+    model=ModelConfig(attention=attention),
+    optim=OPTIM,
+    train=dataclasses.replace(train, **changes),
+  )
+  said = []
+  run = types.SimpleNamespace(
+    config=config, console=types.SimpleNamespace(say=said.append), step=0
+  )
+  run.total = run.step  # nothing is left to do
+  Run.train(run)
+  assert said == list(lib.idle_schedules(config))
+  return said
+
+
+def test_a_schedule_without_a_say_is_named_at_start():
+  """At the end of each stage: still 1 in the first, in the third it acts."""
+  (line,) = idle()
+  assert line.startswith('stage 2 of 3: model.attention.psa.keep asks for a ')
+  assert 'density of 0.461, but at 1,024 tokens' in line
+  assert 'alone take 0.875' in line

@@ -1,5 +1,6 @@
 """`kind='dense'`, and when `kind='auto'` takes it."""
 
+import functools
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from psa_jax.attention.call.arrays import Arrays
 from psa_jax.config import ConfigError
-from psa_jax.kernels import platform
+from psa_jax.kernels import platform, unread
 from psa_jax.kernels.dense import dense_attention
 
 log = logging.getLogger('psa_jax')
@@ -109,19 +110,39 @@ def attend(
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     mask = masks['mask']
     masks['mask'] = same if mask is None else same & mask
-  # Its overloads want to know at once whether there is a residual.
-  of_jax: Any = jax.nn.dot_product_attention
-  result = of_jax(
-    q,
-    k,
-    v,
-    **masks,
+  attention: Any = jax.nn.dot_product_attention  # its type wants literals
+  of_jax = functools.partial(
+    attention,
     is_causal=is_causal,
     scale=scale,
     implementation=implementations[implementation],
-    return_residual=return_residual,
+    return_residual=True,
   )
-  return result if return_residual else (result, None)
+  bad = ~(unread.finite(k) & unread.finite(v))
+  seen = _read_by(of_jax, q, bad, v, masks) | ~unread.finite(q)
+  out, lse = of_jax(*(unread.clean(x) for x in (q, k, v)), **masks)
+  lse = jnp.where(seen, jnp.nan, lse) if return_residual else None
+  return unread.spoil(out, seen), lse
+
+
+def _read_by(of_jax, q, bad, v, masks) -> jax.Array:
+  """[B, T, N] bool: which query reads one of the keys `bad` [B, S, K].
+
+  With equal weights, that none is so small that it rounds to 0.
+  """
+  bias = masks['bias']
+  if bias is not None:
+    bias = jnp.where(bias == -jnp.inf, bias, 0)
+  B, T, N, H = q.shape
+
+  def probe():
+    k = jnp.zeros((*bad.shape, H), q.dtype)
+    found = jnp.broadcast_to(bad[..., None], v.shape).astype(v.dtype)
+    out, lse = of_jax(jnp.zeros_like(q), k, found, **masks | dict(bias=bias))
+    # JAX takes the mean of all where a query reads nothing.
+    return (out > 0).any(-1) & (lse > -1e4)
+
+  return jax.lax.cond(bad.any(), probe, lambda: jnp.zeros((B, T, N), jnp.bool_))
 
 
 def nothing(arrays: Arrays) -> jax.Array:

@@ -23,10 +23,11 @@ The keys are chosen by blocks, for a tile of queries at a time, as `psa` does
 it and with the same guarantees: the tile's first query scores the blocks that
 lie wholly at or before it, a block by the pooled scores of its tokens; sink,
 own blocks and a local window are always read. With `block_q = block_k = 1`,
-`window = 1` and no sink that is the paper's choice of tokens for every query
-(a query always reads itself); its lists take T * top_k numbers. A tile that the
-end of the sequence cuts counts as a whole one, as in `psa`: everything is read
-once `top_k` covers the whole of it.
+`window = 1` and no sink that is the paper's choice of tokens for every query:
+the best of all up to its own, which competes like the others unless
+`keep_self`. Lists take T * top_k numbers then. A tile that the end of the
+sequence cuts counts as a whole one, as in `psa`: everything is read once
+`top_k` covers the whole of it.
 
 The indexer's own cost stays O(T^2 / block_q) products, and O(T^2) in stage 1;
 nothing is of size T x T in memory. Cached decoding: `select_for_decode`.
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -47,6 +49,8 @@ from psa_jax.attention.block_lists import (
   BlockListConfig,
   Tiles,
   check_ratio,
+  idle_budget,
+  idle_text,
   read_blocks,
   retained_mass,
   share_read,
@@ -83,6 +87,9 @@ class DsaConfig(BlockListConfig):
   Attributes:
     heads, width: J heads of the indexer, and the channels of each.
     block_q, block_k, window, sink_blocks: as in `PsaConfig`.
+    keep_self: where every query chooses single tokens and the window is 1, it
+      reads its own whatever its score; the paper's does not. Larger tiles,
+      blocks and windows hold it and are always read.
     budget: `tokens` reads `top_k(step)` keys a query, `ratio` reads
       `keep(step)` of the causally visible blocks.
     top_k, keep: the schedules of the two budgets.
@@ -95,12 +102,19 @@ class DsaConfig(BlockListConfig):
 
   heads: int = number(4, COUNT)
   width: int = number(32, COUNT)
+  keep_self: bool = False
   budget: str = choice('tokens', 'tokens', 'ratio')
   top_k: ScheduleConfig = schedule(ScheduleConfig(init=2048.0), COUNT)
   keep: ScheduleConfig = schedule(ScheduleConfig(), SHARE)
   pooling: str = choice('max', 'max', 'sum', 'mass')
   warmup_steps: int = number(0, OPTIONAL)
   eval_budget: float = number(0.0, OPTIONAL, runtime=True)
+
+  @property
+  def self_competes(self) -> bool:
+    """Whether a query's own token is chosen by its score."""
+    one = self.block_q == self.block_k == self.window == 1
+    return one and not self.keep_self
 
   @property
   def frozen_steps(self) -> int:
@@ -122,6 +136,21 @@ class DsaConfig(BlockListConfig):
   def check_budget(self, path: str) -> Iterator[str]:
     """A controller sets a ratio, in place of the schedule."""
     return check_ratio(path, self.budget, self.keep)
+
+  def idle_schedule(self, path: str, *, length: int, step: int) -> str | None:
+    """A ratio, or a number of tokens, that sink and window exceed."""
+    budget = float(budget_at(self, step, True))
+    tokens = self.budget == 'tokens'
+    share = min(budget / length, 1.0) if tokens else budget
+    if self.self_competes or share >= 1:
+      return None
+
+    def acts(forced, seen):
+      kept = budget / self.block_k if tokens else budget * seen
+      return np.minimum(np.ceil(kept - 1e-3), seen) > forced
+
+    key = f'{path}{"top_k" if tokens else "keep"}'
+    return idle_text(key, share, length, idle_budget(self, length, acts))
 
 
 def dsa(
@@ -298,7 +327,8 @@ def select_for_decode(
 
   Args:
     index: the tile's first query [B, 1, ...] of each row, and the cached keys
-      [B, S, E]; those behind the query may hold anything finite.
+      [B, S, E], the query's own included; those behind it may hold anything
+      finite.
     cfg: as in prefill.
     positions: of the queries, multiples of `cfg.block_q`.
     budget: as in prefill.
@@ -313,6 +343,8 @@ def _choose(cfg, index, tiles, budget):
   """The lists of tiles whose first queries are those of `index`."""
   blocks = -(-index.k.shape[1] // cfg.block_k)
   ranges, cut = tile_ranges(cfg, tiles, blocks)
+  if cfg.self_competes:
+    ranges = ranges._replace(near=ranges.end)
   visible, forced = ranges.visible(), ranges.forced()
   if cfg.budget == 'tokens':
     blocks_kept = jnp.asarray(budget, jnp.float32) / cfg.block_k
@@ -320,8 +352,8 @@ def _choose(cfg, index, tiles, budget):
     blocks_kept = budget * (visible + cut).astype(jnp.float32)
   # The small constant keeps rounding in f32 from adding a block.
   counts = jnp.ceil(blocks_kept - 1e-3).astype(jnp.int32) - cut
-  width = list_width(cfg, blocks)
-  counts = jnp.minimum(jnp.maximum(counts, forced), jnp.minimum(visible, width))
+  width, least = list_width(cfg, blocks), jnp.maximum(forced, 1)
+  counts = jnp.minimum(jnp.maximum(counts, least), jnp.minimum(visible, width))
 
   def rank(scores, number):
     part = jax.tree.map(lambda x: x[:, number], (ranges, counts))
@@ -337,4 +369,5 @@ def _choose(cfg, index, tiles, budget):
   ids = indexer.block_importance(
     index, tiles.starts, block_k=cfg.block_k, pooling=cfg.pooling, then=rank
   )
-  return BlockList(ids[:, None], counts[:, None], visible[:, None])
+  lists = ids, counts, jnp.asarray(visible)
+  return BlockList(*(x[:, None] for x in lists))

@@ -49,7 +49,7 @@ from psa_jax.config.fields import (
   number,
   schedule,
 )
-from psa_jax.kernels import compressed
+from psa_jax.kernels import compressed, unread
 from psa_jax.kernels.block_scores import Ranges
 from psa_jax.kernels.block_sparse import block_sparse_attention
 from psa_jax.types import AttnOut, Learned, Scalar
@@ -227,6 +227,11 @@ def combine(
   gates: Float[Array, 'B T N 3'], *branches: Float[Array, 'B T N Hv']
 ) -> Float[Array, 'B T N Hv']:
   """Equation 5, in the gates' dtype or the branches', whichever is finer."""
+  return _combine(gates, branches)
+
+
+@unread.quiet_rows
+def _combine(gates, branches):
   acc = jnp.promote_types(gates.dtype, branches[0].dtype)
   gates = gates.astype(acc)
   out = sum(

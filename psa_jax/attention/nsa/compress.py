@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from psa_jax.attention.rotary import Rotary, rotate
 from psa_jax.config import ConfigError
+from psa_jax.kernels import unread
 from psa_jax.kernels.compressed import count
 from psa_jax.types import Learned
 
@@ -71,14 +72,19 @@ def compress(
     )
   hidden, parts, cells = phi.w_in.shape[-1], block // stride, T // stride
   place, w_in, w_out = (w.astype(x.dtype) for w in phi)
-  x = x[:, : cells * stride].reshape(B, cells, stride, K, H)
+  # A block is NaN if one of its keys is, but the networks' gradients are not
+  # if nobody reads it.
+  x = x[:, : cells * stride]
+  bad = ~unread.finite(x).reshape(B, cells, stride, K).all(2)
+  bad = jnp.stack([bad[:, part : part + blocks] for part in range(parts)])
+  x = unread.clean(x).reshape(B, cells, stride, K, H)
   x = jnp.moveaxis(x, 3, 2).reshape(-1, stride * H)
   w = jnp.moveaxis(w_in.reshape(parts, stride * H, hidden), 0, 1)
   y = (x @ w.reshape(stride * H, -1)).reshape(B, cells, K, parts, hidden)
   y = sum(y[:, part : part + blocks, :, part] for part in range(parts))
   offset = place.reshape(-1) @ w_in.reshape(-1, hidden)
   y = jax.nn.silu(y + offset[None, None, None])
-  return y @ w_out
+  return unread.spoil(y @ w_out, bad.any(0))
 
 
 def rotary_table(learned: Learned) -> Rotary | None:

@@ -4,7 +4,9 @@ A query stands for a tile of queries (`psa_jax/attention/psa.py` says which
 one). Importance of a block is the query's softmax over blocks of the pooled
 score, summed over the G heads that share a list; the score is the mean of the
 keys, or Quest's upper bound from their minima and maxima (arXiv 2406.10774).
-Blocks that are always read come first, the later ones before the earlier.
+Only its logarithm exists, the log-sum-exp over heads of each one's log-softmax:
+in f32 a softmax is 0 where scores lie 104 below the largest, and what is 0
+ties. Blocks that are always read come first, the later ones before the earlier.
 
 Scores exist for a few queries at a time, never as a T x S array nor as a
 [tiles, blocks] one. No gradient flows through the choice.

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -25,15 +26,15 @@ class Ranges(NamedTuple):
   sink: Int[Array, 'B Tb']
   near: Int[Array, 'B Tb']
 
-  def visible(self) -> Int[Array, 'B Tb']:
+  def visible(self) -> Int[Array | np.ndarray, 'B Tb']:
     """How many blocks are visible."""
     return self.end - self.begin
 
-  def forced(self) -> Int[Array, 'B Tb']:
+  def forced(self) -> Int[Array | np.ndarray, 'B Tb']:
     """How many of them come first whatever their score."""
-    sink = jnp.clip(self.sink - self.begin, 0, self.visible())
-    near = self.end - jnp.clip(self.near, self.begin, self.end)
-    return jnp.minimum(sink + near, self.visible())
+    sink = (self.sink - self.begin).clip(0, self.visible())
+    near = self.end - self.near.clip(self.begin, self.end)
+    return (sink + near).clip(max=self.visible())
 
   def masks(self, blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of every block: whether it competes, is forced, is visible.

@@ -1,5 +1,6 @@
 """The definition of block scores, in a few plain lines and all at once."""
 
+import jax
 import jax.numpy as jnp
 
 from psa_jax.kernels.block_scores.ranges import Scores
@@ -25,16 +26,16 @@ def top_blocks(queries, pooled, ranges, *, spec):
   eligible, forced, visible = ranges.masks(blocks)
   scores = Scores(estimate, bound, eligible[..., None, :])
 
-  top = jnp.where(scores.eligible, bound, -jnp.inf).max(-1, keepdims=True)
-  top = jnp.where(jnp.isfinite(top), top, 0)
-  e = jnp.where(scores.eligible, jnp.exp(bound - top), 0)
-  p = e / jnp.maximum(e.sum(-1, keepdims=True), 1e-30)
+  log_p = jnp.where(scores.eligible, bound, -jnp.inf)
+  log_p = jax.nn.log_softmax(log_p, axis=-1)
+  log_p = jnp.where(scores.eligible, log_p, -jnp.inf)
+  importance = jax.nn.logsumexp(log_p, axis=-2)
   j = jnp.broadcast_to(jnp.arange(blocks), (B, K, tiles, blocks))
   # Forced blocks first, the last one of them leading; then by importance and
   # by position; what is not visible comes last.
   kind = jnp.where(forced, 0, jnp.where(visible, 1, 2))
   kind = jnp.broadcast_to(kind, j.shape)
-  key = jnp.where(forced, -j, -p.sum(-2))
+  key = jnp.where(forced, -j, -importance)
   order = jnp.lexsort((j, key, kind), axis=-1).astype(jnp.int32)
   counts = spec.stop(scores, order) if spec.stop else None
   return order[..., : spec.width], counts

@@ -11,7 +11,9 @@ TILES_AT_ONCE = 64  # queries scored together; bounds the score array
 # On a GPU every step of a loop costs some launches: 64 MB of scores a step.
 SCORES_ON_GPU = 2**24
 FEW_ROWS = 8  # queries a kv head that a CPU scores one by one
-ALWAYS = 1e6  # importance of a block that comes first whatever its score
+# Logarithms of importance are at most that of the number of heads.
+ALWAYS = 1e6  # of a block that comes first whatever its score
+LEAST = float(jnp.finfo(jnp.float32).min)  # of a visible one without a score
 
 
 def top_blocks(queries, pooled, ranges, *, spec):
@@ -50,15 +52,27 @@ def _rank(queries, ranges, pooled, spec):
   eligible, forced, visible = ranges.masks(blocks)
   estimate, bound = _scores(queries, pooled, spec)
   scores = Scores(estimate, bound, eligible[..., None, :])
-  p = jnp.where(scores.eligible, bound, -jnp.inf)
-  p = jax.nn.softmax(p, axis=-1, where=scores.eligible)
-  importance = jnp.where(scores.eligible, p, 0).sum(-2)
+  importance = jnp.maximum(_log_importance(scores), LEAST)
   rank = ALWAYS + jnp.arange(blocks, dtype=jnp.float32).reshape(1, 1, 1, -1)
   importance = jnp.where(forced, rank, importance)
-  importance = jnp.where(visible, importance, -1)
+  importance = jnp.where(visible, importance, -jnp.inf)
   order = lax.top_k(importance, blocks if spec.stop else spec.width)[1]
   counts = spec.stop(scores, order) if spec.stop else None
   return order[..., : spec.width].astype(jnp.int32), counts
+
+
+def _log_importance(scores):
+  """[B, K, n, blocks]: log of the softmax over blocks, summed over the heads.
+
+  -inf of what does not compete. The softmax itself is 0 in f32 where scores lie
+  104 below the largest: such blocks would all tie.
+  """
+  x = jnp.where(scores.eligible, scores.bound, -jnp.inf)
+  top = x.max(-1, keepdims=True)
+  x = x - jnp.where(jnp.isfinite(top), top, 0)
+  # The sum is at least 1 where anything competes.
+  total = jnp.maximum(jnp.exp(x).sum(-1, keepdims=True), 1)
+  return jax.nn.logsumexp(x - jnp.log(total), axis=-2)
 
 
 def _scores(queries, pooled, spec):

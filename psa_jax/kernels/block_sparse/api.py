@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import arguments, platform, unread
 from psa_jax.kernels import softmax as softmax_lib
 from psa_jax.kernels.block_sparse import (
   lists,
@@ -144,7 +144,7 @@ def block_sparse_attention(
   counts = jax.lax.stop_gradient(block_counts.astype(jnp.int32))
   if check_lists:
     lists.check_when_run(ids, counts, -(-k.shape[1] // block_k))
-  args = q, k, v, ids, counts, segments, coefficients
+  args = q, *unread.mark(k, v), ids, counts, segments, coefficients
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
   return run(*args, spec=spec)
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import nvidia, softmax
+from psa_jax.kernels import nvidia, softmax, unread
 from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.block_sparse.lists import transpose
 from psa_jax.kernels.nvidia import ROWS, Cores, Rows
@@ -131,6 +131,7 @@ def _backward_rule(spec, saved, grads):
   from psa_jax.kernels.block_sparse import pallas_gpu_backward as kernel
 
   q, k, v, ids, counts, segments, out, lse = saved
+  q, k = unread.clean(q), unread.clean(k)
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   ids, counts = clip_lists(tiles, ids, counts)
   step = Cores.for_keys().gradient_step

@@ -28,6 +28,25 @@ from psa_jax.kernels.nvidia import Rows
 LOG2E = math.log2(math.e)
 
 
+class Edges(NamedTuple):
+  """The blocks of each batch row at which what may be read begins and ends.
+
+  They are read from here, and what lies further out too, which nobody reads:
+  a cache may hold anything there, but p @ v would be NaN.
+
+  Attributes:
+    low_edge: [B] number of the first block,
+    high_edge: and of the last.
+    k_edges: [B, 2 * block_k, K, H] the keys of both, as `unread.mark` has them.
+    v_edges: [B, 2 * block_k, K, Hv] the values.
+  """
+
+  low_edge: jax.Array
+  high_edge: jax.Array
+  k_edges: jax.Array
+  v_edges: jax.Array
+
+
 class Lists(NamedTuple):
   """Who reads what.
 
@@ -55,6 +74,7 @@ def forward(
   scale: float,
   dtype,
   cores: nvidia.Cores,
+  edges: Edges | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Output, shaped as `queries` says, and log-sum-exp [lists, rows].
 
@@ -71,6 +91,7 @@ def forward(
     scale: factor on the scores.
     dtype: of the output.
     cores: see `nvidia.Cores.for_queries`.
+    edges: see `Edges`; None where keys and values are marked everywhere.
   """
   kept = q.dtype.itemsize * q.shape[-1]
   if not in_place(q.shape[-1], v.shape[3], q.dtype, dtype):
@@ -93,6 +114,8 @@ def forward(
   # One more column, because the next entry is read ahead.
   ids = jnp.pad(lists.ids, ((0, 0), (0, 1)))
   inputs = dict(q=q, k=k, v=v, ids=ids, counts=lists.counts)
+  if edges is not None:
+    inputs |= edges._asdict()
   out, lse = kernel(inputs | plan.optional(rows, kv_segment))
   return out, lse
 
@@ -352,14 +375,26 @@ def row_copies(plan, inputs, vectors, where, me):
 def copy_blocks(plan, inputs, where, count, ring) -> None:
   """The copying warpgroup: the listed blocks, in the list's order."""
   buffers, full, free = ring
+  edged = 'k_edges' in inputs
+
+  def pair(k, v, first, slot):
+    keys = pl.ds(first, plan.block_k)
+    for name, source in (('k', k), ('v', v)):
+      source = inputs[source].at[where.batch, keys, where.head]
+      plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], full.at[slot])
 
   def copy(i, slot):
-    first = inputs['ids'][where.at, i] * plan.block_k
-    keys = pl.ds(first, plan.block_k)
+    block = inputs['ids'][where.at, i]
+    first = block * plan.block_k
     arrived = full.at[slot]
-    for name in ('k', 'v'):
-      source = inputs[name].at[where.batch, keys, where.head]
-      plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], arrived)
+    if edged:
+      behind = block >= inputs['high_edge'][where.batch]
+      edge = behind | (block <= inputs['low_edge'][where.batch])
+      at = jnp.where(behind, jnp.int32(plan.block_k), jnp.int32(0))
+      pl.when(edge)(lambda: pair('k_edges', 'v_edges', at, slot))
+      pl.when(jnp.logical_not(edge))(lambda: pair('k', 'v', first, slot))
+    else:
+      pair('k', 'v', first, slot)
     if plan.segmented:
       keys = pl.ds(first, nvidia.up(plan.block_k, nvidia.VECTOR))
       source = inputs['kv_segment'].at[where.batch, keys]
@@ -491,9 +526,9 @@ def _walk(plan, inputs, where, count, q, vectors, ring, made):
 
 def _finish(plan, out, top, total):
   """Output and log-sum-exp; 0 and -inf where nothing was read."""
-  some = total > 0
-  total = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, top / LOG2E + jnp.log(total), -jnp.inf)
+  none = total == 0.0  # what `> 0` would take NaN for
+  total = jnp.where(none, 1.0, total)
+  lse = jnp.where(none, -jnp.inf, top / LOG2E + jnp.log(total))
   out = out / wg.spread(total, out.shape, 0, plan.cores)
   return out.astype(plan.out_dtype), lse
 

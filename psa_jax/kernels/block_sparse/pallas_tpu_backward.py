@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from psa_jax.kernels import mosaic, softmax
+from psa_jax.kernels import mosaic, softmax, unread
 from psa_jax.kernels.block_sparse import lists
 from psa_jax.kernels.block_sparse.pallas_tpu_walk import (
   DELTA,
@@ -44,10 +44,11 @@ def backward(spec, interpret, saved, grads):
   """Gradients of the arguments of `pallas_tpu._attention`."""
   q, k, v, ids, counts, segments, cubic, out, lse, top = saved
   d_out, d_lse = grads
+  q, k = unread.clean(q), unread.clean(k)
   call = Call.of(spec, q, k, v, ids, segments, interpret)
   shape = call.shape
-  rows = softmax.Backward.of(out, lse, d_out, d_lse)
-  known = stats(call, segments, rows.lse * LOG2_E, rows.delta, top)
+  rows = softmax.Backward.of(out, lse, d_out, d_lse, top)
+  known = stats(call, segments, rows.lse * LOG2_E, rows.delta, rows.top)
   qd = mosaic.in_planes(shape.pack_q(q), shape.pack_out(d_out))
   kv = shape.pack_kv(k, v)
   kv_seg = None

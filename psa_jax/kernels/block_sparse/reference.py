@@ -7,7 +7,7 @@ oracle for small shapes and for float64, not a path to train with.
 import jax
 import jax.numpy as jnp
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 
 
 def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
@@ -23,6 +23,13 @@ def masked_attention(q, k, v, mask, scale, kind=softmax.EXACT, cubic=None):
   nothing to read gives 0 and -inf.
   """
   G = q.shape[2] // k.shape[2]
+  # NaN where it is read, see `unread.py`; apart from the products, so that
+  # the gradients' are spared it too.
+  bad = ~(unread.finite(k) & unread.finite(v)).swapaxes(1, 2)
+  bad = (mask & bad[:, :, None]).any(-1).repeat(G, 1).swapaxes(1, 2)
+  some = mask.any(-1).repeat(G, 1).swapaxes(1, 2)
+  bad = bad | (some & ~unread.finite(q))
+  q, k, v = (unread.clean(x) for x in (q, k, v))
   acc = jnp.promote_types(q.dtype, jnp.float32)
   mask = jnp.repeat(mask, G, axis=1)
   k, values = (jnp.repeat(x, G, axis=2).astype(acc) for x in (k, v))
@@ -36,7 +43,8 @@ def masked_attention(q, k, v, mask, scale, kind=softmax.EXACT, cubic=None):
   total = jnp.where(some, total, 1)
   out = jnp.einsum('bnts,bsnh->btnh', e / total, values).astype(v.dtype)
   lse = jnp.where(some, jnp.log(total) + top, -jnp.inf)
-  return out, lse[..., 0].transpose(0, 2, 1)
+  lse = lse[..., 0].transpose(0, 2, 1)
+  return unread.spoil(out, bad), jnp.where(bad, jnp.nan, lse)
 
 
 def read_mask(ids, counts, T, S, segments, spec):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 from psa_jax.kernels.block_sparse import lists
 from psa_jax.kernels.tiles import Tiles
 
@@ -242,6 +242,7 @@ def _forward_rule(spec, q, k, v, ids, counts, segments, cubic):
 def _backward_rule(spec, saved, grads):
   q, k, v, ids, counts, segments, cubic, out, lse, top = saved
   d_out, d_lse = grads
+  q, k = unread.clean(q), unread.clean(k)
   acc = lse.dtype
   tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
   walk = _Walk.of(spec, tiles, ids, counts, segments)

@@ -12,6 +12,8 @@ selected one. Printed with `- m - n` it is 1-based; 0-based it reads
   score[j] = sum_{m < l'/d} sum_{n < l/d} p[(l'/d) j + m - n]
 
 A group's heads share a selection: their probabilities are added (equation 10).
+Both sums are made and compared as logarithms, for a probability of f32 that is
+below e^-104 is 0 and ties.
 
 Nothing of the size of queries x compressed keys exists beyond a chunk of
 queries: the second function recomputes probabilities from the log-sum-exp of
@@ -27,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import arguments, platform, unread
 from psa_jax.kernels.block_scores.ranges import Ranges
 from psa_jax.kernels.compressed import (
   reference,
@@ -112,7 +114,7 @@ def compressed_attention(
     acc = jnp.promote_types(q.dtype, jnp.float32)
     return out, jnp.full(q.shape[:3], -jnp.inf, acc)
   spec = Spec(block, stride, arguments.scale_or_default(q, scale))
-  args = q, k, v, starts
+  args = q, *unread.mark(k, v), starts
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
   return run(*args, spec=spec)
 
@@ -137,8 +139,7 @@ def top_blocks(
 
   Args:
     q: the queries that select, one a list.
-    k: compressed keys; further ones, which no query sees, may hold anything
-      finite.
+    k: compressed keys; further ones, which no query sees, may hold anything.
     lse: log-sum-exps of `compressed_attention` for these queries.
     positions: their positions, nondecreasing along Tb.
     ranges: which blocks are visible to each, and which come first; `scored`
@@ -172,6 +173,9 @@ def top_blocks(
   spec = Spec(block, stride, scale, select_block, width)
   if not k.shape[1]:  # no block is complete: one that nobody sees
     k = jnp.zeros((k.shape[0], 1, *k.shape[2:]), k.dtype)
+  # Queries and keys that are not finite rank as nothing, not above all.
+  q, k = unread.clean(q), unread.clean(k)
+  lse = jnp.where(jnp.isnan(lse), jnp.inf, lse)
   args = jax.lax.stop_gradient((q, k, lse, positions, starts, ranges))
   run = platform.pick(implementation, CHOICES, *args, blocks=blocks, spec=spec)
   return run(*args, blocks=blocks, spec=spec)

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from jax import lax
 
-FIRST = 1e6  # score of a block that comes first whatever its own
+# Logarithms of scores are at most that of heads times cells.
+FIRST = 1e6  # of a block that comes first whatever its score
+LEAST = float(jnp.finfo(jnp.float32).min)  # of a visible one whose score is 0
 
 
 def newest(t, block, stride):
@@ -15,7 +17,7 @@ def rank(scores, ranges, width):
   """[B, K, Tb, width] blocks in the order that `api.top_blocks` promises.
 
   Args:
-    scores: [B, K, Tb, blocks], not negative.
+    scores: [B, K, Tb, blocks], the logarithms; -inf of a score of 0.
     ranges: of the same queries.
     width: entries of a list.
   """
@@ -23,6 +25,6 @@ def rank(scores, ranges, width):
   _, forced, visible = ranges.masks(blocks)
   # Distinct scores: of the forced blocks the last comes first.
   place = jnp.arange(blocks, dtype=scores.dtype).reshape(1, 1, 1, -1)
-  scores = jnp.where(forced, FIRST + place, scores)
-  scores = jnp.where(visible, scores, -1)
+  scores = jnp.where(forced, FIRST + place, jnp.maximum(scores, LEAST))
+  scores = jnp.where(visible, scores, -jnp.inf)
   return lax.top_k(scores, width)[1].astype(jnp.int32)

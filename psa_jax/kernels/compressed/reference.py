@@ -4,6 +4,7 @@ Block scores come from a matrix of shared cells here, counted interval by
 interval, and not from the sums of equation 9.
 """
 
+import jax
 import jax.numpy as jnp
 
 from psa_jax.kernels.block_sparse.reference import masked_attention
@@ -35,10 +36,16 @@ def top_blocks(q, k, lse, positions, starts, ranges, *, blocks, spec):
   s = jnp.einsum('btkgh,bckh->bktgc', q, k.astype(acc)) * spec.scale
   lse = jnp.moveaxis(lse.reshape(B, T, K, -1), 1, 2)[..., None]
   mask = visible(positions, starts, C, spec)[:, None, :, None]
-  p = jnp.where(mask, jnp.exp(jnp.where(mask, s - lse, 0)), 0).sum(-2)
+  log_p = jnp.where(mask, jnp.where(mask, s - lse, 0), -jnp.inf)
+  log_p = jax.nn.logsumexp(log_p, axis=-2)
   first = jnp.arange(C)[:, None] * spec.stride
   begin = jnp.arange(blocks)[None] * spec.select_block
   shared = jnp.minimum(first + spec.block, begin + spec.select_block)
   shared = jnp.maximum(shared - jnp.maximum(first, begin), 0) / spec.stride
-  scores = jnp.einsum('bktc,cj->bktj', p, shared.astype(acc))
+  # One block at a time: all at once there would be T x C x blocks numbers.
+  scores = jax.lax.map(
+    lambda cells: jax.nn.logsumexp(log_p, axis=-1, b=cells.reshape(1, 1, 1, C)),
+    shared.astype(acc).T,
+  )
+  scores = jnp.moveaxis(scores, 0, -1)
   return rank(scores, ranges, spec.width)

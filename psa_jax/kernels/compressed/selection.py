@@ -2,8 +2,11 @@
 
 A chunk of queries meets the compressed keys a block at a time: probabilities
 from the log-sum-exp, added over the heads of the group, kept for the chunk
-only. They are then added over cells (equation 9) and ranked.
+only. They are then added over cells (equation 9) and ranked. All of it is done
+on logarithms: in f32 a probability below e^-104 is 0, and what is 0 ties.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,19 +43,19 @@ def top_blocks(q, k, lse, positions, starts, ranges, *, blocks, spec):
   def one(i):  # of [B, K, chunks]
     b, head, c = i // (K * chunks), i // chunks % K, i % chunks
     at, start, near = jax.tree.map(lambda x: x[b, c], tokens)
-    p = _probabilities(
+    log_p = _log_probabilities(
       q[b, c, :, head], k[b, head], lse[b, c, :, head], at, start, factor, spec
     )
     near = jax.tree.map(lambda x: x[None], near)
-    scores = block_scores(p, blocks, spec)[None, None]
+    scores = block_scores(log_p, blocks, spec)[None, None]
     return rank(scores, near, spec.width)[0, 0]
 
   ids = lax.map(one, jnp.arange(B * K * chunks))
   return ids.reshape(B, K, -1, spec.width)[:, :, :T]
 
 
-def _probabilities(q, k, lse, positions, starts, factor, spec):
-  """[n, C] sums over the G heads of the softmax to the compressed keys.
+def _log_probabilities(q, k, lse, positions, starts, factor, spec):
+  """[n, C]: log of the sum over the G heads of the softmax to compressed keys.
 
   Args:
     q: [n, G, H] queries of one kv head.
@@ -65,30 +68,32 @@ def _probabilities(q, k, lse, positions, starts, factor, spec):
   """
   n, G, H = q.shape
   keys = k.shape[1]
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # sees nothing: exp gives 0
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # sees nothing: gives -inf
   rows, lse = q.reshape(n * G, H), lse.reshape(n * G, 1)
   last = newest(positions, spec.block, spec.stride)[:, None]
 
-  def step(j, probabilities):
+  def step(j, found):
     s = softmax.dot('rh,sh->rs', rows, k[j], lse.dtype) * factor
-    p = jnp.exp(s - lse).reshape(n, G, keys).sum(1)
+    log_p = jax.nn.logsumexp((s - lse).reshape(n, G, keys), axis=1)
     m = j * keys + jnp.arange(keys)[None]
     mask = (m <= last) & (m * spec.stride >= starts[:, None])
-    p = jnp.where(mask, p, 0)
-    return lax.dynamic_update_slice(probabilities, p, (0, j * keys))
+    log_p = jnp.where(mask, log_p, -jnp.inf)
+    return lax.dynamic_update_slice(found, log_p, (0, j * keys))
 
   stop = jnp.clip(last[-1, 0] // keys + 1, 0, k.shape[0])
-  probabilities = jnp.zeros((n, k.shape[0] * keys), lse.dtype)
-  return lax.fori_loop(0, stop, step, probabilities)
+  found = jnp.full((n, k.shape[0] * keys), -jnp.inf, lse.dtype)
+  return lax.fori_loop(0, stop, step, found)
 
 
-def block_scores(p, blocks, spec):
-  """Equation 9: [n, C] probabilities to [n, blocks] scores."""
+def block_scores(log_p, blocks, spec):
+  """Equation 9 on logarithms: [n, C] probabilities to [n, blocks] scores."""
   cells = spec.select_block // spec.stride
   reach = spec.block // spec.stride
   room = blocks * cells
-  p = jnp.pad(p, ((0, 0), (reach - 1, 0)))
-  p = jnp.pad(p, ((0, 0), (0, max(0, room + reach - 1 - p.shape[1]))))
+  behind = max(0, room - log_p.shape[1])
+  pad = ((0, 0), (reach - 1, behind))
+  log_p = jnp.pad(log_p, pad, constant_values=-jnp.inf)
   # A compressed block lies over the cells m .. m + reach - 1.
-  shared = sum(p[:, reach - 1 - n :][:, :room] for n in range(reach))
-  return jnp.asarray(shared).reshape(-1, blocks, cells).sum(-1)
+  shared = [log_p[:, reach - 1 - n :][:, :room] for n in range(reach)]
+  shared = functools.reduce(jnp.logaddexp, shared)
+  return jax.nn.logsumexp(shared.reshape(-1, blocks, cells), axis=-1)

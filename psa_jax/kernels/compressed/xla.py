@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 from psa_jax.kernels.compressed.ranking import newest
 from psa_jax.kernels.tiles import Tiles
 
@@ -111,6 +111,7 @@ def _forward_rule(spec, q, k, v, starts):
 def _backward_rule(spec, saved, grads):
   q, k, v, starts, out, lse = saved
   d_out, d_lse = grads
+  q, k = unread.clean(q), unread.clean(k)
   acc = lse.dtype
   tiles = _tiles(q, k)
   starts = _pack_starts(tiles, starts)

@@ -7,14 +7,16 @@ several blocks of threads, each with its own softmax; the parts are merged
 through their log-sum-exp (split-K, as in Flash-Decoding; Dao et al. 2023).
 
 The cache is read where it is. Only if its room is not a multiple of `block_k`,
-or a head's width not one of 16, a padded copy is made in every step.
+or a head's width not one of 16, a padded copy is made in every step. The blocks
+at which what is read begins and ends are always copied: what lies outside may
+be NaN (`pallas_gpu_forward.Edges`).
 
 Executed so far: see `block_sparse/pallas_gpu.py`.
 """
 
 import jax.numpy as jnp
 
-from psa_jax.kernels import nvidia, softmax
+from psa_jax.kernels import nvidia, softmax, unread
 from psa_jax.kernels.block_sparse import pallas_gpu as block_sparse
 from psa_jax.kernels.block_sparse.gpu_rows import QueryRows
 from psa_jax.kernels.nvidia import Cores, Rows
@@ -32,19 +34,22 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   # Loads Mosaic GPU, which other machines never need.
   from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
 
-  tiles = Tiles.of(q, k, q.shape[1], spec.block_k)
+  tiles, width = Tiles.of(q, k, q.shape[1], spec.block_k), v.shape[-1]
   cores = Cores.for_queries(tiles.rows, spec.block_k, q, v, most=1)
   ids, counts = block_sparse.clip_lists(tiles, ids, counts)
   ids, counts = deal(ids, counts, parts=_parts(tiles, ids.shape[-1]))
   parts = ids.shape[2]
   queries = QueryRows(tiles, cores.padded(tiles.rows), packed=True)
+  k, v = (block_sparse.pack_keys(tiles, nvidia.pad_width(x)) for x in (k, v))
+  limits = _row_limits(tiles, cores, spec, lengths, starts)
   outs, lses = kernel.forward(
     queries.pack(nvidia.pad_width(q)),
-    block_sparse.pack_keys(tiles, nvidia.pad_width(k)),
-    block_sparse.pack_keys(tiles, nvidia.pad_width(v)),
+    k,
+    v,
     kernel.Lists(ids.reshape(-1, ids.shape[-1]), counts.reshape(-1), parts),
-    _row_limits(tiles, cores, spec, lengths, starts),
+    limits,
     None,
+    edges=_edges(tiles, limits, k, v),
     queries=queries,
     scale=spec.scale,
     dtype=jnp.float32,
@@ -59,7 +64,22 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
   out, lse = softmax.merge(
     [part(outs, i) for i in every], [part(lses, i) for i in every]
   )
-  return out[..., : v.shape[-1]].astype(v.dtype), lse
+  return out[..., :width].astype(v.dtype), lse
+
+
+def _edges(tiles: Tiles, limits: Rows, k, v):
+  """The first and the last block that some query of each row may read."""
+  from psa_jax.kernels.block_sparse import pallas_gpu_forward as kernel
+
+  size = tiles.block_k
+  rows = slice(tiles.rows)  # padding behind them
+  assert limits.low is not None
+  low, high = limits.low[:, rows].min(1), limits.high[:, rows].max(1)
+  at = jnp.clip(jnp.stack([low, high], 1) // size, 0, tiles.nk - 1)
+  where = at[..., None] * size + jnp.arange(size)[None, None]
+  where = where.reshape(tiles.B, -1, 1, 1)
+  edges = (jnp.take_along_axis(x, where, axis=1) for x in (k, v))
+  return kernel.Edges(at[:, 0], at[:, 1], *unread.mark(*edges))
 
 
 def deal(ids, counts, *, parts: int):

@@ -235,7 +235,18 @@ def _kernel(
     s = mosaic.dot(q[...], k, (1, 1)) * (spec.scale * mosaic.LOG2_E)
     position = listed.positions(c, chunk, shape, clamped=stored.in_place)
     mask = _mask(spec, shape, bounds, position)
-    run.add(slice(None), jnp.where(mask, s, softmax.MASKED), v)
+    whole = jnp.min(jnp.where(mask, 1, 0)) > 0
+
+    @pl.when(whole)
+    def _():
+      run.add(slice(None), s, v)
+
+    @pl.when(~whole)
+    def _():
+      # The rest of the room may hold anything, NaN too; see `unread.py`.
+      values, bad = _fit(v, shape.rows)
+      masked = jnp.where(mask & ~bad, s, softmax.MASKED)
+      run.add(slice(None), jnp.where(mask & bad, jnp.nan, masked), values)
 
   mosaic.pipeline(
     parity,
@@ -247,6 +258,16 @@ def _kernel(
     add,
   )
   run.finish(out, lse)
+
+
+def _fit(v, rows):
+  """Values that are finite, and [rows, keys] bool of those that were not."""
+  wide = v.astype(jnp.float32)
+  finite = wide - wide == 0
+  # How many channels are not, in the lanes of the scores.
+  ones = jnp.ones((rows, v.shape[1]), v.dtype)
+  bad = mosaic.dot(ones, jnp.where(finite, 0, 1).astype(v.dtype), (1, 1))
+  return jnp.where(finite, wide, 0).astype(v.dtype), bad > 0
 
 
 def _mask(spec, shape, bounds, position):

@@ -11,7 +11,7 @@ one block's work (and a gather twice as much as these slices).
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 
 CHUNK_KEYS = 512  # keys read at a time, and
 CHUNK_BLOCKS = 8  # most slices that they may come in
@@ -46,8 +46,20 @@ def decode_attention(q, k, v, ids, counts, lengths, starts, *, spec):
       if spec.window is not None:
         mask = mask & (pos > t - spec.window)
       s = _scores(rows[i], _read(k, b, at, head, width), acc)
-      s = jnp.where(mask, s * spec.scale, softmax.MASKED)
-      return softmax.add(run, s, _read(v, b, at, head, width))
+      s = s * spec.scale
+
+      def whole(run):
+        return softmax.add(run, s, _read(v, b, at, head, width))
+
+      def cut(run):
+        # The rest of the room may hold anything, NaN too.
+        values = _read(v, b, at, head, width)
+        bad = ~unread.finite(values)
+        masked = jnp.where(bad[None], jnp.nan, s)
+        masked = jnp.where(mask, masked, softmax.MASKED)
+        return softmax.add(run, masked, unread.clean(values))
+
+      return lax.cond(mask.all(), whole, cut, run)
 
     run = softmax.start(rows.shape[1], v.shape[-1], acc)
     run = lax.fori_loop(0, (counts[i] + chunk - 1) // chunk, step, run)

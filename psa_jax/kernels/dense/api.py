@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import arguments, platform, unread
 from psa_jax.kernels.dense import cudnn, pallas_tpu, reference, xla
 from psa_jax.kernels.platform import Implementation
 
@@ -75,6 +75,6 @@ def dense_attention(
     return nothing, jnp.full(q.shape[:3], -jnp.inf, acc)
   segments = arguments.segments(q_segment_ids, kv_segment_ids)
   spec = Spec(causal, q_offset, arguments.scale_or_default(q, scale))
-  args = q, k, v, segments
+  args = q, *unread.mark(k, v), segments
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
   return run(*args, spec=spec)

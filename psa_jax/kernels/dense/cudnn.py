@@ -22,6 +22,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from psa_jax.kernels import unread
+
 
 def refusal(where, q, k, v, segments, *, spec) -> str | None:
   """Why cuDNN cannot run these arguments on `where`, or None."""
@@ -63,8 +65,21 @@ def _missing() -> str | None:
 def dense_attention(q, k, v, segments, *, spec):
   """See `api.dense_attention`."""
   assert segments is None
+  # What cuDNN makes of NaN in what it masks is its own affair: it gets none.
+  bad = _read_by(spec, q, ~unread.finite(k)) | ~unread.finite(q)
+  q, k = unread.clean(q), unread.clean(k)
   out, lse = _fused(spec, q, k, v)
-  return out, _log_sum_exp(spec, q, k, jax.lax.stop_gradient(lse))
+  lse = _log_sum_exp(spec, q, k, jax.lax.stop_gradient(lse))
+  return unread.spoil(out, bad), jnp.where(bad, jnp.nan, lse)
+
+
+def _read_by(spec, q, bad):
+  """[B, T, N] bool: which query reads one of the keys `bad` [B, S, K]."""
+  (_, T, N, _), (_, S, K) = q.shape, bad.shape
+  at = jnp.arange(S)[None, :, None]
+  first = jnp.where(bad, at, S).min(1, keepdims=True)
+  last = jnp.arange(T)[None, :, None] if spec.causal else S - 1
+  return jnp.repeat(jnp.broadcast_to(first <= last, (len(q), T, K)), N // K, 2)
 
 
 def _fused(spec, q, k, v):

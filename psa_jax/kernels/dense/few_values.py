@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from psa_jax.config import ConfigError
-from psa_jax.kernels import arguments, softmax, topk
+from psa_jax.kernels import arguments, softmax, topk, unread
 from psa_jax.kernels.dense.columns import ROWS, visible
 from psa_jax.kernels.tiles import Tiles
 
@@ -85,21 +85,28 @@ def few_values_attention(
   kb, vb = tiles.pack_k(k), tiles.pack_k(v)
 
   def of_head(xs):
-    head, q, counts, k, v = xs
+    head, q, counts, *keys = xs
     if not streamed:
-      out, lse = run(head, k, v, 0, q[0], counts[0])
+      out, lse = run(head, keys, 0, q[0], counts[0])
       return out[None], lse[None]
-    step = jax.checkpoint(lambda xs: run(head, k, v, *xs))
+    step = jax.checkpoint(lambda xs: run(head, keys, *xs))
     return lax.map(step, (jnp.arange(tiles.nq), q, counts))
 
   every = functools.partial(lax.map, of_head) if streamed else jax.vmap(of_head)
-  out, lse = every((jnp.arange(B * K), qt, ct, kb, vb))
+  bad = (~unread.finite(x) for x in (kb, vb))
+  keys = unread.clean(kb), unread.clean(vb), *bad
+  out, lse = every((jnp.arange(B * K), qt, ct, *keys))
   out = out.reshape(-1, tiles.rows, v.shape[-1]).astype(v.dtype)
   return tiles.unpack_q(out), tiles.unpack_q(lse.reshape(-1, tiles.rows))
 
 
-def _tile(tiles, causal, scale, segments, head, k, v, i, q, counts):
-  """Output and log-sum-exp of the rows of one tile."""
+def _tile(tiles, causal, scale, segments, head, keys, i, q, counts):
+  """Output and log-sum-exp of the rows of one tile.
+
+  `keys` are a head's keys and values, and which of them were not finite.
+  """
+  k, v, bad_k, bad_v = keys
+  bad_q, q = ~unread.finite(q), unread.clean(q)
   s = softmax.dot('rh,sh->rs', q, k, jnp.float32) * scale
   mask = visible(tiles, head, i, causal, 0, segments)
   if mask is not None:
@@ -114,5 +121,7 @@ def _tile(tiles, causal, scale, segments, head, k, v, i, q, counts):
   total = jnp.where(some, total, 1)
   p = jnp.where(kept, e / total, 0).astype(v.dtype)
   out = softmax.dot('rs,sh->rh', p, v, jnp.float32)
-  lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-  return out, lse[:, 0]
+  lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[:, 0]
+  seen = bad_k[None] if mask is None else mask & bad_k[None]
+  bad = (seen | (kept & bad_v[None])).any(-1) | (some[:, 0] & bad_q)
+  return unread.spoil(out, bad), jnp.where(bad, jnp.nan, lse)

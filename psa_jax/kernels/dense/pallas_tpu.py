@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import platform
+from psa_jax.kernels import platform, unread
 
 LANES = 128
 # Largest side of a score tile, and where that overflows VMEM: f32, wide heads.
@@ -212,13 +212,16 @@ def _forward_rule(static, q, k, v, ids):
 def _backward_rule(static, saved, grads):
   q, k, v, ids, out, lse = saved
   d_out, d_lse = grads
+  q, k = unread.clean(q), unread.clean(k)
   kernel = _kernel(static, q, k)
-  empty = lse == -jnp.inf
+  idle = unread.quiet(d_out, d_lse)
+  empty = (lse == -jnp.inf) | idle
   d_out = jnp.where(empty[..., None], 0, d_out)
   acc = jnp.float32
   delta = (out.astype(acc) * d_out.astype(acc)).sum(-1) - d_lse
   delta = jnp.where(empty, 0, delta)
-  lse = jnp.where(empty, 0, lse)
+  # A row on which nothing depends, whatever its scores: exp gives 0.
+  lse = jnp.where(idle, -kernel.kwargs['mask_value'], jnp.where(empty, 0, lse))
   run = functools.partial(_gradients, static, kernel)
   with _precision(q):
     grads = _by_row(run, ids, q, k, v, lse, d_out, delta)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 from psa_jax.kernels.dense import short
 from psa_jax.kernels.tiles import Tiles
 
@@ -139,9 +139,11 @@ def _forward_rule(spec, q, k, v, segments):
 def _backward_rule(spec, saved, grads):
   q, k, v, segments, out, lse = saved
   d_out, d_lse = grads
+  q, k = unread.clean(q), unread.clean(k)
   acc = lse.dtype
   tiles = _tiles(q, k)
   if tiles.nq * tiles.nk == 1 and short.fits(q, k):
+    saved = q, k, v, segments, out, lse
     return *short.backward(spec, saved, grads), None
   packed = None if segments is None else tiles.pack_segments(*segments)
   qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)

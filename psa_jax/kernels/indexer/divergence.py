@@ -27,7 +27,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import softmax
+from psa_jax.kernels import softmax, unread
 from psa_jax.kernels.indexer.scores import Index
 
 CHUNK_KEYS = 512  # keys read at a time
@@ -154,8 +154,8 @@ def _read(spec, T, index, data: _Data, tile, c):
 
   Returns:
     Where its blocks are, p and I [block_q, keys] (p is 0 and I is MASKED where
-    a key is not read), the products behind I [J, block_q, keys] and the
-    indexer's keys [keys, E].
+    a key is not read), the products behind I [J, block_q, keys], the
+    indexer's keys [keys, E], and who reads which [block_q, keys].
   """
   iq, weights, ik = index
   nq, nk = -(-T // spec.block_q), -(-T // spec.block_k)
@@ -179,7 +179,7 @@ def _read(spec, T, index, data: _Data, tile, c):
   segment = data.kv_seg[at].reshape(1, -1)
   mask = mask & (data.q_seg[tile][:, None] == segment)
   p = jnp.where(mask, p / count, 0)
-  return at, p, jnp.where(mask, i, softmax.MASKED), raw, ik
+  return at, p, jnp.where(mask, i, softmax.MASKED), raw, ik, mask
 
 
 def _trips(data, tile):
@@ -194,7 +194,7 @@ def _forward(spec, T, index, data):
   def one(tile):
     def step(c, run):
       top, total, mass, cross, entropy = run
-      _, p, i, _, _ = _read(spec, T, tiles, data, tile, c)
+      _, p, i, _, _, _ = _read(spec, T, tiles, data, tile, c)
       new = jnp.maximum(top, i.max(-1))
       total = total * jnp.exp(top - new) + jnp.exp(i - new[:, None]).sum(-1)
       entropy = entropy + jnp.where(p > 0, p * jnp.log(p), 0).sum(-1)
@@ -204,7 +204,7 @@ def _forward(spec, T, index, data):
     run = (zero + softmax.MASKED / 2, zero, zero, zero, zero)
     run = lax.fori_loop(0, _trips(data, tile), step, run)
     top, total, mass, cross, entropy = run
-    read = total > 0
+    read = total != 0  # NaN is something
     lse = jnp.where(read, top + jnp.log(jnp.where(read, total, 1)), jnp.inf)
     kl = entropy - cross + mass * jnp.where(read, lse, 0)
     return jnp.where(read, kl, 0), lse, mass
@@ -223,15 +223,18 @@ def _forward_rule(spec, T, index, data):
 
 def _backward_rule(spec, T, saved, d_kl):
   index, data, (lse, mass) = saved
-  iq, weights, ik = tiles = _cut_index(spec, index)
+  tiles = _cut_index(spec, jax.tree.map(unread.clean, index))
+  iq, weights, ik = tiles
   d_kl = _cut(d_kl, spec.block_q)
 
   def one(dk, tile):
     def step(c, carry):
       dq, dw, dk = carry
-      at, p, i, raw, keys = _read(spec, T, tiles, data, tile, c)
+      at, p, i, raw, keys, mask = _read(spec, T, tiles, data, tile, c)
       share = mass[tile][:, None] * jnp.exp(i - lse[tile][:, None])
+      # A row that is NaN has gradients only if something depends on it.
       di = d_kl[tile][:, None] * (share - p)
+      di = jnp.where(mask & (d_kl[tile] != 0)[:, None], di, 0)
       dw = dw + jnp.einsum('qs,jqs->jq', di, jax.nn.relu(raw))
       slope = jnp.where(raw > 0, weights[tile][..., None], 0)
       slope = slope * di[None]

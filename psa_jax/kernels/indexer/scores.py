@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from psa_jax.kernels import unread
+
 # Numbers in the largest array that exists at a time, [B, queries, J, S].
 ROOM = 1 << 21
 
@@ -68,7 +70,8 @@ def block_importance(
   Returns:
     What `then` returned, joined to [B, n, ...].
   """
-  index = lax.stop_gradient(index)
+  # A NaN would come before what is always read.
+  index = jax.tree.map(lambda x: unread.clean(lax.stop_gradient(x)), index)
   B, n, J, _ = index.q.shape
   S = index.k.shape[1]
   group = max(1, min(n, ROOM // (B * J * S)))

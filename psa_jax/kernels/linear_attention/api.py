@@ -13,9 +13,11 @@ Not done: Pallas kernels; the products are large enough for XLA's.
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from psa_jax.kernels import arguments, platform
+from psa_jax.kernels import arguments, platform, unread
 from psa_jax.kernels.linear_attention import reference, xla
 from psa_jax.kernels.platform import Implementation
 
@@ -66,6 +68,28 @@ def linear_attention(
   if q.shape[1] != k.shape[1]:
     raise ValueError(f'q {q.shape} and k {k.shape} must be of one length')
   spec = Spec(causal, eps)
-  args = q, k, v, segment_ids
+  bad = ~(unread.finite(k) & unread.finite(v))
+  bad = jnp.repeat(
+    _read_by(bad, segment_ids, causal), q.shape[2] // k.shape[2], 2
+  )
+  bad = bad | ~unread.finite(q)
+  args = *(unread.clean(x) for x in (q, k, v)), segment_ids
   run = platform.pick(implementation, IMPLEMENTATIONS, *args, spec=spec)
-  return run(*args, spec=spec)
+  return unread.spoil(run(*args, spec=spec), bad)
+
+
+def _read_by(bad, segment_ids, causal):
+  """[B, T, K] bool: which query reads one of the keys that `bad` names."""
+  at = jnp.arange(bad.shape[1])[None, :, None]
+  last = lax.cummax(jnp.where(bad, at, -1), axis=1)
+  if segment_ids is None:
+    reads = last >= 0
+  else:
+    new = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    reads = last >= lax.cummax(jnp.where(new[..., None], at, 0), axis=1)
+  if causal:
+    return reads
+  if segment_ids is not None:
+    segment_ids = jnp.flip(segment_ids, 1)
+  after = _read_by(jnp.flip(bad, 1), segment_ids, causal=True)
+  return reads | jnp.flip(after, 1)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from psa_jax.kernels import topk
+from psa_jax.kernels import topk, unread
 
 
 def topk_attention(q, k, v, coeffs, rows, *, spec):
@@ -10,6 +10,8 @@ def topk_attention(q, k, v, coeffs, rows, *, spec):
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   acc = jnp.promote_types(q.dtype, jnp.float32)
+  bad_q, bad_k, bad_v = (~unread.finite(x) for x in (q, k, v))
+  q, k, v = (unread.clean(x) for x in (q, k, v))
   q = q.reshape(B, T, K, N // K, H).astype(acc) * spec.scale
   s = jnp.einsum('btkgh,bskh->btkgs', q, k.astype(acc))
   begin, end, counts = (x[:, :, None, None, None] for x in rows)
@@ -29,4 +31,8 @@ def topk_attention(q, k, v, coeffs, rows, *, spec):
   total = p.sum(-1, keepdims=True)
   p = p / jnp.where(total > 0, total, 1)
   out = jnp.einsum('btkgs,bskh->btkgh', p, v.astype(acc))
-  return out.reshape(B, T, N, -1).astype(v.dtype)
+  # Every key that is seen is read, but only the values that are kept.
+  bad_k, bad_v = (x.swapaxes(1, 2)[:, None, :, None] for x in (bad_k, bad_v))
+  bad = ((mask & bad_k) | (kept & bad_v)).any(-1).reshape(B, T, N)
+  bad = bad | (bad_q & kept.any(-1).reshape(B, T, N))
+  return unread.spoil(out.reshape(B, T, N, -1).astype(v.dtype), bad)

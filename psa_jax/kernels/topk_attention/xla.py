@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax, topk
+from psa_jax.kernels import softmax, topk, unread
 from psa_jax.kernels.tiles import Tiles
 
 TILE_SCORES = 2**20  # scores of a tile; with fewer than
@@ -36,6 +36,20 @@ class _Rows(NamedTuple):
   begin: jax.Array
   end: jax.Array
   counts: jax.Array
+
+
+class _Bad(NamedTuple):
+  """Which keys and values are not finite; packed: [B * K, S]."""
+
+  k: jax.Array
+  v: jax.Array
+
+  @classmethod
+  def of(cls, tiles, k, v):
+    """Of [B, S, K, *]."""
+    return cls(
+      *(tiles.pack_k(~unread.finite(x)[..., None])[..., 0] for x in (k, v))
+    )
 
 
 class _Cut(NamedTuple):
@@ -107,23 +121,33 @@ def _forward(spec, q, k, v, coeffs, rows):
     qt, factor = softmax.prescale(
       tiles.pack_q(q[:, first:stop]), spec.scale, acc
     )
-    kb, vb = tiles.pack_k(k[:, : tiles.S]), tiles.pack_k(v[:, : tiles.S])
+    keys, values = k[:, : tiles.S], v[:, : tiles.S]
+    bad = _Bad.of(tiles, keys, values)
+    kb = tiles.pack_k(unread.clean(keys))
+    vb = tiles.pack_k(unread.clean(values))
 
-    def tile_out(i, tiles=tiles, packed=packed, qt=qt, kb=kb, vb=vb, f=factor):
+    def tile_out(
+      i, tiles=tiles, packed=packed, qt=qt, kb=kb, vb=vb, bad=bad, f=factor
+    ):
       row = jax.tree.map(lambda x: x[i], packed)
       head = i // tiles.nq
       s = softmax.dot('rh,sh->rs', qt[i], kb[head], acc) * f
-      return _weigh(spec, s, vb[head], coeffs, row)
+      bad = _Bad(bad.k[head], bad.v[head])
+      return _weigh(spec, s, vb[head], coeffs, row, bad)
 
     part = lax.map(tile_out, jnp.arange(qt.shape[0]))
     outputs.append(jax.tree.map(tiles.unpack_q, part))
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *outputs)
 
 
-def _weigh(spec, s, values, coeffs, row):
-  """Output, lse and cut of a tile's rows, from their scores."""
+def _weigh(spec, s, values, coeffs, row, bad):
+  """Output, lse and cut of a tile's rows, from their scores.
+
+  A key that is not finite has the largest score, so it is kept where it is
+  seen, and the row is NaN. A value is read only where it is kept.
+  """
   mask = _visible(row, s.shape[1])
-  s = jnp.where(mask, s, -jnp.inf)
+  s = jnp.where(mask, jnp.where(bad.k[None], jnp.nan, s), -jnp.inf)
   kept = mask & topk.select(
     s.astype(jnp.float32),
     row.counts,
@@ -134,6 +158,7 @@ def _weigh(spec, s, values, coeffs, row):
   last = jnp.where(kept & (s == score[:, None]), pos, -1).max(-1)
   # Not of -inf: a cubic of it is NaN, and so is its gradient.
   e = spec.kind.scores(jnp.where(kept, s, 0), coeffs)
+  e = jnp.where(bad.v[None], jnp.nan, e)
   e = jnp.where(kept, e, softmax.MASKED)
   run = softmax.start(len(s), values.shape[-1], s.dtype)
   out, lse = softmax.finish(softmax.add(run, e, values), values.dtype)
@@ -152,6 +177,7 @@ def _forward_rule(spec, q, k, v, coeffs, rows):
 
 def _backward_rule(spec, saved, d_out):
   q, k, v, coeffs, rows, out, lse, cut = saved
+  q, k, v = (unread.clean(x) for x in (q, k, v))
   acc = lse.dtype
   known = softmax.Backward.of(out, lse, d_out, jnp.zeros((), acc))
   dk, dv = jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc)
