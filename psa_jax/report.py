@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from absl import logging
+
 from psa_jax import command_line
 from psa_jax.config import ConfigError, json_text, paths
 
@@ -124,11 +126,17 @@ def plot_run(workdir: pathlib.Path, target: pathlib.Path) -> None:
   if not train:
     raise ConfigError(f'{workdir / "metrics.jsonl"} has no row of a step yet')
   final = {r['mechanism']: r for r in rows if r['kind'] == 'final'}
+  result = _result(workdir)
+  if train[-1]['step'] < result.get('step', 0):
+    logging.warning(
+      '%s ends at step %d, and the run at %d: rows between them are lost',
+      *(workdir / 'metrics.jsonl', train[-1]['step'], result['step']),
+    )
   figure, axes = plt.subplots(
     3, 1, figsize=(9.5, 8), sharex=True, layout='constrained'
   )
   steps = [row['step'] for row in train]
-  _draw_quality(axes[0], steps, train, final, _result(workdir))
+  _draw_quality(axes[0], steps, train, final, result)
   _draw_schedules(axes[1], steps, train)
   axes[2].plot(steps, [r['seconds_per_step'] for r in train], color='C3')
   axes[2].set(ylabel='seconds per step', xlabel='optimiser step', yscale='log')

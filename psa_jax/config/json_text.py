@@ -51,19 +51,29 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
   return {**value, SEAL: _checksum(value)}
 
 
-def unsealed(value: Any) -> dict[str, Any]:
+def unsealed(value: Any, *, required: bool = True) -> dict[str, Any]:
   """What `sealed` was given, from what was read.
+
+  Args:
+    value: of a JSON text.
+    required: without it, an object that has no checksum is as it was meant: a
+      person or an older version wrote it.
 
   Raises:
     ValueError: it is no object, has no checksum or another content.
   """
   if not isinstance(value, dict):
     raise ValueError('it is no JSON object')
+  if not required and SEAL not in value:
+    return value
   content = {key: part for key, part in value.items() if key != SEAL}
   if SEAL not in value:
     raise ValueError(f'it has no {SEAL}')
   if value[SEAL] != _checksum(content):
-    raise ValueError(f'it was altered: its {SEAL} is of another content')
+    raise ValueError(
+      f'it was altered: its {SEAL} is of another content (whoever edits it '
+      f'takes {SEAL} out)'
+    )
   return content
 
 

@@ -72,7 +72,7 @@ def _read_json(file: str, arg: str) -> dict[str, Any]:
       f'{file} is a resolved configuration and takes no argument :{arg}'
     )
   try:
-    values = json_text.read_object(file)
+    values = json_text.unsealed(json_text.read(file), required=False)
   except FileNotFoundError:
     raise ConfigError(f'there is no configuration {file}') from None
   except (OSError, ValueError) as e:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config, ConfigError, RunError
+from psa_jax.config import Config, ConfigError, RunError, json_text
 from psa_jax.models.folding import fold
 from psa_jax.train import workdir
 from psa_jax.train.state import Program, TrainState
@@ -71,7 +71,8 @@ def save(
     for name, value in _flat(tree)
   }
   target = make_folder(folder)
-  text = json.dumps(config_lib.to_dict(config), indent=2) + '\n'
+  values = json_text.sealed(config_lib.to_dict(config))
+  text = json.dumps(values, indent=2) + '\n'
   try:
     weights = workdir.draft(target / WEIGHTS)
     beside = workdir.draft(target / workdir.CONFIG)

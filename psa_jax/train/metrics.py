@@ -33,6 +33,7 @@ _FLUSH_SECONDS = 10
 _KINDS = ('train', 'eval', 'final')
 _WORDS = ('kind', 'mechanism')
 _SHOWN = 5
+_BEGINNING = b'{"kind": "'
 
 
 class MetricsFile:
@@ -102,7 +103,8 @@ class MetricsFile:
       for name, value in row.items()
     }
     self.rows.append(row)
-    line = (json.dumps(row, allow_nan=False) + '\n').encode()
+    sealed = json_text.sealed(row)
+    line = (json.dumps(sealed, allow_nan=False) + '\n').encode()
     try:
       while line:  # a full disk takes a part first
         line = line[self._file.write(line) :]
@@ -222,6 +224,12 @@ class Log:
     metrics = MetricsFile(folder / METRICS, step=step, say=say)
     self.rows = metrics.rows
     self._writers.append(metrics)
+    last = max((r['step'] for r in self.rows), default=0)
+    if config.log.every and last <= step - config.log.every:
+      say(
+        f'{folder / METRICS} ends at step {last}, and the checkpoint is of '
+        f'step {step}: rows between them are lost'
+      )
     if config.log.tensorboard:
       self._writers.append(
         TensorBoard(
@@ -281,6 +289,9 @@ def _read(
       damaged[number] = row
     else:
       rows.append((row, line + b'\n'))
+  half = lines[-1]
+  if b'\0' in half or not half.startswith(_BEGINNING[: len(half)]):
+    damaged[len(lines)] = 'no beginning of a row'
   return rows, damaged
 
 
@@ -292,6 +303,10 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return 'not JSON'
   if not isinstance(row, dict):
     return 'no object'
+  try:
+    row = json_text.unsealed(row, required=False)  # older rows have none
+  except ValueError:
+    return 'another content than its checksum is of'
   if row.get('kind') not in _KINDS:
     return f'kind is none of {", ".join(_KINDS)}'
   if 'step' not in row:

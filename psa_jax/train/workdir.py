@@ -115,7 +115,7 @@ def record(
   changes = _config_changes(path, config)
   environment = describe_environment(devices)
   _append_command(path, command or sys.orig_argv, changes, environment)
-  write_json(path / CONFIG, config_lib.to_dict(config))
+  write_json(path / CONFIG, json_text.sealed(config_lib.to_dict(config)))
   write_json(path / ENVIRONMENT, environment)
   write_json(path / MANIFEST, manifest)
   return resumed
@@ -246,7 +246,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """The object in `path`, or None where there is no such file."""
   try:
-    return json_text.read_object(path)
+    return json_text.unsealed(json_text.read(path), required=False)
   except FileNotFoundError:
     return None
   except OSError as e:
@@ -289,7 +289,7 @@ def _append_command(
 ) -> None:
   target = path / COMMAND
   try:
-    earlier = target.read_text(encoding='utf-8') if target.exists() else ''
+    earlier = target.read_bytes() if target.exists() else b''
   except OSError as e:
     raise RunError(f'cannot read {target}: {e.strerror}') from e
   note = f'# {environment["time"]}'
@@ -299,8 +299,9 @@ def _append_command(
   if changes is not None:
     changed = changes.runtime | changes.other
     note += f'; resumed{", " if changed else ""}{_describe(changed)}'
-  text = f'{earlier}{note}\n{shlex.join(command)}\n'
-  write_bytes(target, text.encode('utf-8'))
+  # Whatever bytes a name has, and whatever became of earlier lines.
+  text = f'{note}\n{shlex.join(command)}\n'.encode('utf-8', 'surrogateescape')
+  write_bytes(target, earlier + text)
 
 
 def _describe(changed: Mapping[str, tuple[Any, Any]], prefix: str = '') -> str:

@@ -8,18 +8,17 @@ or one refusal; anything else is a fault.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import logging
 import pathlib
 import random
-import re
 import shutil
 import signal
 import warnings
 
 from absl import logging as absl_logging
+from safetensors import safe_open
 
 from psa_jax import command_line, report
 from psa_jax.config import recipe
@@ -146,11 +145,11 @@ class Folders:
     if action == 'export':
       workdir.check(folder, config, must_exist=True)
       target = loop.export_checkpoint(config, folder, corpus=self._corpus)
-      files = [
-        (target / n).read_bytes() for n in (export.WEIGHTS, 'config.json')
-      ]
-      digests = [hashlib.sha256(content).hexdigest() for content in files]
-      return int(re.search(rb'"step":"(\d+)"', files[0])[1]), digests
+      with safe_open(target / export.WEIGHTS, framework='np') as f:
+        step = int(f.metadata()['step'])
+        tensors = {name: f.get_tensor(name).tobytes() for name in f.keys()}
+      written = (target / workdir.CONFIG).read_bytes()
+      return step, [hash(written), *(hash(x) for x in sorted(tensors.items()))]
     if action == 'exported':
       target = folder / export.FOLDER
       config = recipe.load_recipe(str(target / workdir.CONFIG))

@@ -10,7 +10,7 @@ import threading
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from psa_jax.config import RunError
+from psa_jax.config import RunError, json_text
 from psa_jax.train import metrics as lib
 from tests.train import tiny
 
@@ -31,7 +31,8 @@ ROWS = [
 @pytest.fixture
 def path(tmp_path):
   path = tmp_path / lib.METRICS
-  path.write_text(''.join(json.dumps(r) + '\n' for r in ROWS))
+  rows = [json.dumps(json_text.sealed(r)) for r in ROWS]
+  path.write_text('\n'.join([*rows, '']))
   return path
 
 
@@ -203,3 +204,35 @@ def test_a_disk_that_fills_up_ends_the_events_and_not_the_run(tmp_path, caplog):
   thread.join(timeout=60)
   assert not thread.is_alive(), 'a write waits for ever'
   assert caplog.text.count('metrics.jsonl goes on') == 1
+
+
+def test_a_digit_of_a_row_is_not_another_number(tmp_path):
+  """Of rows that are still JSON, and of whose numbers nothing looks wrong."""
+  path = tmp_path / 'metrics.jsonl'
+  file = lib.MetricsFile(path, step=0)
+  for each in ROWS[:2]:
+    file.write(each)
+  file.close()
+  assert lib.read_rows(path) == ROWS[:2]
+  path.write_text(path.read_text().replace('2.5', '1.5', 1))
+  said = []
+  assert lib.read_rows(path, said.append) == ROWS[1:2]
+  assert 'line 1 (another content than its checksum is of)' in said[0]
+
+
+@pytest.mark.parametrize('tail', [b'\0' * 9, b'{"a":' * 9, b'{"kind": \0'])
+def test_a_last_line_that_no_kill_leaves_is_said(path, tail):
+  path.write_bytes(path.read_bytes() + tail)
+  said = []
+  assert lib.read_rows(path, said.append) == ROWS
+  assert 'line 6 (no beginning of a row)' in said[0]
+
+
+def test_rows_that_are_missing_before_the_checkpoint_are_said(path):
+  said = []
+  log = lib.Log(tiny.config(), path.parent, step=3, say=said.append)
+  log.close()
+  assert said == []
+  log = lib.Log(tiny.config(), path.parent, step=5, say=said.append)
+  log.close()
+  assert 'metrics.jsonl ends at step 3' in said[0] and 'step 5' in said[0]

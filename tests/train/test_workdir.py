@@ -17,6 +17,7 @@ from psa_jax.config import (
   LogConfig,
   RunError,
   from_config_dict,
+  json_text,
   to_dict,
 )
 from psa_jax.config.recipe import load_recipe
@@ -28,6 +29,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def change(**changes):
   return dataclasses.replace(Config(), **changes)
+
+
+def saved_config(folder):
+  """What is written of a configuration, without its checksum."""
+  written = json.loads((folder / 'config.json').read_text())
+  return json_text.unsealed(written)
 
 
 def snapshot(path):
@@ -47,7 +54,7 @@ def test_a_first_start_writes_four_files(tmp_path):
     'data_manifest.json',
     'environment.json',
   ]
-  saved = json.loads((path / 'config.json').read_text())
+  saved = saved_config(path)
   assert from_config_dict(saved) == Config()
   assert json.loads((path / 'data_manifest.json').read_text()) == DATA
   note, line = (path / 'command.txt').read_text().splitlines()
@@ -74,7 +81,7 @@ def test_resuming_appends_the_command_and_takes_runtime_changes(tmp_path):
   lines = (tmp_path / 'command.txt').read_text().splitlines()
   assert lines[1::2] == ['one', 'two']
   assert lines[2].endswith('; resumed, log.every: 1 -> 5')
-  saved = json.loads((tmp_path / 'config.json').read_text())
+  saved = saved_config(tmp_path)
   assert saved['log']['every'] == 5
 
 
@@ -114,7 +121,7 @@ def test_another_configuration_can_be_forced(tmp_path):
     command=['two'],
     allow_config_change=True,
   )
-  saved = json.loads((tmp_path / 'config.json').read_text())
+  saved = saved_config(tmp_path)
   assert from_config_dict(saved) == config
   assert 'resumed, seed: 0 -> 3' in (tmp_path / 'command.txt').read_text()
   # What was forced is what the next start is compared with.
@@ -284,7 +291,7 @@ def test_no_git_at_all(monkeypatch):
 
 def test_to_dict_is_what_is_saved(tmp_path):
   workdir.record(tmp_path, change(name='x'), manifest=DATA)
-  saved = json.loads((tmp_path / 'config.json').read_text())
+  saved = saved_config(tmp_path)
   assert saved == to_dict(change(name='x'))
 
 
@@ -305,7 +312,7 @@ def test_a_run_of_before_tasks_had_names_goes_on(tmp_path, task, model, data):
   config = from_config_dict({'task': task, 'model': model, 'data': data})
   workdir.record(tmp_path, config, manifest=DATA)
   path = tmp_path / workdir.CONFIG
-  saved = json.loads(path.read_text())
+  saved = saved_config(tmp_path)
   assert saved.pop('task') == task
   path.write_text(json.dumps(saved))
   assert workdir.check(tmp_path, config)
@@ -342,3 +349,24 @@ def test_names_are_free_when_something_is_set_aside(tmp_path):
     assert workdir.set_aside(tmp_path / 'a', 'aside').name == name
   for name in ('a.aside', 'a.aside1', 'a.aside2'):
     assert (tmp_path / name).read_text() == name
+
+
+def test_a_byte_of_the_configuration_is_not_another_configuration(tmp_path):
+  """As a recipe it would be the same one that the folder holds."""
+  workdir.record(tmp_path, Config(), manifest=DATA)
+  path = tmp_path / 'config.json'
+  path.write_text(path.read_text().replace('"seed": 0', '"seed": 4'))
+  with pytest.raises(ConfigError, match='config.json: it was altered'):
+    load_recipe(str(path))
+  with pytest.raises(ConfigError, match='config.json: it was altered'):
+    workdir.check(tmp_path, Config(seed=4))
+
+
+def test_earlier_commands_of_any_bytes_stay(tmp_path):
+  workdir.record(tmp_path, Config(), manifest=DATA, command=['one'])
+  path = tmp_path / 'command.txt'
+  before = path.read_bytes() + b'\xff\n'
+  path.write_bytes(before)
+  workdir.record(tmp_path, Config(), manifest=DATA, command=['two\udcff'])
+  assert path.read_bytes().startswith(before)
+  assert path.read_bytes().endswith(b"'two\xff'\n")
