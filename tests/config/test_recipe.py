@@ -103,7 +103,7 @@ def test_a_missing_file_names_the_nearest(recipe):
 
 
 def test_a_folder_and_a_binary_file(tmp_path):
-  assert 'cannot read the recipe' in refusal(str(tmp_path))
+  assert 'is a folder; name a recipe in it' in refusal(str(tmp_path))
   binary = tmp_path / 'binary.py'
   binary.write_bytes(b'\xff\xfe\x00')
   assert 'cannot read the recipe' in refusal(str(binary))
