@@ -13,7 +13,10 @@ from psa_jax import command_line, sharding
 from psa_jax import config as config_lib
 from psa_jax.config import ConfigError, RunError
 from psa_jax.config.errors import line
+from psa_jax.train import console, loop, metrics
 from tests.conftest import ROOT
+from tests.fuzz import kills
+from tests.train import tiny
 
 LONG = 10_000
 
@@ -208,3 +211,27 @@ def test_a_wrong_platform_is_named(tmp_path):
   )
   assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
   assert 'JAX_PLATFORMS=gpux cannot be used here' in done.stderr
+
+
+@pytest.mark.tier('default')
+def test_a_run_whose_lines_nobody_reads_saves_first(tmp_path, monkeypatch):
+  """As with `| head`; the same command then goes on from there."""
+  said, dropped = [], []
+
+  class Pipe(console.Silence):
+    def show(self, row, *, eta=None):
+      said.append(row['step'])
+      if not dropped:
+        raise BrokenPipeError
+
+  monkeypatch.setattr(console, 'open_console', lambda steps: Pipe())
+  monkeypatch.setattr(command_line, 'drop_output', lambda: dropped.append(1))
+  folder, config = tmp_path / 'run', kills.config()
+  with pytest.raises(BrokenPipeError):
+    loop.train_and_evaluate(config, folder, corpus=tiny.corpus())
+  # Step 2 was under way when the line of step 1 was shown.
+  assert (said, kills.finished(folder)) == ([1, 2], [2])
+  loop.train_and_evaluate(config, folder, corpus=tiny.corpus())
+  assert [r['step'] for r in metrics.read_rows(folder / 'metrics.jsonl')] == [
+    *(1, 2, 3, 3, 4, 5, 6, 6, 7, 7)
+  ]

@@ -56,6 +56,15 @@ class BlockListConfig(MechanismConfig):
     window = -(-self.window // self.block_k)
     return self.sink_blocks + tile + window + 1
 
+  def check(self, path: str) -> Iterator[str]:
+    """Positions are int32."""
+    tokens = self.forced_blocks * self.block_k
+    if tokens >= 2**31:
+      yield (
+        f'{path}window, sink_blocks and block_q take {tokens} tokens in blocks '
+        f'of {path}block_k, but positions are below 2^31'
+      )
+
 
 @dataclass(frozen=True)
 class WideListConfig(BlockListConfig):

@@ -95,6 +95,7 @@ class PsaConfig(WideListConfig):
 
   def check(self, path: str) -> Iterator[str]:
     """A budget of mass needs a scorer that estimates mass."""
+    yield from super().check(path)
     if self.budget == 'mass' and self.scoring in controls.SCORINGS:
       yield (
         f'{path}budget is mass, but scoring={self.scoring} estimates no mass; '

@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import re
+import struct
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,10 +29,13 @@ REAL = '(-inf, inf)'
 SHARE = '(0, 1]'
 UNIT = '[0, 1]'
 PROBABILITY = '[0, 1)'
+# What becomes int32 on the device and has room to be added to.
+COUNTED = '[1, 1073741824]'
 
 # Steps and sizes are int32 on the device, everything else is f32.
 _INT_LIMIT = 2**31
 _FLOAT_LIMIT = 3.4028235e38
+_FLOAT_LEAST = 1.1754944e-38  # below it a device has 0
 
 NAMES = {
   int: 'an int',
@@ -198,6 +202,13 @@ def interval_problems(
     yield f'{path} is {shown(value)}, but {each} below 2^31'
   elif any(abs(v) > _FLOAT_LIMIT for v in values):
     yield f'{path} is {shown(value)}, but {each} within the range of float32'
+  elif interval is not None:
+    near = [v for v in values if not _inside(_on_device(v), interval)]
+    if near:
+      yield (
+        f'{path} is {shown(value)}, but float32 has {_on_device(near[0]):g} '
+        f'for {near[0]!r}, and {each} {_words(interval)}'
+      )
 
 
 @functools.cache
@@ -251,6 +262,14 @@ def _inside(value: int | float, interval: str) -> bool:
   above = low <= value if interval[0] == '[' else low < value
   below = value <= high if interval[-1] == ']' else value < high
   return above and below
+
+
+def _on_device(value: int | float) -> int | float:
+  """The value as a device holds it: int32, or the nearest float32."""
+  if isinstance(value, numbers.Integral):
+    return value
+  nearest = struct.unpack('f', struct.pack('f', value))[0]
+  return nearest if abs(nearest) >= _FLOAT_LEAST else 0.0
 
 
 def _words(interval: str) -> str:

@@ -51,6 +51,15 @@ class NormConfig(Section):
   scale_init: float = number(0.0, REAL)
   eta_init: float = number(0.0, REAL)
 
+  def check(self, path: str) -> Iterator[str]:
+    """Gamma ends below step 2^31."""
+    last = self.warmup_steps + self.decay_steps
+    if last >= 2**31:
+      yield (
+        f'{path}warmup_steps and decay_steps end at step {last}, but steps are '
+        'below 2^31'
+      )
+
 
 @dataclass(frozen=True)
 class QuantConfig(Section):

@@ -119,6 +119,12 @@ class TrainConfig(Section):
       yield (
         f'{path}steps end at step {sum(self.steps)}, but steps are below 2^31'
       )
+    for length, size in zip(self.seq_len, self.batch_size, strict=False):
+      if length * size >= 2**31:
+        yield (
+          f'{path}seq_len {length} and batch_size {size} are {length * size} '
+          'tokens a step, but these are counted below 2^31'
+        )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def entropies(q, k, cfg, segments=None):
     settings(0.4, block_q=8, block_k=16, coefficient=0.5),
     settings(0.6, block_q=1, window=20, min_blocks=3, coefficient=0.8),
     settings(0.4, scoring='bounds', coefficient=0.6),
+    settings(0.6, min_blocks=3, coefficient=0.1),  # asks for one
   ],
 )
 def test_selection_is_the_definition(cfg, cut):
@@ -108,7 +109,8 @@ def test_selection_is_the_definition(cfg, cut):
     whole = ((i + 1) * cfg.block_q - 1) // cfg.block_k - last // cfg.block_k
     most = math.floor(cap * (visible + whole) + 1e-9)
     asked = math.ceil(cfg.coefficient * math.exp(max(entropy[key])) - 1e-3)
-    extra = min(max(asked, cfg.min_blocks), most, len(order))
+    wanted = max(asked, cfg.min_blocks)
+    extra = min(wanted, most, len(order))
     ids = np.asarray(got.ids[b, h, i])[: got.counts[b, h, i]].tolist()
     assert len(ids) == len(forced) + extra, key
     assert set(ids[: len(forced)]) == forced
@@ -121,8 +123,8 @@ def test_selection_is_the_definition(cfg, cut):
     np.testing.assert_allclose(
       spread.support[b, h, i], math.exp(max(entropy[key])), 1e-4
     )
-    reasons.add('cap' if asked > most else 'entropy')
-  assert len(reasons) == 2, 'cap and entropy must both decide somewhere'
+    reasons.add('cap' if wanted > most else 'rule')
+  assert len(reasons) == 2, 'cap and rule must both decide somewhere'
 
 
 def test_peaked_rows_read_little_and_flat_rows_up_to_the_cap():

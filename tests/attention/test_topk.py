@@ -242,13 +242,22 @@ def test_sparsify_reaches_queries_and_keys():
 
 @pytest.mark.parametrize('cut', [False, True])
 def test_decoding_is_prefill_token_by_token(cut):
-  """Ragged rows, several tokens at a time, a cache with garbage behind."""
+  """Ragged rows, several tokens at a time, a cache with garbage behind.
+
+  What evaluation keeps, not what training does.
+  """
   q, k, v = arrays()
-  config = settings(0.3, coefficients=CUBIC, clamp=2.0, sparsify_k=0.5)
+  config = settings(
+    0.9, eval_keep=0.3, coefficients=CUBIC, clamp=2.0, sparsify_k=0.5
+  )
   begins = np.stack([np.arange(T) >= 13, np.arange(T) >= 21])
   seg = jnp.asarray(begins.astype(np.int32)) if cut else None
   want = library_attend(
-    q, k, v, config=config, context=AttentionContext(step=0, segment_ids=seg)
+    q,
+    k,
+    v,
+    config=config,
+    context=AttentionContext(step=0, segment_ids=seg, train=False),
   ).out
   room = [(0, 0), (0, 7), (0, 0), (0, 0)]
   cache = [jnp.pad(x, room, constant_values=3e4) for x in (k, v)]

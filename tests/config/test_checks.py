@@ -186,6 +186,35 @@ def test_a_range_is_said_in_words(path, value, text):
   assert problem({path: value}) == f'config.{path} is {value!r}, but {text}'
 
 
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    # As float32 each of these is the end of its range, or nothing.
+    ({'optim.eps': 1e-60}, 'float32 has 0 for 1e-60'),
+    ({'model.norm.momentum': 1 - 1e-12}, 'float32 has 1 for 0.999'),
+    ({'optim.b2': 1 - 1e-12}, 'must be in [0, 1)'),
+    ({'model.rope_theta': 1 + 1e-12}, 'must be above 1'),
+    ({PSA + 'keep.init': 1e-60}, 'float32 has 0 for 1e-60'),
+    ({'optim.learning_rate': 1e60}, 'within the range of float32'),
+    # Sums and products that int32 cannot hold.
+    (
+      {'model.norm.warmup_steps': 2**30, 'model.norm.decay_steps': 2**30},
+      'end at step 2147483648',
+    ),
+    ({'train.seq_len': (2**20,), 'train.batch_size': (2**11,)}, '2147483648'),
+    ({PSA + 'window': 2**31 - 1}, 'positions are below 2^31'),
+    ({HYBRID + 'sink_blocks': 2**31 - 1}, 'positions are below 2^31'),
+    ({DSA + 'window': 2**31 - 1}, 'positions are below 2^31'),
+    ({DSA + 'top_k.init': 3e9}, 'in [1, 1073741824]'),
+    ({DSA + 'eval_budget': 3e9}, 'in [0, 1073741824]'),
+    ({'model.attention.nsa.blocks.init': 3e9}, 'in [1, 1073741824]'),
+    ({CASCADE + 'credit': 2**31 - 1}, 'in [1, 1073741824]'),
+  ],
+)
+def test_what_a_device_cannot_hold_is_refused(changes, text):
+  assert text in problem(changes)
+
+
 def test_settings_that_would_not_be_read_are_refused():
   message = problem({PSA + 'keep.final': 0.1})
   assert 'not read by kind=constant' in message and 'keep.kind' in message

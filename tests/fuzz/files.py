@@ -231,11 +231,11 @@ def damage(path: pathlib.Path, kind: str, rng: random.Random) -> None:
         (b'[]', b'{}', b'null', b'1e999', b'"a"', b'{"a": NaN}', b'[{}]')
       )
     case 'line':
-      lines = bytes(content).splitlines(keepends=True) or [b'']
+      lines = bytes(content).split(b'\n')
       lines[rng.randrange(len(lines))] = rng.choice(
-        (b'', b'\n', b'{}\n', b'\xff\n', NESTED + b'\n', b'{"step": "a"}\n')
+        (b'', b'\n', b'{}', b'\xff', NESTED, b'{"step": "a"}')
       )
-      content[:] = b''.join(lines)
+      content[:] = b'\n'.join(lines)
   path.write_bytes(bytes(content))
 
 

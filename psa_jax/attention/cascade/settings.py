@@ -7,6 +7,7 @@ from typing import Any
 from psa_jax.config import MechanismConfig, ScheduleConfig
 from psa_jax.config.fields import (
   COUNT,
+  COUNTED,
   PROBABILITY,
   SHARE,
   UNIT,
@@ -54,7 +55,7 @@ class CascadeConfig(MechanismConfig):
   rungs: int = number(4, COUNT)
   documents: int = number(1, COUNT)
   window: int = number(64, COUNT)
-  credit: int = number(8, COUNT)
+  credit: int = number(8, COUNTED)
 
   @property
   def prunes_heads(self) -> bool:

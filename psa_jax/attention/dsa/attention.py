@@ -60,6 +60,7 @@ from psa_jax.attention.context import AttentionContext
 from psa_jax.config import AttentionConfig, ScheduleConfig
 from psa_jax.config.fields import (
   COUNT,
+  COUNTED,
   OPTIONAL,
   SHARE,
   choice,
@@ -104,11 +105,11 @@ class DsaConfig(BlockListConfig):
   width: int = number(32, COUNT)
   keep_self: bool = False
   budget: str = choice('tokens', 'tokens', 'ratio')
-  top_k: ScheduleConfig = schedule(ScheduleConfig(init=2048.0), COUNT)
+  top_k: ScheduleConfig = schedule(ScheduleConfig(init=2048.0), COUNTED)
   keep: ScheduleConfig = schedule(ScheduleConfig(), SHARE)
   pooling: str = choice('max', 'max', 'sum', 'mass')
   warmup_steps: int = number(0, OPTIONAL)
-  eval_budget: float = number(0.0, OPTIONAL, runtime=True)
+  eval_budget: float = number(0.0, '[0, 1073741824]', runtime=True)
 
   @property
   def self_competes(self) -> bool:
@@ -123,6 +124,7 @@ class DsaConfig(BlockListConfig):
 
   def check(self, path: str) -> Iterator[str]:
     """The width has pairs of channels; a share is at most 1."""
+    yield from super().check(path)
     if self.width % 2:
       yield (
         f'{path}width is {self.width}, but rotary positions need an even one'

@@ -45,6 +45,7 @@ from psa_jax.config import (
 )
 from psa_jax.config.fields import (
   COUNT,
+  COUNTED,
   OPTIONAL,
   number,
   schedule,
@@ -82,7 +83,7 @@ class NsaConfig(MechanismConfig):
   compress_block: int = number(32, COUNT)
   stride: int = number(16, COUNT)
   select_block: int = number(64, COUNT)
-  blocks: ScheduleConfig = schedule(ScheduleConfig(init=16.0), COUNT)
+  blocks: ScheduleConfig = schedule(ScheduleConfig(init=16.0), COUNTED)
   initial_blocks: int = number(1, OPTIONAL)
   local_blocks: int = number(2, COUNT)
   window: int = number(512, COUNT)

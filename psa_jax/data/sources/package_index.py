@@ -30,6 +30,9 @@ from psa_jax.data.sources import fetch
 MOST_BYTES = 2**26  # of a file or a page
 _SECONDS = 60.0  # without an answer
 _JSON = 'application/vnd.pypi.simple.v1+json'
+_PIPS_OWN = (
+  'from pip._internal.models.index import PyPI; print(PyPI.simple_url)'
+)
 _PIP = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
 
 
@@ -81,10 +84,8 @@ def _settings(name: str) -> dict[str, str]:
 
 def _indexes(name: str, settings: dict[str, str]) -> list[str]:
   index = settings.get('index-url')
-  if index is None:  # pip's own, which its help tells
-    text = fetch.run(name, [*_PIP, 'download', '--help']).decode()
-    match = re.search(r'\(default (http\S+?)\)', ' '.join(text.split()))
-    index = match[1] if match else ''
+  if index is None:
+    index = fetch.run(name, [sys.executable, '-c', _PIPS_OWN]).decode()
   return [*index.split(), *settings.get('extra-index-url', '').split()]
 
 
