@@ -14,6 +14,7 @@ command was refused and nothing ran.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from absl import flags, logging
 
 from psa_jax import command_line, compile_cache
 from psa_jax import config as config_lib
-from psa_jax.config import ConfigError, paths, recipe
-from psa_jax.config.errors import cut
+from psa_jax.config import ConfigError, RunError, paths, recipe
+from psa_jax.config.errors import StalledError, cut, line
 from psa_jax.train import workdir
 
 _FLAGS = (
@@ -51,6 +52,13 @@ _FLAGS = (
     'Resume although the configuration or the data is not the one the run '
     'began with.',
   ),
+  flags.DEFINE_integer(
+    'resume_from',
+    None,
+    'Go back to the checkpoint of this step, 0 to the beginning; later ones '
+    'and the metrics are kept under other names.',
+    lower_bound=0,
+  ),
   flags.DEFINE_bool(
     'compile_cache',
     True,
@@ -59,8 +67,8 @@ _FLAGS = (
     'not. JAX_COMPILATION_CACHE_DIR, if set, takes precedence.',
   ),
 )
-_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS[:-1]
-_COMPILE_CACHE = _FLAGS[-1]
+_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _ALLOW_CONFIG_CHANGE = _FLAGS[:-2]
+_RESUME_FROM, _COMPILE_CACHE = _FLAGS[-2:]
 _HELP = ('-h', '-help', '--help', '--helpshort', '--helpfull')
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
 
@@ -91,6 +99,8 @@ def _run(argv: Sequence[str]) -> int:
   reading = _MODE.value != 'train'
   if _COMPILE_CACHE.value:
     compile_cache.turn_on()
+  if reading and _RESUME_FROM.value is not None:
+    raise ConfigError('--resume_from is for --mode=train; leave it out')
   workdir.check(
     directory, config, allow_config_change=allow, must_exist=reading
   )
@@ -101,12 +111,24 @@ def _run(argv: Sequence[str]) -> int:
   tasks.check(config)
   from psa_jax.train import loop
 
-  if _MODE.value == 'eval':
-    loop.evaluate_checkpoint(config, directory)
-  elif _MODE.value == 'export':
-    loop.export_checkpoint(config, directory)
-  else:
-    loop.train_and_evaluate(config, directory, allow_config_change=allow)
+  try:
+    if _MODE.value == 'eval':
+      loop.evaluate_checkpoint(config, directory)
+    elif _MODE.value == 'export':
+      loop.export_checkpoint(config, directory)
+    else:
+      loop.train_and_evaluate(
+        config,
+        directory,
+        allow_config_change=allow,
+        resume_from=_RESUME_FROM.value,
+      )
+  except StalledError as e:
+    # At its end Python would wait for the threads that wait for the disk.
+    print(f'error: {line(e)}', file=sys.stderr, flush=True)
+    os._exit(1)
+  except SystemExit as e:  # with code 0 too, nothing was finished
+    raise RunError(f'something in the run called sys.exit({e.code!r})') from e
   return 0
 
 

@@ -1,4 +1,4 @@
-"""The two errors of psa_jax, and how a refused value is worded.
+"""The errors of psa_jax, and how a refused value is worded.
 
 Every message is one line that names the key, what is wrong with it and the way
 out. The wording is here once; who refuses only says what and where.
@@ -36,6 +36,13 @@ class RunError(_Bounded, RuntimeError):
 
   A checkpoint that cannot be read, a full disk, a loss that is not finite. The
   text is one line and the whole message; the command line exits with 1.
+  """
+
+
+class StalledError(RunError):
+  """A run whose threads wait for a disk, perhaps for ever.
+
+  The process has to be left without waiting for them.
   """
 
 

@@ -168,7 +168,10 @@ class Norm(nnx.Module):
     if self.base == 'layernorm':
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    y = x * jax.lax.rsqrt(power + self.config.base_eps)
+    # Where a square overflows, rsqrt gives 0: a model that has blown up would
+    # answer with its biases, and its loss look like a guess.
+    inverse = jax.lax.rsqrt(power + self.config.base_eps)
+    y = x * jnp.where(jnp.isinf(power), jnp.nan, inverse)
     y = y * _row(self.scale[...])
     return y + _row(self.bias[...]) if self.base == 'layernorm' else y
 

@@ -9,23 +9,27 @@ Orbax writes and restores the arrays. This wrapper adds what a run needs:
   <step>/digest.json   size and CRC-32 of every file above
 
 The digest is written just before Orbax renames the finished folder into
-place. Without it a truncated file costs pages of tracebacks from Orbax's
-threads, and a flipped bit in an array is restored as if nothing were wrong.
+place (`digest.py`).
+
+How many stay: the newest `keep`, and the newest that is known to be good: the
+update that began from it had a loss like those before (`judge`). A state that
+diverges so never takes the place of the last good one.
 
 A field of the state that is () is not written, so that a state which gained
 such a field (a controller, where none is used) still reads older files.
 
-A checkpoint that cannot be read is set aside (`<step>.corrupt`) once an
-earlier one was restored; nothing is deleted. Folders have to be on a POSIX
-file system, local or shared.
+A damaged checkpoint is set aside (`<step>.corrupt`) once an earlier one was
+restored; one that this process may not read, or a disk that fails, is an error
+and changes nothing. Nothing else is deleted. Folders have to be on a POSIX file
+system, local or shared.
 """
 
 import contextlib
-import json
 import pathlib
 import shutil
-import zlib
-from collections.abc import Callable, Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +37,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
-from psa_jax.config import RunError, json_text
+from psa_jax.config import ConfigError, RunError
+from psa_jax.config.errors import StalledError
+from psa_jax.train import digest, workdir
 
-DIGEST = 'digest.json'
+STALL_SECONDS = 300.0  # without a byte written, a save is given up
+_LOOK_SECONDS = 5.0
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _DISK_ERRORS = (
   'No space left on device',
@@ -47,6 +53,11 @@ _DISK_ERRORS = (
   'Permission denied',
   'Input/output error',
 )
+_DISK_REASONS = tuple(phrase.lower() for phrase in _DISK_ERRORS)
+
+
+class _Broken(Exception):
+  """A checkpoint is not what was written; the text says why."""
 
 
 class Restored(NamedTuple):
@@ -82,28 +93,30 @@ class Checkpoints:
     """
     self.path = pathlib.Path(directory).resolve()
     self._read_only, self._say = read_only, say
-    self._saving = -1
+    self._keep, self._saving = keep, -1
+    self._unfinished = self._stalled = self._crowded = False
     _silence_orbax()
     try:
-      self._manager = self._open(keep)
+      self._manager = self._open()
+      # Of what an earlier process left, the oldest was good enough to stay.
+      self._good = min(self.steps(), default=None)
     except OSError as e:
       raise RunError(
         f'cannot use the checkpoint folder {self.path}: '
         f'{e.strerror or e}; choose another --workdir'
       ) from e
 
-  def _open(self, keep: int) -> ocp.CheckpointManager:
+  def _open(self) -> ocp.CheckpointManager:
     if self._read_only:
       options = ocp.CheckpointManagerOptions(read_only=True, create=False)
       return ocp.CheckpointManager(self.path, options=options)
     self.path.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      for folder in self.path.glob(f'*{_TEMPORARY}'):
-        step = folder.name.removesuffix(_TEMPORARY)
+      for folder in self.path.glob(f'*{_TEMPORARY}*'):
+        step = folder.name.partition(_TEMPORARY)[0]
         self._say(f'removing the half-written checkpoint of step {step}')
         shutil.rmtree(folder)
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.LatestN(keep),
       async_options=ocp.options.AsyncOptions(
         post_finalization_callback=self._seal
       ),
@@ -115,7 +128,8 @@ class Checkpoints:
     if not self.path.is_dir():
       return []
     names = [entry.name for entry in self.path.iterdir() if entry.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    # 007 is none of ours, and would be read as 7.
+    return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
   def save(
     self,
@@ -133,8 +147,8 @@ class Checkpoints:
         saved earlier is untouched.
     """
     self.wait()
-    self._check_space(step, state)
-    self._saving = step
+    self._check_disk(step, state)
+    self._saving, self._unfinished, self._crowded = step, True, True
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(_fields(state)),
       data=ocp.args.JsonSave(dict(data_state)),
@@ -147,15 +161,18 @@ class Checkpoints:
       raise self._failure(step, _reason(e)) from e
 
   def wait(self) -> None:
-    """Returns once everything is on disk.
+    """Returns once everything is on disk, and lets old checkpoints go.
 
     Raises:
       RunError: the last save could not be written.
     """
     try:
-      self._manager.wait_until_finished()
+      self._finish_save()
+    except StalledError:
+      raise
     except Exception as e:
       raise self._failure(self._saving, _reason(e)) from e
+    self._remove_old()
 
   def poll(self) -> None:
     """Raises what `wait` would, if that is known by now; never waits."""
@@ -164,8 +181,84 @@ class Checkpoints:
 
   def close(self) -> None:
     """Lets a save under way finish; for the way out of a failing run."""
-    with contextlib.suppress(Exception):
-      self._manager.close()
+    if not self._stalled:
+      with contextlib.suppress(Exception):
+        self._finish_save()
+        self._manager.close()
+
+  def judge(self, step: int, *, good: bool) -> None:
+    """Says what the first update from a checkpoint found.
+
+    Args:
+      step: of the checkpoint.
+      good: its loss was like those before; older ones may go.
+    """
+    if good:
+      self._good = step
+    self._crowded = True
+
+  def last_good(self) -> int | None:
+    """The step of the newest checkpoint that was judged good."""
+    return self._good if self._good in self.steps() else None
+
+  def set_aside(self, steps: Sequence[int], why: str) -> None:
+    """Frees the numbers of checkpoints: `<step>` becomes `<step>.<why>`.
+
+    Every process calls it. Steps without a checkpoint are passed over.
+
+    Raises:
+      RunError: a folder cannot be renamed.
+    """
+    if self._read_only:
+      return
+    found = self.steps() if jax.process_index() == 0 else ()
+    for step in (step for step in steps if step in found):
+      target = workdir.set_aside(self.path / str(step), why)
+      kind = 'damaged ' if why == 'corrupt' else ''
+      self._say(f'the {kind}checkpoint of step {step} is kept as {target.name}')
+    _meet('set aside')
+    self._manager.reload()
+
+  def _remove_old(self) -> None:
+    """Keeps the newest ones, and the last that is known to be good."""
+    if self._read_only or not self._crowded:
+      return
+    self._crowded = False
+    steps = self.steps() if jax.process_index() == 0 else []
+    for step in steps[: -self._keep]:
+      if step != self._good:
+        shutil.rmtree(self.path / str(step), ignore_errors=True)
+
+  def _finish_save(self) -> None:
+    """Waits for Orbax's threads, as long as they get something done.
+
+    They wait for each other, so one that dies (the folder turned read-only
+    under it) can leave the others waiting for ever.
+    """
+    if not self._unfinished:
+      return
+
+    def finish():
+      with contextlib.suppress(BaseException):  # raised again below
+        self._manager.wait_until_finished()
+
+    waiting = threading.Thread(target=finish, daemon=True)
+    waiting.start()
+    written, seconds = None, 0.0
+    waiting.join(_LOOK_SECONDS)
+    while waiting.is_alive():
+      before, written = written, _written(self.path)
+      seconds = seconds + _LOOK_SECONDS if written == before else 0.0
+      if seconds >= STALL_SECONDS:
+        self._stalled = True
+        raise StalledError(
+          f'cannot save the checkpoint of step {self._saving}: nothing was '
+          f'written to {self.path} for {STALL_SECONDS:.0f} seconds; what was '
+          'saved before stays'
+        )
+      waiting.join(_LOOK_SECONDS)
+    self._unfinished = False
+    self._manager.wait_until_finished()
 
   def restore_latest(self, abstract: Any) -> Restored | None:
     """Restores the newest checkpoint that is whole.
@@ -181,17 +274,14 @@ class Checkpoints:
     """
     broken: dict[int, str] = {}
     for step in reversed(self.steps()):
-      reason = _agree(self._damage(step))
-      if reason is None:
-        try:
-          restored = self._restore(step, abstract)
-        except Exception as e:
-          reason = _reason(e)
-        else:
-          self._set_aside(list(broken))
-          return restored
-      broken[step] = reason
-      self._say(f'cannot read the checkpoint of step {step}: {reason}')
+      try:
+        restored = self._restore_whole(step, abstract)
+      except _Broken as e:
+        broken[step] = str(e)
+        self._say(f'cannot read the checkpoint of step {step}: {e}')
+      else:
+        self.set_aside(list(broken), 'corrupt')
+        return restored
     if broken:
       raise RunError(
         f'no checkpoint in {self.path} can be read (steps '
@@ -200,6 +290,73 @@ class Checkpoints:
         'folder away to start again'
       )
     return None
+
+  def restore(self, step: int, abstract: Any) -> Restored:
+    """Restores the checkpoint of one step.
+
+    Args:
+      step: which.
+      abstract: as for `restore_latest`.
+
+    Raises:
+      ConfigError: there is none.
+      RunError: it cannot be read.
+    """
+    steps = self.steps()
+    if step not in steps:
+      there = ', '.join(str(s) for s in steps) or 'none'
+      raise ConfigError(
+        f'--resume_from={step}: there is no checkpoint of that step in '
+        f'{self.path}; there: {there}; 0 begins again'
+      )
+    try:
+      return self._restore_whole(step, abstract)
+    except _Broken as e:
+      raise RunError(
+        f'cannot read the checkpoint of step {step} in {self.path}: {e}'
+      ) from e
+
+  def _restore_whole(self, step: int, abstract: Any) -> Restored:
+    """Restores a checkpoint, or raises `_Broken` with the reason."""
+    self._check_files(step)
+    try:
+      return self._restore(step, abstract)
+    except Exception as e:
+      reason = _reason(e)
+    if reason in _DISK_REASONS:
+      raise self._unreadable(step, reason)
+    raise _Broken(reason)
+
+  def _check_files(self, step: int) -> None:
+    """Compares the files with their digest; process 0 does, for all.
+
+    Raises:
+      _Broken: they are not what was written.
+      RunError: they cannot be read, which says nothing about them.
+    """
+    damage = refusal = None
+    if jax.process_index() == 0:
+      try:
+        damage = digest.damage(self.path / str(step))
+      except OSError as e:
+        refusal = f'{e.filename or "a file"}: {e.strerror or e}'
+    if jax.process_count() > 1:
+      found = 2 if refusal else int(damage is not None)
+      found = multihost_utils.broadcast_one_to_all(np.int32(found))
+      if found == 1:
+        damage = damage or 'process 0 found it damaged'
+      elif found == 2:
+        refusal = refusal or 'process 0 cannot read it'
+    if refusal:
+      raise self._unreadable(step, refusal)
+    if damage is not None:
+      raise _Broken(damage)
+
+  def _unreadable(self, step: int, reason: str) -> RunError:
+    return RunError(
+      f'cannot read the checkpoint of step {step} in {self.path}: {reason}; '
+      'nothing was changed, mend its permissions or its disk'
+    )
 
   def _restore(self, step: int, abstract: Any) -> Restored:
     fields = _fields(abstract)
@@ -240,12 +397,13 @@ class Checkpoints:
     steps = self.steps()
     if not steps:
       return None
-    reason = _agree(self._damage(steps[-1]))
-    if reason is None:
-      try:
-        return _arrays(self.path / str(steps[-1]) / 'state', read=True)
-      except Exception as e:
-        reason = _reason(e)
+    try:
+      self._check_files(steps[-1])
+      return _arrays(self.path / str(steps[-1]) / 'state', read=True)
+    except RunError:
+      raise
+    except Exception as e:
+      reason = str(e) if isinstance(e, _Broken) else _reason(e)
     raise RunError(
       f'cannot read the checkpoint of step {steps[-1]} in {self.path}: {reason}'
     )
@@ -257,51 +415,18 @@ class Checkpoints:
     for name in (f'{self._saving}{_TEMPORARY}', str(self._saving)):
       folder = self.path / name
       if folder.is_dir():
-        (folder / DIGEST).write_text(json.dumps(_digest(folder)))
+        digest.write(folder)
         return
 
-  def _damage(self, step: int) -> str | None:
-    """What is wrong with the files of a checkpoint, in a few words."""
-    folder = self.path / str(step)
-    try:
-      expected = json_text.read_object(folder / DIGEST)
-      digest = _digest(folder)
-    except FileNotFoundError:
-      return f'{DIGEST} is missing'
-    except (OSError, ValueError) as e:
-      return f'{type(e).__name__} while checking its files'
-    for name, (size, checksum) in expected.items():
-      if name not in digest:
-        return f'{name} is missing'
-      if digest[name][0] != size:
-        return f'{name} has {digest[name][0]} bytes, not {size}'
-      if digest[name][1] != checksum:
-        return f'{name} was altered'
-    return None
-
-  def _set_aside(self, steps: list[int]) -> None:
-    """Frees the numbers of broken checkpoints, which will come again."""
-    if self._read_only or not steps:
-      return
-    for step in steps if jax.process_index() == 0 else ():
-      target, copies = self.path / f'{step}.corrupt', 1
-      while target.exists():
-        target, copies = self.path / f'{step}.corrupt{copies}', copies + 1
-      try:
-        (self.path / str(step)).rename(target)
-      except OSError as e:
-        raise RunError(f'cannot rename to {target}: {e.strerror}') from e
-      self._say(f'the damaged checkpoint is kept as {target.name}')
-    self._manager.reload()
-
-  def _check_space(self, step: int, state: Any) -> None:
-    # Refused here, a save that cannot fit costs one line; refused by the file
-    # system, every writer thread of Orbax reports for itself.
+  def _check_disk(self, step: int, state: Any) -> None:
+    # Refused here, a save that cannot be made costs one line; refused by the
+    # file system, every writer thread of Orbax reports for itself, or waits.
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     try:
+      tempfile.TemporaryFile(dir=self.path).close()
       free = shutil.disk_usage(self.path).free
     except OSError as e:
-      raise self._failure(step, str(e.strerror)) from e
+      raise self._failure(step, str(e.strerror).lower()) from e
     if free < need:
       raise self._failure(
         step, f'it takes {_size(need)}, the disk has {_size(free)} left'
@@ -339,28 +464,19 @@ def _arrays(folder: pathlib.Path, *, read: bool) -> dict[str, Any]:
     return reader.restore(folder, args=args)
 
 
-def _digest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-  """Size and CRC-32 of every file in the folder's items.
-
-  Files beside the items are Orbax's own notes, written last of all.
-  """
-  digest = {}
-  for path in sorted(folder.rglob('*')):
-    if path.is_file() and path.parent != folder:
-      size, checksum = 0, 0
-      with path.open('rb') as f:
-        while block := f.read(1 << 20):
-          size, checksum = size + len(block), zlib.crc32(block, checksum)
-      digest[path.relative_to(folder).as_posix()] = (size, checksum)
-  return digest
+def _written(folder: pathlib.Path) -> list[tuple[str, int]]:
+  """Names and sizes of what the saves under way have written so far."""
+  found = []
+  with contextlib.suppress(OSError):  # renamed meanwhile
+    for path in sorted(folder.glob(f'*{_TEMPORARY}*/**/*')):
+      found.append((path.name, path.stat().st_size))
+  return found
 
 
-def _agree(damage: str | None) -> str | None:
-  """Process 0's answer on every process, which must restore the same step."""
-  if jax.process_count() == 1:
-    return damage
-  broken = multihost_utils.broadcast_one_to_all(np.bool_(damage is not None))
-  return (damage or 'process 0 found it damaged') if broken else None
+def _meet(what: str) -> None:
+  """Waits for the other processes, where there are any."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,12 @@
-"""What a user sees of a run: a progress bar on a terminal, lines elsewhere."""
+"""What a user sees of a run: a progress bar on a terminal, lines elsewhere.
 
+Once the terminal is gone (SIGHUP) a run speaks to nobody; it saves first.
+"""
+
+import errno
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import rich.console
@@ -9,7 +14,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from psa_jax import tasks
+from psa_jax import command_line, tasks
 
 Table = Sequence[tuple[str, str]]
 
@@ -36,6 +41,21 @@ def open_console(total_steps: int) -> Console:
   return (_Terminal if sys.stdout.isatty() else _Lines)(total_steps)
 
 
+def _unless_gone(method: Callable[..., None]) -> Callable[..., None]:
+  """A method that shows something, where there still is a terminal."""
+
+  @functools.wraps(method)
+  def show(*args, **kwargs):
+    try:
+      method(*args, **kwargs)
+    except OSError as e:
+      if e.errno != errno.EIO:
+        raise
+      command_line.drop_output()
+
+  return show
+
+
 class Silence:
   """The console of every process but the first."""
 
@@ -56,6 +76,7 @@ class _Lines:
   def __init__(self, total_steps):
     self._total = total_steps
 
+  @_unless_gone
   def say(self, line):
     print(line, flush=True)
 
@@ -91,9 +112,11 @@ class _Terminal:
     )
     self._task = self._bar.add_task('', total=total_steps)
 
+  @_unless_gone
   def say(self, line):
     self._console.print(line, markup=False)
 
+  @_unless_gone
   def show(self, row, *, eta=None):
     text = '  '.join(_fields(row, eta))
     if row['kind'] == 'train':
@@ -102,6 +125,7 @@ class _Terminal:
     else:
       self.say(f'{row["kind"]} at step {row["step"]}  {text}')
 
+  @_unless_gone
   def table(self, title, rows):
     table = rich.table.Table(
       '', rich.table.Column(justify='right'), show_header=False
@@ -111,6 +135,7 @@ class _Terminal:
     self.say(title)
     self._console.print(table)
 
+  @_unless_gone
   def close(self):
     self._bar.stop()
 

@@ -14,6 +14,10 @@ from psa_jax.train import step as step_lib
 from psa_jax.train.state import Program, TrainState
 
 
+class NotFiniteError(RunError):
+  """The loss of an evaluation is not finite."""
+
+
 class Evaluator:
   """Evaluates states of one program; each mechanism is compiled once."""
 
@@ -48,7 +52,7 @@ class Evaluator:
       before_batch: may raise, to stop.
 
     Raises:
-      RunError: the loss is not finite.
+      NotFiniteError: the loss is not finite.
     """
     if mechanism not in self._steps:
       program = self._program.read_by(mechanism)
@@ -60,7 +64,7 @@ class Evaluator:
     if isinstance(self._task, Generator):
       result |= self._task.generate(program, state, before_batch=before_batch)
     if not math.isfinite(result['loss']):
-      raise RunError(
+      raise NotFiniteError(
         f'step {int(state.step)}: the validation loss with {mechanism} '
         f'attention is {result["loss"]}'
       )

@@ -1,7 +1,8 @@
 """A finished model as two files that any run of this code can load.
 
 `model.safetensors` holds the arrays, named by their paths (`params/layers/mlp/
-w_up`) with the step in its metadata; `config.json` beside it is an ordinary
+w_up`), with the step and a CRC-32 of it all in its metadata; `config.json`
+beside it is an ordinary
 configuration whose model has no norms left (`models/folding.py`). So
 
   python launch.py --config=RECIPE --mode=export
@@ -11,8 +12,11 @@ judges the folded model, with any key of `eval` or `data` overridden.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +32,7 @@ from psa_jax.train import workdir
 from psa_jax.train.state import Program, TrainState
 
 FOLDER = 'export'  # in the work directory of the run
-WEIGHTS = 'model.safetensors'
+WEIGHTS = workdir.EXPORTED
 _PARTS = ('params', 'model_state')
 
 
@@ -66,17 +70,38 @@ def save(
     for part, tree in zip(_PARTS, folded[1:], strict=True)
     for name, value in _flat(tree)
   }
+  target = make_folder(folder)
+  text = json.dumps(config_lib.to_dict(config), indent=2) + '\n'
+  try:
+    weights = workdir.draft(target / WEIGHTS)
+    beside = workdir.draft(target / workdir.CONFIG)
+    mode = weights.stat().st_mode  # which save_file does not keep
+    save_file(flat, weights, metadata=_metadata(step, flat))
+    weights.chmod(mode)
+    beside.write_text(text, encoding='utf-8')
+    for draft in (weights, beside):
+      with draft.open('rb') as f:
+        os.fsync(f.fileno())
+    os.replace(weights, target / WEIGHTS)
+    os.replace(beside, target / workdir.CONFIG)
+  except (OSError, SafetensorError) as e:
+    workdir.remove_drafts(target)
+    raise RunError(f'cannot write {target / WEIGHTS}: {e}') from e
+  return config, target
+
+
+def make_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The folder of the exported model in that of its run, made if needed.
+
+  Raises:
+    RunError: it cannot be made.
+  """
   target = folder / FOLDER
-  draft = target / f'.{WEIGHTS}.{os.getpid()}.tmp'
   try:
     target.mkdir(exist_ok=True)
-    save_file(flat, draft, metadata={'step': str(step)})
-    os.replace(draft, target / WEIGHTS)
-  except (OSError, SafetensorError) as e:
-    draft.unlink(missing_ok=True)
-    raise RunError(f'cannot write {target / WEIGHTS}: {e}') from e
-  workdir.write_json(target / workdir.CONFIG, config_lib.to_dict(config))
-  return config, target
+  except OSError as e:
+    raise RunError(f'cannot make {target}: {e.strerror}') from e
+  return target
 
 
 def load(folder: pathlib.Path, program: Program) -> TrainState:
@@ -88,8 +113,11 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
   """
   try:
     with safe_open(folder / WEIGHTS, framework='np') as f:
-      step = int((f.metadata() or {})['step'])
+      metadata = f.metadata() or {}
       tensors = {name: f.get_tensor(name) for name in f.keys()}
+    step = int(metadata['step'])
+    if metadata != _metadata(step, tensors):
+      raise ValueError('it was altered')
   except (OSError, SafetensorError, KeyError, ValueError) as e:
     raise RunError(
       f'cannot read {folder / WEIGHTS}: {e}; export the model again'
@@ -99,13 +127,14 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
     def one(path, like):
       name = '/'.join([part, *(entry.key for entry in path)])
       value = tensors.pop(name, None)
-      if value is None or value.shape != like.shape:
-        had = 'none' if value is None else f'one of shape {value.shape}'
+      want = f'{like.dtype}{list(like.shape)}'
+      had = 'none' if value is None else f'{value.dtype}{list(value.shape)}'
+      if want != had:
         raise ConfigError(
-          f'{folder / WEIGHTS} is of another model: {name} has shape '
-          f'{like.shape}, the file has {had}'
+          f'{folder / WEIGHTS} is of another model: {name} is {want}, the '
+          f'file has {had}'
         )
-      return jax.device_put(value.astype(like.dtype), like.sharding)
+      return jax.device_put(value, like.sharding)
 
     return jax.tree.map_with_path(one, getattr(program.abstract, part))
 
@@ -117,6 +146,23 @@ def load(folder: pathlib.Path, program: Program) -> TrainState:
   where = program.shardings.step
   step, fault = (jax.device_put(np.int32(x), where) for x in (step, 0))
   return TrainState(step, params, model_state, (), fault)
+
+
+def _metadata(step: int, arrays: Mapping[str, Any]) -> dict[str, str]:
+  """The step, and a checksum of it and of every array's name and content.
+
+  Raises:
+    ValueError: no run has that step.
+  """
+  if not 0 <= step < 2**31:
+    raise ValueError(f'its step is {step}')
+  check = zlib.crc32(str(step).encode())
+  for name, value in sorted(arrays.items()):
+    array = np.asarray(value)
+    head = f'{name} {array.dtype} {array.shape}'
+    check = zlib.crc32(head.encode(), check)
+    check = zlib.crc32(array.tobytes(), check)
+  return {'step': str(step), 'crc32': f'{check:08x}'}
 
 
 def _flat(tree: dict[str, Any], before: str = ''):

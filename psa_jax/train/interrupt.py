@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: stop at the next step boundary, with everything saved.
+"""Signals: stop at the next step boundary, with everything saved.
+
+SIGTERM, Ctrl-C and SIGHUP (the terminal is gone) all do; a SIGHUP that is
+ignored, as under nohup, stays ignored.
 
 A Python signal handler runs only when the main thread is between two
 bytecodes, so not while it waits for a step of ten seconds. Here the signal's
@@ -10,6 +13,7 @@ With several processes JAX's preemption service catches SIGTERM on any of them
 and names a step at which all of them stop.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -19,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ABORTED = 130
 
 
@@ -28,7 +32,7 @@ class Stopped(Exception):
 
 
 class Interrupt:
-  """A context in which SIGINT and SIGTERM only make `check` raise.
+  """A context in which the signals only make `check` raise.
 
   Outside the main thread, where Python cannot catch signals, and with several
   processes it changes nothing.
@@ -75,6 +79,9 @@ class Interrupt:
     os.set_blocking(self._writer, False)
     self._old_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     for number in SIGNALS:
+      ignored = signal.getsignal(number) == signal.SIG_IGN
+      if number == signal.SIGHUP and ignored:
+        continue
       # Without a handler a signal would do what it does by default.
       self._handlers[number] = signal.signal(number, lambda *_: None)
     self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -102,7 +109,8 @@ class Interrupt:
     if self._signal is None:
       self._signal = number
       name = signal.Signals(number).name
-      self._say(f'{name}: saving after this step; Ctrl-C again to abort')
+      with contextlib.suppress(OSError):  # after SIGHUP nobody may listen
+        self._say(f'{name}: saving after this step; Ctrl-C again to abort')
     elif number == signal.SIGINT:
       self._before_abort()
       os._exit(_ABORTED)

@@ -11,12 +11,14 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from psa_jax import command_line, sharding, tasks
-from psa_jax.config import Config, RunError
+from psa_jax.config import Config, ConfigError, RunError
 from psa_jax.tasks import Data, load_data, make_task
 from psa_jax.train import console as console_lib
-from psa_jax.train import export, recalibrate
+from psa_jax.train import export, lock, recalibrate
 from psa_jax.train import result as result_lib
 from psa_jax.train import run as run_lib
 from psa_jax.train import stages as stages_lib
@@ -33,6 +35,7 @@ def train_and_evaluate(
   *,
   corpus: Data | None = None,
   allow_config_change: bool = False,
+  resume_from: int | None = None,
 ) -> dict[str, Any]:
   """Trains to the end of `config.train`, or goes on where a run stopped.
 
@@ -41,6 +44,8 @@ def train_and_evaluate(
     workdir: its folder; made where it does not exist.
     corpus: from `tasks.load_data`, if it is at hand already.
     allow_config_change: go on with another configuration or other data.
+    resume_from: go back to the checkpoint of this step, 0 to the beginning;
+      what came after it is kept under other names. None: from the newest one.
 
   Returns:
     The content of `result.json`; after SIGTERM or Ctrl-C the `step` that was
@@ -55,32 +60,34 @@ def train_and_evaluate(
   sharding.initialize_distributed()
   workdir_lib.check(folder, config, allow_config_change=allow_config_change)
   done = result_lib.load_complete(folder, config)
-  if done is not None:
+  if done is not None and resume_from is None:
     return _show_complete(folder, done)
-  corpus = corpus or load_data(config)
-  console = _open_console(sum(config.train.steps))
-  record = functools.partial(
-    _record, folder, config, corpus, allow_config_change
-  )
-  with contextlib.closing(
-    run_lib.Run(config, folder, corpus, console, record)
-  ) as run:
-    if not jax.process_index():
-      workdir_lib.check_data(
-        folder, corpus.manifest, allow_config_change=allow_config_change
-      )
-    with run.interrupt, jax.set_mesh(run.mesh):
-      try:
-        run.resume()
-        run.train()
-        return run.finish()
-      except Stopped:
-        return run.stop()
-      except BrokenPipeError:  # nobody reads the lines any more: `| head`
-        command_line.drop_output()
-        if run.step:
-          run.stop()
-        raise
+  with _hold(folder, 'train', alone=True):
+    corpus = corpus or load_data(config)
+    console = _open_console(sum(config.train.steps))
+    record = functools.partial(
+      _record, folder, config, corpus, allow_config_change
+    )
+    with contextlib.closing(
+      run_lib.Run(config, folder, corpus, console, record)
+    ) as run:
+      if not jax.process_index():
+        workdir_lib.remove_drafts(folder)
+        workdir_lib.check_data(
+          folder, corpus.manifest, allow_config_change=allow_config_change
+        )
+      with run.interrupt, jax.set_mesh(run.mesh):
+        try:
+          run.resume(resume_from)
+          run.train()
+          return run.finish()
+        except Stopped:
+          return run.stop()
+        except BrokenPipeError:  # nobody reads the lines any more: `| head`
+          command_line.drop_output()
+          if run.step:
+            run.stop()
+          raise
 
 
 def evaluate_checkpoint(
@@ -106,7 +113,21 @@ def evaluate_checkpoint(
   """
   tasks.check(config)
   sharding.initialize_distributed()
-  console, folder = _open_console(0), pathlib.Path(workdir)
+  folder = pathlib.Path(workdir)
+  exported = (folder / workdir_lib.EXPORTED).exists()
+  if exported and (folder / run_lib.CHECKPOINTS).exists():
+    raise ConfigError(
+      f'{folder} holds an exported model and the checkpoints of a run; move '
+      f'{workdir_lib.EXPORTED} or {run_lib.CHECKPOINTS} away'
+    )
+  if not exported:
+    _check_there_is_a_checkpoint(folder)
+  with _hold(folder, 'eval', alone=False):
+    return _evaluate(config, folder, corpus, exported=exported)
+
+
+def _evaluate(config, folder, corpus, *, exported: bool) -> dict[str, Any]:
+  console = _open_console(0)
   mesh = sharding.make_mesh(config.mesh)
   judged = recalibrate.still(config) if config.eval.recalibrate_bn else config
   task = make_task(judged, corpus or load_data(config), mesh)
@@ -114,7 +135,7 @@ def evaluate_checkpoint(
     judged, task.vocab_size, mesh, classes=task.classes
   )
   with jax.set_mesh(mesh):
-    if (folder / export.WEIGHTS).exists():
+    if exported:
       state = export.load(folder, program)
     else:
       state = _restored(judged, folder, task, program, console)
@@ -150,7 +171,18 @@ def export_checkpoint(
   """
   tasks.check(config)
   sharding.initialize_distributed()
-  console, folder = _open_console(0), pathlib.Path(workdir)
+  folder = pathlib.Path(workdir)
+  _check_there_is_a_checkpoint(folder)
+  target = export.make_folder(folder)
+  with (
+    _hold(folder, 'export', alone=False),
+    _hold(target, 'export', alone=True),
+  ):
+    return _export(config, folder, corpus)
+
+
+def _export(config, folder, corpus) -> pathlib.Path:
+  console = _open_console(0)
   mesh = sharding.make_mesh(config.mesh)
   judged = recalibrate.still(config) if config.eval.recalibrate_bn else config
   task = make_task(judged, corpus or load_data(config), mesh)
@@ -166,6 +198,34 @@ def export_checkpoint(
     f'--config={target / workdir_lib.CONFIG}'
   )
   return target
+
+
+def _hold(folder: pathlib.Path, mode: str, *, alone: bool):
+  """The folder's lock, which the first process takes for all of them."""
+  if jax.process_count() == 1:
+    return lock.hold(folder, mode, alone=alone)
+  return _hold_for_all(folder, mode, alone)
+
+
+@contextlib.contextmanager
+def _hold_for_all(folder, mode, alone):
+  refusal = None
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(lock.hold(folder, mode, alone=alone))
+      except (ConfigError, RunError) as e:
+        refusal = e
+    refused = np.bool_(refusal is not None)
+    if multihost_utils.broadcast_one_to_all(refused):
+      raise refusal or ConfigError(f'process 0 may not use {folder}')
+    yield
+
+
+def _check_there_is_a_checkpoint(folder: pathlib.Path) -> None:
+  """Before a lock's file is made in a folder that holds no run."""
+  if not (folder / run_lib.CHECKPOINTS).exists():
+    raise RunError(f'there is no checkpoint in {folder}; train first')
 
 
 def _restored(config, folder, task, program, console) -> state_lib.TrainState:

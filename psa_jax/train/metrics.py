@@ -3,7 +3,8 @@
 `metrics.jsonl` is the source of truth: tables, plots and tests read it. One
 JSON object a line, of a `kind` (train, eval, final), with the `step` it
 belongs to. A resumed run drops the rows after the step it restored, so the
-file ends up as if nothing had happened.
+file ends up as if nothing had happened. A line that is not a row, because a
+byte of it changed, is left out; the file as it was is kept beside it.
 
 TensorBoard event files are written by tensorboardX, hparams among them. Its
 own `add_hparams` opens a second file of the same name, which overwrites the
@@ -14,7 +15,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,36 +24,74 @@ import tensorboardX
 from absl import logging
 
 from psa_jax import config as config_lib
-from psa_jax.config import Config, json_text
+from psa_jax.config import Config, RunError, json_text
+from psa_jax.train import workdir
 
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
 _FLUSH_SECONDS = 10
+_KINDS = ('train', 'eval', 'final')
+_WORDS = ('kind', 'mechanism')
+_SHOWN = 5
 
 
 class MetricsFile:
   """`metrics.jsonl` of one run, open for appending."""
 
-  def __init__(self, path: str | pathlib.Path, *, step: int):
-    """Cuts off what a run that goes on from `step` will write again.
+  def __init__(
+    self,
+    path: str | pathlib.Path,
+    *,
+    step: int,
+    say: Callable[[str], None] = logging.warning,
+  ):
+    """Takes out what a run that goes on from `step` will write again.
 
     That is every later row, the evaluation at `step` itself (a checkpoint is
-    saved before it), and a half-written line.
+    saved before it), and a half-written last line.
 
     Args:
       path: the file; it is made where it does not exist.
       step: the step that the run goes on from.
+      say: told of lines that are no rows.
+
+    Raises:
+      RunError: the file cannot be read or written.
     """
-    path, size = pathlib.Path(path), 0
-    path.touch()
-    self.rows = []
-    for row, end in _read(path):
-      if (row['step'], row['kind'] != 'train') > (step, False):
-        break
-      self.rows.append(row)
-      size = end
-    os.truncate(path, size)  # one system call: never half done
-    self._file = path.open('a', encoding='utf-8')
+    self._path = pathlib.Path(path)
+    try:
+      self._path.touch()
+      lines, damaged = _read(self._path)
+      if damaged:
+        self._keep_damaged(damaged, say)
+      kept = [
+        (row, line)
+        for row, line in lines
+        if (row['step'], row['kind'] != 'train') <= (step, False)
+      ]
+      self.rows = [row for row, _ in kept]
+      self._replace(b''.join(line for _, line in kept))
+      self._file = self._path.open('ab', buffering=0)
+    except OSError as e:
+      raise self._error(e) from e
+
+  def _keep_damaged(self, damaged, say) -> None:
+    kept = workdir.free_name(self._path, 'corrupt')
+    shutil.copyfile(self._path, kept)
+    say(
+      f'{self._path}: {_lines(damaged)}, and left out; the file as it was is '
+      f'kept as {kept.name}'
+    )
+
+  def _replace(self, content: bytes) -> None:
+    """Leaves `content` in the file, in one system call: never half of it."""
+    if self._path.read_bytes().startswith(content):
+      os.truncate(self._path, len(content))
+    else:
+      workdir.write_bytes(self._path, content)
+
+  def _error(self, error: OSError) -> RunError:
+    return RunError(f'cannot write {self._path}: {error.strerror}')
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Appends a row, NaN as null; it survives the death of the process."""
@@ -62,8 +102,12 @@ class MetricsFile:
       for name, value in row.items()
     }
     self.rows.append(row)
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    self._file.flush()
+    line = (json.dumps(row, allow_nan=False) + '\n').encode()
+    try:
+      while line:  # a full disk takes a part first
+        line = line[self._file.write(line) :]
+    except OSError as e:
+      raise self._error(e) from e
 
   def close(self) -> None:
     """Closes the file."""
@@ -102,14 +146,13 @@ class TensorBoard:
     experiment, start, self._end = tensorboardX.summary.hparams(
       simple, dict.fromkeys(metrics, 0.0)
     )
+    self._said = False
+    self._guard(self._writer.file_writer.event_writer._ev_writer)
     self._writer.file_writer.add_summary(experiment)
     self._writer.file_writer.add_summary(start)
-    self._said = False
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds the numbers of a row under `<kind>[_<mechanism>]/<name>`."""
-    if not self._alive():
-      return
     words = [row['kind'], row.get('mechanism')]
     prefix = '_'.join(word for word in words if word)
     for name, value in row.items():
@@ -118,23 +161,35 @@ class TensorBoard:
 
   def close(self) -> None:
     """Marks the run as ended and closes the file."""
-    if not self._alive():
-      return
     self._writer.file_writer.add_summary(self._end)
     self._writer.close()
 
-  def _alive(self) -> bool:
-    # tensorboardX writes from a thread and does not watch it: once that died
-    # (a full disk), its queue fills up and the next write waits for ever.
-    alive = self._writer.file_writer.event_writer._worker.is_alive()
-    if not alive and not self._said:
-      self._said = True
-      logging.warning(
-        'TensorBoard events cannot be written to %s any more (is the disk '
-        'full?); metrics.jsonl goes on',
-        self._writer.logdir,
-      )
-    return alive
+  def _guard(self, events: Any) -> None:
+    """Keeps a disk that is full from tensorboardX's thread.
+
+    It writes from a thread that nobody watches: one that died of an error
+    leaves its traceback, and a queue that fills up until a write waits for
+    ever.
+    """
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+      def call_or_say(*args):
+        try:
+          return call(*args)
+        except OSError as e:
+          if not self._said:
+            self._said = True
+            logging.warning(
+              'TensorBoard events cannot be written to %s any more: %s; '
+              'metrics.jsonl goes on',
+              self._writer.logdir,
+              e.strerror,
+            )
+
+      return call_or_say
+
+    for name in ('write_event', 'flush', 'close'):
+      setattr(events, name, guarded(getattr(events, name)))
 
 
 class Log:
@@ -148,6 +203,7 @@ class Log:
     step: int,
     quality: str = 'bits_per_byte',
     mechanisms: Sequence[str] = (),
+    say: Callable[[str], None] = logging.warning,
   ):
     """Opens the writers.
 
@@ -157,12 +213,13 @@ class Log:
       step: the step that the run goes on from.
       quality: the metric that TensorBoard's hparams table shows.
       mechanisms: whose; those that the run is judged with.
+      say: shows one line to the user.
     """
     self.rows: list[dict[str, Any]] = []
     self._writers: list[MetricsFile | TensorBoard] = []
     if jax.process_index():
       return
-    metrics = MetricsFile(folder / METRICS, step=step)
+    metrics = MetricsFile(folder / METRICS, step=step, say=say)
     self.rows = metrics.rows
     self._writers.append(metrics)
     if config.log.tensorboard:
@@ -199,21 +256,66 @@ def _hparams(config: Config) -> dict[str, Any]:
   return {name: values[name]} | own
 
 
-def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a metrics file, up to the first line that is not whole."""
-  return [row for row, _ in _read(pathlib.Path(path))]
+def read_rows(
+  path: str | pathlib.Path, say: Callable[[str], None] = logging.warning
+) -> list[dict[str, Any]]:
+  """The rows of a metrics file; `say` is told of lines that are none."""
+  lines, damaged = _read(pathlib.Path(path))
+  if damaged:
+    say(f'{path}: {_lines(damaged)}, and left out')
+  return [row for row, _ in lines]
 
 
-def _read(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
-  """Rows, each with the place in the file where it ends."""
-  end = 0
-  for line in path.read_bytes().splitlines(keepends=True):
-    try:
-      row = json_text.parse(line)
-    except ValueError:
-      return
-    known = isinstance(row, dict) and {'kind', 'step'} <= row.keys()
-    if not known or not line.endswith(b'\n'):
-      return
-    end += len(line)
-    yield row, end
+def _read(
+  path: pathlib.Path,
+) -> tuple[list[tuple[dict[str, Any], bytes]], dict[int, str]]:
+  """Rows with their lines, and what is wrong by the number of a line.
+
+  The last line is no fault where it is half: a process was killed.
+  """
+  rows, damaged = [], {}
+  lines = path.read_bytes().split(b'\n')
+  for number, line in enumerate(lines[:-1], 1):
+    row = _parse(line)
+    if isinstance(row, str):
+      damaged[number] = row
+    else:
+      rows.append((row, line + b'\n'))
+  return rows, damaged
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+  """The row in a line, or what is wrong with it."""
+  try:
+    row = json_text.parse(line)
+  except ValueError:
+    return 'not JSON'
+  if not isinstance(row, dict):
+    return 'no object'
+  if row.get('kind') not in _KINDS:
+    return f'kind is none of {", ".join(_KINDS)}'
+  if 'step' not in row:
+    return 'step is missing'
+  for name, value in row.items():
+    if name not in ('step', 'stage') and row['kind'] != 'train':
+      continue  # an evaluation may hold texts and lists
+    if name in ('step', 'stage'):
+      if type(value) is not int or not 0 <= value < 2**31:
+        return f'{name} is no count'
+    elif name not in _WORDS and not _is_number(value):
+      return f'{name} is no number'
+  return row
+
+
+def _is_number(value: Any) -> bool:
+  return value is None or (
+    isinstance(value, int | float) and not isinstance(value, bool)
+  )
+
+
+def _lines(damaged: Mapping[int, str]) -> str:
+  """Which lines are damaged and how, the first few."""
+  listed = [f'line {number} ({what})' for number, what in damaged.items()]
+  more = f' and {len(listed) - _SHOWN} more' if len(listed) > _SHOWN else ''
+  verb = 'is' if len(listed) == 1 else 'are'
+  return f'{", ".join(listed[:_SHOWN])}{more} {verb} damaged'

@@ -34,7 +34,9 @@ from psa_jax.tasks import Loss, Task
 from psa_jax.train import controller, optim
 from psa_jax.train.state import Program, TrainState
 
-FAULTS = ('loss', 'grad_norm', 'parameters', 'statistics')
+FAULTS = ('loss', 'grad_norm', 'parameters', 'statistics', 'optimizer state')
+# The state before such an update is sound: its loss and gradient are finite.
+OF_UPDATE = ('parameters', 'optimizer state')
 
 
 def make_train_step(config: Config, task: Task, program: Program):
@@ -90,7 +92,8 @@ def make_train_step(config: Config, task: Task, program: Program):
     # `updated` is computed twice. Once only to be checked, which XLA does
     # without storing it, and then in place: choosing between two finished
     # states would keep both in memory.
-    new_fault = _fault(metrics, updated().params, model_state)
+    checked = updated()
+    new_fault = _fault(metrics, checked.params, model_state, checked.opt_state)
     fault = jnp.where(state.fault > 0, state.fault, new_fault)
     kept = jax.lax.cond(fault == 0, updated, lambda: state)
     return kept._replace(fault=fault), {**metrics, 'fault': fault}
@@ -178,13 +181,16 @@ def _micro_batches(batch, count, mesh):
   return jax.tree.map(split, batch)
 
 
-def _fault(metrics: Any, params: Any, model_state: Any) -> jax.Array:
+def _fault(
+  metrics: Any, params: Any, model_state: Any, opt_state: Any
+) -> jax.Array:
   """0, or which of `FAULTS` is the first that is not finite, from 1."""
   finite = [
     jnp.isfinite(metrics['loss']),
     jnp.isfinite(metrics['grad_norm']),
     _all_finite(params),
     _all_finite(model_state),
+    _all_finite(opt_state),
   ]
   failed = ~jnp.stack(finite)
   fault = jnp.where(jnp.any(failed), jnp.argmax(failed) + 1, 0)

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,7 @@ CONFIG = 'config.json'
 COMMAND = 'command.txt'
 ENVIRONMENT = 'environment.json'
 MANIFEST = 'data_manifest.json'
+EXPORTED = 'model.safetensors'  # in the folder of an exported model
 
 _MEND = 'take another --workdir, or pass --allow_config_change'
 
@@ -63,6 +65,11 @@ def check(
   if must_exist and not (path / CONFIG).exists():
     raise ConfigError(f'no run in {path}: there is no {CONFIG}; train first')
   if not must_exist:  # an evaluation writes nothing
+    if os.path.exists(path / EXPORTED):
+      raise ConfigError(
+        f'{path} holds an exported model, which is read and not trained; '
+        'evaluate it with --mode=eval, or choose another --workdir'
+      )
     _make_writable(path)
   changes = _config_changes(path, config)
   if changes is None:
@@ -173,20 +180,66 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   Raises:
     RunError: the file cannot be written; the old one is still whole.
   """
-  _write(path, json.dumps(value, indent=2) + '\n')
+  write_bytes(path, (json.dumps(value, indent=2) + '\n').encode())
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+def draft(path: pathlib.Path) -> pathlib.Path:
+  """An empty file beside `path`, to be filled and renamed to it.
+
+  Nobody can guess its name and have a link lie there; its mode is what the
+  umask leaves.
+
+  Raises:
+    OSError: it cannot be made.
+  """
+  found = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
+  found.open('x').close()
+  return found
+
+
+def remove_drafts(folder: pathlib.Path) -> None:
+  """Removes what killed processes left; for who has the folder alone."""
+  for path in folder.glob('.*.tmp'):
+    with contextlib.suppress(OSError):
+      path.unlink()
+
+
+def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
+  """Renames `path` to `path.why`, or `path.why1` and so on; returns the name.
+
+  Raises:
+    RunError: it cannot be renamed.
+  """
+  target = free_name(path, why)
   try:
-    with open(temporary, 'w', encoding='utf-8') as f:
-      f.write(text)
+    path.rename(target)
+  except OSError as e:
+    raise RunError(f'cannot rename {path} to {target}: {e.strerror}') from e
+  return target
+
+
+def free_name(path: pathlib.Path, why: str) -> pathlib.Path:
+  """`path.why`, or `path.why1` and so on where that is taken."""
+  target, copies = path.with_name(f'{path.name}.{why}'), 1
+  while target.exists():
+    target = path.with_name(f'{path.name}.{why}{copies}')
+    copies += 1
+  return target
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """As `write_json`, any bytes."""
+  temporary = None
+  try:
+    temporary = draft(path)
+    with open(temporary, 'wb') as f:
+      f.write(content)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)
   except OSError as e:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+    if temporary is not None:
+      temporary.unlink(missing_ok=True)
     raise RunError(f'cannot write {path}: {e.strerror}') from e
 
 
@@ -246,7 +299,8 @@ def _append_command(
   if changes is not None:
     changed = changes.runtime | changes.other
     note += f'; resumed{", " if changed else ""}{_describe(changed)}'
-  _write(target, f'{earlier}{note}\n{shlex.join(command)}\n')
+  text = f'{earlier}{note}\n{shlex.join(command)}\n'
+  write_bytes(target, text.encode('utf-8'))
 
 
 def _describe(changed: Mapping[str, tuple[Any, Any]], prefix: str = '') -> str:

@@ -527,3 +527,12 @@ def test_a_mask_of_another_shape_is_refused():
     make_norm()(
       jnp.asarray(inputs()), step=0, train=True, mask=jnp.ones((3, 4))
     )
+
+
+@pytest.mark.parametrize('kind', ['rmsnorm', 'layernorm'])
+def test_a_row_that_overflows_is_nan_and_not_0(kind):
+  """Its squares are past f32: 0 would look like a sound answer."""
+  layer = Norm(4, NormConfig(kind=kind), rngs=nnx.Rngs(0))
+  x = jnp.array([[1e20, -1e20, 3e19, 1.0], [1.0, -2.0, 3.0, 0.5]])
+  y = layer(x, step=0, train=False)
+  assert np.isnan(y[0]).all() and np.isfinite(y[1]).all()

@@ -56,8 +56,8 @@ def start(*args, **environment):
   )
 
 
-def interrupted(folder, text, number, step, *, config='config'):
+def interrupted(folder, text, number, when, *, config='config'):
   """Exit code and output of a run that sends itself a signal."""
-  process = start(config, folder, text, int(number), step)
+  process = start(config, folder, text, int(number), when)
   output, _ = process.communicate(timeout=300)
   return process.returncode, output

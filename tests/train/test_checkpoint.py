@@ -1,9 +1,14 @@
 """Saving and restoring, and every way in which a checkpoint can be broken."""
 
 import collections
+import errno
 import os
+import pathlib
 import resource
 import shutil
+import tempfile
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +18,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from psa_jax import sharding
-from psa_jax.config import MeshConfig, RunError
+from psa_jax.config import ConfigError, MeshConfig, RunError
+from psa_jax.config.errors import StalledError
 from psa_jax.train import checkpoint as lib
+from psa_jax.train.digest import DIGEST
 from psa_jax.train.state import TrainState
 from tests.train import tiny
 
@@ -150,8 +157,11 @@ DAMAGE = {
   'meta flipped': lambda f: flip(f / 'meta' / 'metadata'),
   'data truncated': lambda f: truncate(f / 'data' / 'metadata'),
   'state deleted': lambda f: shutil.rmtree(f / 'state'),
-  'digest deleted': lambda f: delete(f / lib.DIGEST),
-  'digest truncated': lambda f: truncate(f / lib.DIGEST),
+  'digest deleted': lambda f: delete(f / DIGEST),
+  'digest truncated': lambda f: truncate(f / DIGEST),
+  'digest empty': lambda f: (f / DIGEST).write_text('{}'),
+  'digest of nothing': lambda f: (f / DIGEST).write_text('{"a": 1}'),
+  'a file too many': lambda f: (f / 'state' / 'more').write_text('x'),
   'empty': lambda f: [shutil.rmtree(f), f.mkdir()],
 }
 
@@ -296,3 +306,125 @@ def test_arrays_are_read_without_knowing_them(two, opened):
 def test_arrays_of_a_folder_without_checkpoints(opened):
   opened()
   assert opened(read_only=True).read_arrays() is None
+
+
+def test_what_cannot_be_read_is_refused_and_stays(two, opened, monkeypatch):
+  """Permissions and failing disks say nothing about the files."""
+  before = files(two.path)
+  read = pathlib.Path.open
+
+  def forbidden(self, *args, **kwargs):
+    if self == largest(two.path / '2'):
+      raise PermissionError(errno.EACCES, 'Permission denied', str(self))
+    return read(self, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'open', forbidden)
+    for found in (opened(), opened(read_only=True)):
+      with pytest.raises(RunError, match='step 2 in .*: Permission denied; no'):
+        found.restore_latest(abstract(state(0)))
+      with pytest.raises(RunError, match='Permission denied'):
+        found.read_arrays()
+  assert files(two.path) == before
+  assert opened().restore_latest(abstract(state(0))).step == 2
+
+
+def test_other_names_are_no_checkpoints(two, opened, said):
+  for name in ('007', '08', '+9', '\u0663', '10.corrupt', 'x'):
+    shutil.copytree(two.path / '2', two.path / name)
+  (two.path / '11').write_text('a file')
+  checkpoints = opened()
+  assert checkpoints.steps() == [1, 2] and said == []
+  assert checkpoints.restore_latest(abstract(state(0))).step == 2
+  checkpoints.save(7, state(7), {}, {})
+  checkpoints.wait()
+  found = opened().restore_latest(abstract(state(0)))
+  tiny.assert_identical(found.state, state(7))
+
+
+def test_what_killed_saves_left_under_any_name_is_cleared_away(two, opened):
+  for name in ('3.orbax-checkpoint-tmp-12', 'x.orbax-checkpoint-tmp'):
+    (two.path / name / 'state').mkdir(parents=True)
+  assert opened(read_only=True).steps() == [1, 2]
+  assert opened().restore_latest(abstract(state(0))).step == 2
+  assert sorted(path.name for path in two.path.iterdir()) == ['1', '2']
+
+
+def save(checkpoints, *steps):
+  for step in steps:
+    checkpoints.save(step, state(step), {}, {})
+  checkpoints.wait()
+
+
+def test_the_last_good_one_stays_until_a_later_one_is_good(opened):
+  checkpoints = opened(keep=1)
+  save(checkpoints, 1)
+  checkpoints.judge(1, good=True)
+  save(checkpoints, 2)
+  assert checkpoints.steps() == [1, 2] and checkpoints.last_good() == 1
+  for step in (2, 3, 4):  # a state that is blowing up
+    checkpoints.judge(step, good=False)
+    save(checkpoints, step + 1)
+  assert checkpoints.steps() == [1, 5] and checkpoints.last_good() == 1
+  # Killed there, the next process does not know, and takes the oldest for it.
+  again = opened(keep=1)
+  again.judge(5, good=False)
+  save(again, 6)
+  assert again.steps() == [1, 6] and again.last_good() == 1
+  again.judge(6, good=True)
+  again.wait()
+  assert again.steps() == [6] and again.last_good() == 6
+
+
+def test_a_step_is_chosen_and_later_ones_are_set_aside(two, opened, said):
+  checkpoints = opened()
+  found = checkpoints.restore(1, abstract(state(0)))
+  tiny.assert_identical(found.state, state(1))
+  with pytest.raises(ConfigError, match=r'--resume_from=3: .*there: 1, 2;'):
+    checkpoints.restore(3, abstract(state(0)))
+  for copy in ('2.aside', '2.aside1'):
+    checkpoints.set_aside([2], 'aside')
+    assert (two.path / copy).is_dir() and copy in said[-1]
+    save(checkpoints, 2)
+  flip(largest(two.path / '1'))
+  with pytest.raises(RunError, match='step 1 in .* was altered'):
+    checkpoints.restore(1, abstract(state(0)))
+  assert (two.path / '1').is_dir()
+
+
+def test_a_folder_that_turns_read_only_is_one_line(two, monkeypatch, capfd):
+  def refuse(**options):
+    raise OSError(errno.EROFS, 'Read-only file system')
+
+  before = files(two.path)
+  with monkeypatch.context() as patch:
+    patch.setattr(tempfile, 'TemporaryFile', refuse)
+    with pytest.raises(RunError, match='step 3: read-only file system; the la'):
+      two.save(3, state(3), {}, {})
+  assert files(two.path) == before
+  assert ''.join(capfd.readouterr()) == ''
+
+
+def test_threads_that_wait_for_ever_are_given_up(two, monkeypatch):
+  """As Orbax's do where one of them died; those that write have their time."""
+  monkeypatch.setattr(lib, 'STALL_SECONDS', 0.2)
+  monkeypatch.setattr(lib, '_LOOK_SECONDS', 0.05)
+  two.save(3, state(3), {}, {})
+  done, wait = threading.Event(), two._manager.wait_until_finished
+  monkeypatch.setattr(two._manager, 'wait_until_finished', done.wait)
+  half = two.path / '4.orbax-checkpoint-tmp'
+  half.mkdir()
+
+  def write():
+    for i in range(10):
+      (half / str(i)).write_text('x')
+      time.sleep(0.05)
+
+  threading.Thread(target=write).start()
+  began = time.monotonic()
+  with pytest.raises(StalledError, match='step 3: nothing was written'):
+    two.wait()
+  assert time.monotonic() - began > 0.5
+  two.close()
+  done.set()
+  wait()

@@ -1,5 +1,8 @@
 """What a user reads: lines, the bar, tables."""
 
+import os
+import sys
+
 import pytest
 
 from psa_jax.train import console as lib
@@ -168,3 +171,19 @@ def test_the_table_of_an_evaluation():
 def test_peak_memory_is_at_least_what_is_in_use():
   size, what = result_lib.peak_memory()
   assert size > 50 * 2**20 and what
+
+
+@pytest.mark.parametrize('kind', [lib._Lines, lib._Terminal])
+def test_a_terminal_that_is_gone_ends_no_run(kind, monkeypatch):
+  """Writes to it fail with EIO from then on."""
+  master, slave = os.openpty()
+  with os.fdopen(slave, 'w') as terminal:
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    shown = kind(9)
+    shown.say('before')
+    os.close(master)
+    for _ in range(2):
+      shown.say('after')
+      shown.show({'kind': 'train', 'step': 1, 'stage': 0, 'seq_len': 16})
+      shown.table('title', [('a', 'b')])
+    shown.close()

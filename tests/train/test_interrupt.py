@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, once and twice."""
+"""SIGTERM, SIGHUP and Ctrl-C, once and twice."""
 
 import os
 import signal
@@ -42,6 +42,17 @@ def test_a_signal_stops_at_the_next_check(number):
   assert [signal.getsignal(n) for n in SIGNALS] == before
   (line,) = said
   assert signal.Signals(number).name in line and 'again to abort' in line
+
+
+def test_nohup_stays_nohup():
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with Interrupt(lambda _: None) as interrupt:
+      os.kill(os.getpid(), signal.SIGHUP)
+      time.sleep(0.1)
+      interrupt.check()
+  finally:
+    signal.signal(signal.SIGHUP, old)
 
 
 def test_sigterm_may_come_twice():

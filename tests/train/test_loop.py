@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from psa_jax import sharding
-from psa_jax.config import ConfigError, RunError, json_text
+from psa_jax.config import (
+  CheckpointConfig,
+  ConfigError,
+  EvalConfig,
+  NormConfig,
+  RunError,
+  json_text,
+)
 from psa_jax.tasks import LanguageModel
-from psa_jax.train import loop
+from psa_jax.train import lock, loop, optim
 from psa_jax.train.checkpoint import Checkpoints
 from tests.train import tiny
 from tests.train.runs import assert_same_run, interrupted, rows, saved, start
@@ -133,6 +140,30 @@ def test_kill_9_and_resume_equals_a_run_that_was_not_killed(
   assert_same_run(config, whole[0], tmp_path)
 
 
+# Before: the first checkpoint has its name, a row of metrics is appended, the
+# record is complete, an old checkpoint is removed, the result is written.
+POINTS = (
+  'checkpoint:Checkpoints._seal:1',
+  'metrics:MetricsFile.write:5',
+  'workdir:write_bytes:3',
+  'checkpoint:shutil.rmtree:1',
+  'run:result_lib.save:1',
+)
+
+
+@pytest.mark.tier('ci')
+def test_killed_at_five_points_one_after_the_other(
+  whole, config, text, tmp_path
+):
+  for point in POINTS:
+    code, output = interrupted(tmp_path, text, signal.SIGKILL, point)
+    assert code == -signal.SIGKILL, output
+    assert 'Traceback' not in output
+  loop.train_and_evaluate(config, tmp_path)
+  assert_same_run(config, whole[0], tmp_path)
+  assert not [p for p in tmp_path.rglob('*') if 'tmp' in p.name]
+
+
 def test_what_only_tracing_refuses_binds_nothing(config, tmp_path):
   attention = dataclasses.replace(
     config.model.attention, implementation='pallas_tpu'
@@ -234,13 +265,91 @@ def test_a_loss_that_is_not_finite_stops_with_everything_saved(
       )
   message = str(error.value)
   assert 'step 2: loss is not finite' in message and '\n' not in message
-  assert 'The last good checkpoint is step 1 in' in message
+  assert 'the last good checkpoint is step 1 in' in message
   assert [row['step'] for row in rows(tmp_path)] == [1]
   found = saved(config, tmp_path)
   assert found.step == 1 and found.state.fault == 0
   # Without the bad batch the run ends as if nothing had happened.
   loop.train_and_evaluate(config, tmp_path)
   assert_same_run(config, whole[0], tmp_path)
+
+
+def diverging(config, *, steps, keep=1):
+  """Every step saves; the update of step 3 has a learning rate of 1e5."""
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, norm=NormConfig(kind='rmsnorm')),
+    train=dataclasses.replace(
+      config.train, steps=(steps,), seq_len=(16,), batch_size=(8,)
+    ),
+    checkpoint=CheckpointConfig(every=1, keep=keep),
+    eval=EvalConfig(windows=2),
+  )
+
+
+def explode(monkeypatch, at):
+  """The learning rate of one update, as a schedule with a slip would."""
+  learning_rate = optim.learning_rate
+
+  def slip(config, total):
+    rate = learning_rate(config, total)
+    if config.learning_rate < 0.01:
+      return rate
+    return lambda step: jax.numpy.where(step == at, 1e5, rate(step))
+
+  monkeypatch.setattr(optim, 'learning_rate', slip)
+
+
+def names(folder):
+  return {path.name for path in (folder / 'checkpoints').iterdir()}
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_from_it(
+  config, tmp_path, monkeypatch, capsys
+):
+  """Step 3 ruins the parameters; they stay finite until step 4 reads them."""
+  explode(monkeypatch, at=2)
+  bad = diverging(config, steps=6)
+  with pytest.raises(RunError) as error:
+    loop.train_and_evaluate(bad, tmp_path)
+  message = str(error.value)
+  assert 'step 4: loss is not finite' in message and '\n' not in message
+  assert 'state of step 3 is ruined' in message
+  assert 'last good checkpoint is step 2 in' in message
+  assert 'on with --resume_from=2 --allow_config_change' in message
+  assert names(tmp_path) == {'2', '3.ruined'}
+  optimizer = dataclasses.replace(bad.optim, learning_rate=0.009)
+  lower = dataclasses.replace(bad, optim=optimizer)
+  result = loop.train_and_evaluate(
+    lower, tmp_path, allow_config_change=True, resume_from=2
+  )
+  assert 'going on from step 2 of 6' in capsys.readouterr().out
+  assert result['validation']['dense']['loss'] < 5.545
+  trained = [row['step'] for row in rows(tmp_path) if row['kind'] == 'train']
+  assert trained == [1, 2, 3, 4, 5, 6]
+  # Back again, and to the beginning: nothing is lost.
+  with pytest.raises(ConfigError, match=r'resume_from=5: .*there: 6; 0 begins'):
+    loop.train_and_evaluate(lower, tmp_path, resume_from=5)
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  again = loop.train_and_evaluate(lower, tmp_path, resume_from=0)
+  assert again['step'] == 6
+  assert names(tmp_path) == {'6', '6.aside', '3.ruined'}
+  assert (tmp_path / 'metrics.jsonl.aside1').read_bytes() == before
+  kept = json.loads((tmp_path / 'result.json.aside').read_text())
+  assert json_text.unsealed(kept) == result
+
+
+def test_a_run_whose_last_step_ruins_it_fails(config, tmp_path, monkeypatch):
+  """Not with the 8 bits per byte of a guess: all logits would be 0."""
+  explode(monkeypatch, at=2)
+  bad = diverging(config, steps=3, keep=2)
+  with pytest.raises(RunError) as error:
+    loop.train_and_evaluate(bad, tmp_path)
+  message = str(error.value)
+  assert 'step 3: the validation loss with dense attention is nan' in message
+  assert 'on with --resume_from=2 --allow_config_change' in message
+  assert names(tmp_path) == {'2', '3.ruined'}
+  assert not (tmp_path / 'result.json').exists()
 
 
 def test_a_broken_newest_checkpoint_falls_back_and_ends_the_same(
@@ -318,3 +427,30 @@ def test_batches_reach_every_device_of_the_mesh(config):
   with pytest.raises(StopIteration):
     task.evaluate(eval_step, None, before_batch=lambda: None)
   assert len(seen[0]) == 4
+
+
+def test_one_run_at_a_time_in_a_work_directory(whole, config, tmp_path):
+  """Readers share; the refusal says who, where and since when."""
+  folder = tmp_path / 'run'
+  shutil.copytree(whole[0], folder)
+  more = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, steps=(4, 4))
+  )
+  calls = {
+    'train': lambda: loop.train_and_evaluate(more, folder),
+    'eval': lambda: loop.evaluate_checkpoint(config, folder),
+    'export': lambda: loop.export_checkpoint(config, folder),
+  }
+  before = sorted(folder.rglob('*'))
+  for alone, mode, refused in (
+    (True, 'train', ('train', 'eval', 'export')),
+    (False, 'eval', ('train',)),
+  ):
+    with lock.hold(folder, mode, alone=alone):
+      for name in refused:
+        with pytest.raises(ConfigError, match=f'is in use .*--mode={name}'):
+          calls[name]()
+  exported = folder / 'export'
+  assert sorted(folder.rglob('*')) in (before, sorted([*before, exported]))
+  with lock.hold(folder, 'eval', alone=False):
+    assert calls['eval']()['step'] == 7

@@ -3,12 +3,14 @@
 import errno
 import json
 import math
+import resource
 import struct
 import threading
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from psa_jax.config import RunError
 from psa_jax.train import metrics as lib
 from tests.train import tiny
 
@@ -57,11 +59,53 @@ def test_a_half_written_line_is_dropped(path, cut):
   assert path.read_bytes() == whole
 
 
-def test_rows_after_a_damaged_line_are_dropped(path):
-  lines = path.read_text().splitlines()
-  lines[1] = '["not a row"]'
-  path.write_text('\n'.join(lines) + '\n')
-  assert lib.read_rows(path) == ROWS[:1]
+DAMAGED = (
+  b'{"kind": "train", "step": 1, "lo\xffs": 2.5}',
+  b'{"kind": "train", "step": "2", "loss": 2.0}',
+  b'{"kind": "train", "step": 1e30, "loss": 2.0}',
+  b'{"kind": "train", "step": true, "loss": 2.0}',
+  b'{"kind": "train", "step": 2, "loss": "2.0"}',
+  b'{"kind": "trbin", "step": 2, "loss": 2.0}',
+  b'{"kind": ["train"], "step": 2, "loss": 2.0}',
+  b'{"kind": "train", "stfp": 2, "loss": 2.0}',
+  b'["not a row"]',
+  b'{"kind": ' * 3000 + b'}' * 3000,
+  b'',
+)
+
+
+def test_a_damaged_line_costs_no_other(path):
+  """What is left out is said by number, and the file kept as it was."""
+  lines = path.read_bytes().splitlines()
+  harmed = b'\n'.join([lines[0], *DAMAGED, *lines[1:], b''])
+  path.write_bytes(harmed)
+  said = []
+  assert lib.read_rows(path, said.append) == ROWS
+  file = lib.MetricsFile(path, step=3, say=said.append)
+  assert file.rows == ROWS[:4] == lib.read_rows(path)
+  file.write(ROWS[4])
+  file.close()
+  assert path.read_bytes() == b'\n'.join([*lines, b''])
+  assert path.with_name('metrics.jsonl.corrupt').read_bytes() == harmed
+  assert len(said) == 2
+  for text in ('line 2 (not JSON)', 'line 3 (step is no count)', 'and 6 more'):
+    assert text in said[1] and text in said[0]
+  assert 'kept as metrics.jsonl.corrupt' in said[1]
+  lib.MetricsFile(path, step=3, say=said.append).close()
+  assert len(said) == 2
+
+
+def test_a_full_disk_names_the_file(path):
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  file = lib.MetricsFile(path, step=9)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, hard))
+  try:
+    with pytest.raises(RunError, match='metrics.jsonl: File too large'):
+      file.write(row('train', 4, loss=1.25))
+    file.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert lib.read_rows(path) == ROWS
 
 
 def test_a_number_that_is_no_json_is_null(tmp_path):
@@ -139,23 +183,18 @@ def test_tensorboard_hides_what_a_resumed_run_makes_again(tmp_path):
   assert starts == [[], [3]]
 
 
-@pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
-)
 def test_a_disk_that_fills_up_ends_the_events_and_not_the_run(tmp_path, caplog):
-  """TensorboardX's writer thread dies; its queue holds ten events."""
+  """TensorboardX's writer thread lives on; its queue holds ten events."""
   board = lib.TensorBoard(tmp_path, {}, metrics=['final/loss'], step=0)
   events = board._writer.file_writer.event_writer
 
   def full(event):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  events._ev_writer.write_event = full
+  events._ev_writer._py_recordio_writer.write = full
 
   def use():
-    board.write(row('train', 1, loss=1.0))
-    events._worker.join(timeout=30)
-    for step in range(2, 40):
+    for step in range(1, 40):
       board.write(row('train', step, loss=1.0, density=1.0))
     board.close()
 

@@ -251,14 +251,17 @@ def test_every_check_of_an_update(what, value):
   good, bad = np.ones(2, np.float32), np.array([0, value], np.float32)
   metrics = {'loss': np.float32(1), 'grad_norm': np.float32(1)}
   params, statistics = {'w': good}, {'m': good, 'count': np.arange(3)}
-  assert step_lib._fault(metrics, params, statistics) == 0
+  moments = {'v': good}
+  assert step_lib._fault(metrics, params, statistics, moments) == 0
   if what in metrics:
     metrics[what] = np.float32(value)
   elif what == 'parameters':
     params['w'] = bad
+  elif what == 'optimizer state':
+    moments['v'] = bad
   else:
     statistics['m'] = bad
-  found = step_lib._fault(metrics, params, statistics)
+  found = step_lib._fault(metrics, params, statistics, moments)
   assert step_lib.FAULTS[int(found) - 1] == what
 
 

@@ -313,3 +313,32 @@ def test_a_run_of_before_tasks_had_names_goes_on(tmp_path, task, model, data):
   other = 'recall' if task != 'recall' else 'language_modeling'
   with pytest.raises(ConfigError, match=f'config.task: "{task}" -> "{other}"'):
     workdir.check(tmp_path, dataclasses.replace(config, task=other))
+
+
+def test_an_exported_model_is_not_trained(tmp_path):
+  (tmp_path / workdir.EXPORTED).write_bytes(b'')
+  with pytest.raises(ConfigError, match='exported model, which is read'):
+    workdir.check(tmp_path, Config())
+  assert [path.name for path in tmp_path.iterdir()] == [workdir.EXPORTED]
+
+
+def test_drafts_have_names_of_their_own_and_the_mode_of_the_umask(tmp_path):
+  old = os.umask(0o027)
+  try:
+    drafts = {workdir.draft(tmp_path / 'a') for _ in range(9)}
+    workdir.write_json(tmp_path / 'b', {})
+  finally:
+    os.umask(old)
+  assert len(drafts) == 9
+  for path in (*drafts, tmp_path / 'b'):
+    assert path.stat().st_mode & 0o777 == 0o640
+  workdir.remove_drafts(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['b']
+
+
+def test_names_are_free_when_something_is_set_aside(tmp_path):
+  for name in ('a.aside', 'a.aside1', 'a.aside2'):
+    (tmp_path / 'a').write_text(name)
+    assert workdir.set_aside(tmp_path / 'a', 'aside').name == name
+  for name in ('a.aside', 'a.aside1', 'a.aside2'):
+    assert (tmp_path / name).read_text() == name

@@ -21,7 +21,7 @@ from psa_jax.data import cache, sources
 from psa_jax.data.text import baselines, documents, tokenizer
 from psa_jax.data.text.windows import Packed
 
-_LAYOUT = 'packed-1'  # change it with the meaning of the files below
+_LAYOUT = 'packed-2'  # change it with the meaning of the files below
 _SPLITS = documents.Splits._fields
 
 
@@ -98,9 +98,10 @@ def _write(source: documents.TextSource, config: DataConfig, path: Path):
     'manifest': manifest,
     'nul': nul,
     'dtype': dtype.name,
-    'crc32': files,
+    'files': files,
   }
-  (path / 'corpus.json').write_text(json.dumps(description, indent=2))
+  sealed = json_text.sealed(description)
+  (path / 'corpus.json').write_text(json.dumps(sealed, indent=2))
 
 
 def _check_measures(source, measures) -> None:
@@ -157,8 +158,8 @@ def _baselines(splits: documents.Splits, nul: bool) -> dict[str, float]:
 def _load(source_manifest: dict, path: Path) -> Corpus:
   """Reads a corpus folder; every byte of it is checked."""
   try:
-    description = json_text.read_object(path / 'corpus.json')
-    for name, check in description['crc32'].items():
+    description = json_text.unsealed(json_text.read(path / 'corpus.json'))
+    for name, check in description['files'].items():
       if zlib.crc32(_map(path / name, np.dtype(np.uint8)).data) != check:
         raise cache.Damaged(f'{name} is not what was written')
     manifest = {**source_manifest, **description['manifest']}

@@ -115,7 +115,9 @@ def test_changed_text_is_packed_again(tmp_path):
   assert b'new' in after.train.tokens.tobytes()
 
 
-@pytest.mark.parametrize('harm', ['flip', 'truncate', 'gone', 'json', 'bpe'])
+@pytest.mark.parametrize(
+  'harm', ['flip', 'truncate', 'gone', 'json', 'number', 'bpe']
+)
 def test_damaged_corpus_is_rebuilt(tmp_path, harm):
   config = config_of(tmp_path, tokenizer='bpe:280')
   corpus = lib.build_corpus(config)
@@ -130,6 +132,13 @@ def test_damaged_corpus_is_rebuilt(tmp_path, harm):
     (path / 'train.starts').unlink()
   if harm == 'json':
     (path / 'corpus.json').write_text('{"manifest": 1')
+  if harm == 'number':
+    text = (path / 'corpus.json').read_text()
+    changed = text.replace(
+      '"unigram_bits_per_byte": ', '"unigram_bits_per_byte": 1'
+    )
+    assert changed != text
+    (path / 'corpus.json').write_text(changed)
   if harm == 'bpe':
     (path / 'tokenizer.json').write_text('{}')
   again = lib.build_corpus(config)
