@@ -48,6 +48,11 @@ def test_sums_over_batches_not_means_of_means(mesh):
   assert result['density'] == pytest.approx((2 * 0.5 + 6 * 0.1) / 8)
 
 
+def test_a_batch_in_which_nothing_counts_may_report_nan(mesh):
+  nothing = dict(nats=0.0, tokens=0, bytes=0, density=np.nan)
+  assert evaluate([*BATCHES, nothing], mesh) == evaluate(BATCHES, mesh)
+
+
 def test_many_small_losses_do_not_vanish_beside_a_large_sum(mesh):
   """A float32 sum would stop growing at 2^24."""
   large = {**BATCHES[0], 'nats': 2.0**25}

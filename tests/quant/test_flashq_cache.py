@@ -156,6 +156,25 @@ def test_ragged_appends_equal_a_list_of_tokens(low_heads):
   assert lengths.max() > 3 * BLOCK - 1 and len(set(lengths % BLOCK)) > 1
 
 
+def test_what_lies_behind_a_prompt_may_be_nan():
+  """It sets no scale of the block that the prompt ends in."""
+  _, fill = jitted()
+  lengths, caches = np.asarray([0, 7, 16]), []
+  behind = (np.arange(20)[None] >= lengths[:, None])[..., None, None]
+  for value in (0.0, np.nan, np.inf):
+    arrays = [jnp.where(behind, value, x) for x in sample(1, 20)]
+    caches.append(fill(new_cache(), *arrays, jnp.asarray(lengths)))
+  for cache in caches[1:]:
+    jax.tree.map(np.testing.assert_array_equal, cache, caches[0])
+
+
+def test_a_block_with_nan_is_nan_and_not_some_integers():
+  x = normal(2, BLOCK, H)
+  x[1, 3, 2] = np.nan
+  _, scale = flashq.stage_one(jnp.asarray(x))
+  np.testing.assert_array_equal(np.isnan(scale), [False, True])
+
+
 def test_a_full_row_drops_what_comes():
   add, fill = jitted()
   arrays = [jnp.asarray(x) for x in sample(1, ROOM)]

@@ -229,13 +229,17 @@ def test_a_cache_of_split_keys_gives_the_same_at_a_traced_position():
   keys, traces = split(jnp.asarray(k), CONFIG), []
 
   @jax.jit
-  def decode(q, offset):
+  def decode(q, offset, v):
     traces.append(1)
     return attend_split(q, keys, v, config=CONFIG, q_offset=offset)
 
   v = jnp.asarray(v)
   for offset in (36, 20, 0):
-    got, got_stats = decode(jnp.asarray(q), offset)
+    got, got_stats = decode(jnp.asarray(q), offset, v)
+    behind = np.arange(v.shape[1]) > offset  # holds nothing yet
+    filled = jnp.where(behind[None, :, None, None], np.nan, v)
+    again, _ = decode(jnp.asarray(q), offset, filled)
+    np.testing.assert_array_equal(again, got)
     want, stats = attend((q, k, v), kw | dict(q_offset=offset))
     oracles.check_close(got, want)
     assert got_stats.key_bytes == stats.key_bytes

@@ -23,6 +23,9 @@ Query heads that share a key and value head (GQA, younger than the paper) stay
 or go together, and their measures are added: otherwise the shared keys would
 have to stay for the last of them. With G = 1 this is the paper's rule.
 
+A measure is a sum in f32, as the paper defines it, and not a logarithm: tokens
+whose every probability is below 1e-38 tie, and go by position.
+
 No gradient flows through a measure.
 """
 
