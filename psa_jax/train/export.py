@@ -28,7 +28,7 @@ from safetensors.flax import save_file
 from psa_jax import config as config_lib
 from psa_jax.config import Config, ConfigError, RunError, json_text
 from psa_jax.models.folding import fold
-from psa_jax.train import workdir
+from psa_jax.train import lock, workdir
 from psa_jax.train.state import Program, TrainState
 
 FOLDER = 'export'  # in the work directory of the run
@@ -50,8 +50,8 @@ def save(
     The folded model's configuration, and where it lies.
 
   Raises:
-    ConfigError: the model does not fold (see `models.folding.fold`), or its
-      budget is a controller's.
+    ConfigError: the model does not fold (see `models.folding.fold`), its
+      budget is a controller's, or the folder is in use.
     RunError: a file cannot be written.
   """
   if config.train.controller.kind != 'none':
@@ -70,7 +70,20 @@ def save(
     for part, tree in zip(_PARTS, folded[1:], strict=True)
     for name, value in _flat(tree)
   }
-  target = make_folder(folder)
+  target = folder / FOLDER
+  try:
+    target.mkdir(exist_ok=True)
+  except OSError as e:
+    raise RunError(f'cannot make {target}: {e.strerror}') from e
+  with lock.hold(target, 'export', alone=True):
+    _write(target, config, flat, step)
+  return config, target
+
+
+def _write(
+  target: pathlib.Path, config: Config, flat: dict[str, Any], step: int
+) -> None:
+  """Both files whole, or the old ones as they were."""
   values = json_text.sealed(config_lib.to_dict(config))
   text = json.dumps(values, indent=2) + '\n'
   try:
@@ -88,21 +101,6 @@ def save(
   except (OSError, SafetensorError) as e:
     workdir.remove_drafts(target)
     raise RunError(f'cannot write {target / WEIGHTS}: {e}') from e
-  return config, target
-
-
-def make_folder(folder: pathlib.Path) -> pathlib.Path:
-  """The folder of the exported model in that of its run, made if needed.
-
-  Raises:
-    RunError: it cannot be made.
-  """
-  target = folder / FOLDER
-  try:
-    target.mkdir(exist_ok=True)
-  except OSError as e:
-    raise RunError(f'cannot make {target}: {e.strerror}') from e
-  return target
 
 
 def load(folder: pathlib.Path, program: Program) -> TrainState:

@@ -173,11 +173,7 @@ def export_checkpoint(
   sharding.initialize_distributed()
   folder = pathlib.Path(workdir)
   _check_there_is_a_checkpoint(folder)
-  target = export.make_folder(folder)
-  with (
-    _hold(folder, 'export', alone=False),
-    _hold(target, 'export', alone=True),
-  ):
+  with _hold(folder, 'export', alone=False):
     return _export(config, folder, corpus)
 
 

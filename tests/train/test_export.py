@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from psa_jax.config import Config, ConfigError, RunError
-from psa_jax.train import export, workdir
+from psa_jax.train import export, lock, workdir
 from psa_jax.train.state import Program, TrainState
 
 ARRAYS = {
@@ -120,7 +120,7 @@ def test_both_files_have_the_mode_of_the_umask_and_no_draft_is_left(saved):
   finally:
     os.umask(old)
   names = {path.name for path in folder.iterdir()}
-  assert names == {export.WEIGHTS, workdir.CONFIG}
+  assert names == {export.WEIGHTS, workdir.CONFIG, lock.LOCK}
   for path in folder.iterdir():
     assert path.stat().st_mode & 0o777 == 0o640
   assert_as_written(export.load(folder, program()))
@@ -137,3 +137,12 @@ def test_a_full_disk_leaves_the_model_that_was_there(saved):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_model_that_is_read_is_not_replaced(saved):
+  _, folder = saved()
+  before = (folder / export.WEIGHTS).read_bytes()
+  with lock.hold(folder, 'eval', alone=False):
+    with pytest.raises(ConfigError, match='is in use'):
+      saved(1.0)
+  assert (folder / export.WEIGHTS).read_bytes() == before
