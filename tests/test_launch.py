@@ -97,6 +97,8 @@ def with_loop(*words, action='None'):
     ([QUICK, '--config.model.num_kv_heads=3'], 'multiple of'),
     ([QUICK, '--config.train.steps=0,1'], 'config.train.steps is (0, 1)'),
     (['--flagfile=absent.txt', QUICK], 'absent.txt'),
+    ([QUICK, '--mode=eval', '--resume_from=3'], 'is for --mode=train'),
+    ([QUICK, '--resume_from=-1'], 'resume_from'),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, text):
