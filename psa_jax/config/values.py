@@ -26,7 +26,7 @@ def convert(
     ConfigError: it cannot be read as that type, or is no option.
   """
   # Text too: `None` on the command line is never meant as the word.
-  if value is None or value == 'None':
+  if value is None or (isinstance(value, str) and value == 'None'):
     raise ConfigError(
       f'{path}: None is not a value; leave the key out for its default '
       f'{default!r}'

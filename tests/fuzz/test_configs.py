@@ -1,6 +1,7 @@
 """Any keys with any values: a configuration, or one bounded line."""
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import given
 
@@ -17,6 +18,7 @@ def test_overrides_give_a_configuration_or_a_line(overrides):
   ('overrides', 'named'),
   [
     ([('seed', 10**5000)], 'seed'),
+    ([('seed', np.ones(3))], 'seed'),
     ([('seed', '9' * configs.LONG)], 'seed'),
     ([('data.source', 'x' * configs.LONG)], 'data.source'),
     ([('.' * 10**6, '1')], '...'),
