@@ -83,8 +83,6 @@ def test_no_file_makes_a_forbidden_call():
     for name in [path.relative_to(ROOT).as_posix()]
     for what, why in found(path.read_text('utf-8'))
     if (name, what) not in ALLOWED
-    # Its lines are our own JSON, in ASCII.
-    and not (what == 'splitlines' and name.startswith('psa_jax/train/'))
   ]
   assert not places
 

@@ -484,8 +484,8 @@ def _reason(error: BaseException) -> str:
   for phrase in _DISK_ERRORS:
     if phrase in text:
       return phrase.lower()
-  lines = text.strip().splitlines() or ['']
-  return f'{type(error).__name__}: {lines[0][:160]}'
+  first = text.strip().split('\n')[0]
+  return f'{type(error).__name__}: {first[:160]}'
 
 
 def _size(count: int) -> str:

@@ -150,7 +150,7 @@ def _holders(path: pathlib.Path, handle: int) -> list[dict[str, Any]]:
   """Who the file names; without those of this host that are gone."""
   found = []
   # Through the open handle: closing another one would let go of its locks.
-  for line in os.pread(handle, 1 << 16, 0).splitlines():
+  for line in os.pread(handle, 1 << 16, 0).split(b'\n'):
     with contextlib.suppress(ValueError, RecursionError):
       holder = json.loads(line)
       if isinstance(holder, dict) and _alive(holder):
