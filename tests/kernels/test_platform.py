@@ -78,7 +78,11 @@ def test_every_op_runs_on_every_platform_and_tries_xla_before_giving_up():
     names = [n for n, i in known.items() if i.automatic]
     assert names[-1] == 'xla' and not known['reference'].automatic
     assert not known['xla'].platform
-    assert all(known[n].platform in ('tpu', 'gpu') for n in names[:-1])
+    # Before it come those of one machine, and those that say where they lose.
+    everywhere = platform.Implementation._field_defaults['slower']
+    for name in names[:-1]:
+      one = known[name]
+      assert one.platform in ('tpu', 'gpu') or one.slower is not everywhere
 
 
 def test_the_target_is_this_machine_unless_another_is_set():

@@ -16,13 +16,16 @@ from psa_jax.kernels import softmax
 from psa_jax.kernels.compressed.ranking import newest, rank
 from psa_jax.kernels.compressed.xla import KEYS, ROWS
 
+# Logarithms of a chunk of queries; their sums take a few arrays as large.
+ENTRIES = 2**21
+
 
 def top_blocks(q, k, lse, positions, starts, ranges, *, blocks, spec):
   """See `api.top_blocks`."""
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   G = N // K
-  chunk = min(max(1, ROWS // G), T)
+  chunk = min(max(1, ROWS // G), max(1, ENTRIES // C), T)
   q, factor = softmax.prescale(q, spec.scale, lse.dtype)
   keys = min(KEYS, C)
   k = jnp.pad(k, ((0, 0), (0, -C % keys), (0, 0), (0, 0)))
