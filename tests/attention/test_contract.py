@@ -374,6 +374,11 @@ def test_what_is_not_read_changes_no_bit(name, implementation):
   read, once what comes after the last query that counts. The tokens' own
   outputs may be NaN, and nothing depends on them.
   """
+  check_what_is_not_read(name, implementation, (None, (np.nan, np.inf)))
+
+
+def check_what_is_not_read(name, implementation, others):
+  """What has zeros where nothing reads, and what has each of `others` there."""
   config = using(ROWS[name].config, implementation)
   make = LEARNED.get(config.name, lambda *args: None)
 
@@ -404,7 +409,7 @@ def test_what_is_not_read_changes_no_bit(name, implementation):
   past = jnp.broadcast_to(jnp.arange(T) <= 40, one.shape)
   for seg, read in ((two, two == 1), (two, two == 2), (one, past)):
     want = run(seg, read, (0.0, 0.0))
-    for values in (None, (np.nan, np.inf)):
+    for values in others:
       got = run(seg, read, values)
       jax.tree.map(np.testing.assert_array_equal, got, want)
     for grad in want[1][0]:
