@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line(made, argv, words, capsys):
   code, said = ended(made, argv, capsys)
   assert code == 2
   assert said.count('\n') == 1
-  assert said.startswith('python -m experiments.made: ') and words in said
+  assert said.startswith('error: ') and words in said
   assert not made.results.exists()
 
 
