@@ -87,7 +87,7 @@ def test_a_run_that_was_stopped_is_no_result(monkeypatch):
     loop, 'train_and_evaluate', lambda *args: {'step': 3, 'stopped': True}
   )
   run = Run('tag', '', 0)
-  with pytest.raises(RunError, match='stopped at step 3'):
+  with pytest.raises(RunError, match='stopped the run at step 3'):
     grid.train(run, grid.configure(run))
 
 
