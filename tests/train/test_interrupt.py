@@ -21,6 +21,14 @@ with Interrupt(say, before_abort=lambda: say('terminal restored')):
 """
 
 
+@pytest.fixture(autouse=True)
+def hangups():
+  """SIGHUP as a terminal has it: these tests may be run by nohup."""
+  old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, old)
+
+
 def wait_for_stop(interrupt):
   """Checks as the loop does, until the watching thread has set the flag."""
   for _ in range(500):
