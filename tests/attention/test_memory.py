@@ -49,7 +49,12 @@ NAMES = list(ROWS)
 
 @pytest.fixture(scope='module')
 def temporaries():
-  flags = '--xla_cpu_experimental_ynn_fusion_type='
+  # Buffers are assigned before LLVM sees anything, so it need not optimise.
+  flags = (
+    '--xla_cpu_experimental_ynn_fusion_type= '
+    '--xla_backend_optimization_level=0 '
+    '--xla_cpu_parallel_codegen_split_count=1'
+  )
   done = subprocess.run(
     [sys.executable, '-c', CHILD, json.dumps([NAMES, LENGTHS])],
     env={**os.environ, 'XLA_FLAGS': flags, 'JAX_NUM_CPU_DEVICES': '1'},
