@@ -2,8 +2,8 @@
 
 `model.safetensors` holds the arrays, named by their paths (`params/layers/mlp/
 w_up`), with the step and a CRC-32 of it all in its metadata; `config.json`
-beside it is an ordinary
-configuration whose model has no norms left (`models/folding.py`). So
+beside it is an ordinary configuration whose model has no norms left
+(`models/folding.py`). So
 
   python launch.py --config=RECIPE --mode=export
   python launch.py --config=runs/NAME/export/config.json --mode=eval

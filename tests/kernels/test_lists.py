@@ -41,6 +41,18 @@ def test_transpose_against_brute_force(seed):
       assert read.tolist() == want, (b, h, j)
 
 
+def test_transpose_of_what_fits_no_int32(monkeypatch):
+  """A block and a tile that are no single number are sorted as a pair."""
+  ids, counts = map(jnp.asarray, random_lists(np.random.default_rng(1)))
+  want = lists.transpose(ids, counts, BLOCKS)
+  monkeypatch.setattr(lists, 'LARGEST', 0)
+  got = lists.transpose(ids, counts, BLOCKS)
+  np.testing.assert_array_equal(got.offsets, want.offsets)
+  for b, h in np.ndindex(2, 2):
+    end = int(want.offsets[b, h, -1])
+    np.testing.assert_array_equal(got.tiles[b, h, :end], want.tiles[b, h, :end])
+
+
 @pytest.mark.tier('default')
 @hypothesis.given(seed=st.integers(0, 2**31), most=st.integers(1, TILES))
 def test_shares_hold_every_reader_once_and_few_each(seed, most):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+LARGEST = jnp.iinfo(jnp.int32).max  # that a block and a tile fit into together
+
 
 class Readers(NamedTuple):
   """The query tiles that read each key block, in compressed rows.
@@ -48,7 +50,7 @@ def transpose(
   tile = jnp.broadcast_to(jnp.arange(tiles)[:, None], (tiles, M)).reshape(-1)
   tile = jnp.broadcast_to(tile[None, None], block.shape)
   ends = jnp.arange(blocks + 1)
-  if (blocks + 1) * tiles <= jnp.iinfo(jnp.int32).max:
+  if (blocks + 1) * tiles <= LARGEST:
     # One number sorts several times faster than a pair does.
     pair = jnp.sort(block * tiles + tile, axis=-1)
     return Readers(_search(pair, ends * tiles, 'left'), pair % tiles)

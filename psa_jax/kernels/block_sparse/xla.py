@@ -22,10 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import platform, softmax, unread
-from psa_jax.kernels.tiles import Tiles
+from psa_jax.kernels import platform, softmax
+from psa_jax.kernels.block_sparse.differentiable import differentiable
 
 # Keys gathered at a time. Products are faster the larger they are, so a list
 # is read in chunks of the first size while it fills three quarters of one, then
@@ -33,16 +32,6 @@ from psa_jax.kernels.tiles import Tiles
 # most `SCORES` entries. Measured in experiments/LOG.md.
 CHUNKS, SCORES = (3072, 1536, 128), 2**21
 SCORES_ON_GPU = 2**25  # of all tiles that are taken together
-
-
-def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
-  """See `api.block_sparse_attention`."""
-  return _attention(spec, q, k, v, ids, counts, segments, cubic)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, ids, counts, segments, cubic):
-  return _forward(spec, q, k, v, ids, counts, segments, cubic)[:2]
 
 
 class _Lists(NamedTuple):
@@ -188,14 +177,11 @@ def _mask(spec, tiles, lists, tile, ids, used):
   return mask
 
 
-def _forward(spec, q, k, v, ids, counts, segments, cubic):
+def _forward(spec, packed, ids, counts, segments, cubic):
   """Output, log-sum-exp, and the row maximum where the softmax needs it."""
-  acc = jnp.promote_types(q.dtype, jnp.float32)
-  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  tiles, qt, factor, kb, vb, acc = packed
   lists = _pack_lists(tiles, ids, counts, segments)
   sizes = _chunk_sizes(tiles, ids.shape[-1])
-  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
-  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   kind = spec.softmax
 
   def tile_out(walk, tile):
@@ -221,22 +207,20 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
     if kind.needs_top:
       run = run._replace(top=walk(highest, run.top))
     run = walk(read, run)
-    return *softmax.finish(run, v.dtype), run.top if kind.needs_top else None
+    return *softmax.finish(run, vb.dtype), run.top if kind.needs_top else None
 
   count = qt.shape[0]
   together = _Together.of(tiles, sizes, count)
   if together is None:
     walk = functools.partial(_walk, spec, tiles, lists, sizes)
-    outputs = lax.map(functools.partial(tile_out, walk), jnp.arange(count))
-    return jax.tree.map(tiles.unpack_q, outputs)
+    return lax.map(functools.partial(tile_out, walk), jnp.arange(count))
 
   def group(tile):
     trips = together.trips(lists, tile)
     walk = functools.partial(together.walk, spec, tiles, lists, trips)
     return jax.vmap(functools.partial(tile_out, walk))(tile)
 
-  outputs = together.join(lax.map(group, together.tile))
-  return jax.tree.map(tiles.unpack_q, outputs)
+  return together.join(lax.map(group, together.tile))
 
 
 def _read(blocks, at):
@@ -244,31 +228,12 @@ def _read(blocks, at):
   return blocks[at].reshape(-1, blocks.shape[-1])
 
 
-def _forward_rule(spec, q, k, v, ids, counts, segments, cubic):
-  out, lse, top = _forward(spec, q, k, v, ids, counts, segments, cubic)
-  # Named so that a rematerialisation policy can keep them: then the backward
-  # pass recomputes the projections but not the attention.
-  out = checkpoint_name(out, 'attn_out')
-  lse = checkpoint_name(lse, 'attn_lse')
-  if top is not None:
-    top = checkpoint_name(top, 'attn_lse')
-  return (out, lse), (q, k, v, ids, counts, segments, cubic, out, lse, top)
-
-
-def _backward_rule(spec, saved, grads):
-  q, k, v, ids, counts, segments, cubic, out, lse, top = saved
-  d_out, d_lse = grads
-  q, k = unread.clean(q), unread.clean(k)
-  acc = lse.dtype
-  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+def _backward(spec, packed, d_out, rows, ids, counts, segments, cubic):
+  """Gradients of the packed queries, keys and values, and of the cubic."""
+  tiles, qt, factor, kb, vb, acc = packed
   lists = _pack_lists(tiles, ids, counts, segments)
   sizes = _chunk_sizes(tiles, ids.shape[-1])
-  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
-  dot_ = tiles.pack_q(d_out)
-  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   turned = jnp.swapaxes(kb, 1, 2)
-  rows = softmax.Backward.of(out, lse, d_out, d_lse, top)
-  rows = jax.tree.map(tiles.pack_q, rows)
   kind = spec.softmax
 
   def piece(tile, ids, mask):
@@ -280,13 +245,13 @@ def _backward_rule(spec, saved, grads):
     p, slope = row.probabilities(kind.scores(raw, cubic), kind)
     if mask is not None:
       p, slope = jnp.where(mask.T, p, 0), jnp.where(mask.T, slope, 0)
-    dp = softmax.dot('sh,rh->sr', values, dot_[tile], acc)
+    dp = softmax.dot('sh,rh->sr', values, d_out[tile], acc)
     ds = slope * (dp - row.delta[None])
     more = None
     if cubic is not None:
       ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
-    ds = ds.astype(q.dtype)
-    dv_c = softmax.dot('sr,rh->sh', p.astype(v.dtype), dot_[tile], acc)
+    ds = ds.astype(qt.dtype)
+    dv_c = softmax.dot('sr,rh->sh', p.astype(vb.dtype), d_out[tile], acc)
     dk_c = softmax.dot('sr,rh->sh', ds, qt[tile], acc)
     keys = jnp.swapaxes(turned[at], 0, 1).reshape(kb.shape[-1], -1)
     dq = softmax.dot('hs,sr->hr', keys, ds, acc)
@@ -308,7 +273,7 @@ def _backward_rule(spec, saved, grads):
 
     dq = jnp.zeros((qt.shape[2], qt.shape[1]), acc)
     dq, *carry = _walk(spec, tiles, lists, sizes, tile, step, (dq, *carry))
-    return tuple(carry), (dq.T * spec.scale).astype(q.dtype)
+    return tuple(carry), (dq.T * spec.scale).astype(qt.dtype)
 
   def group_grads(carry, tile):
     def one(tile, i):
@@ -321,7 +286,7 @@ def _backward_rule(spec, saved, grads):
     trips = together.trips(lists, tile)
     dq, *carry = lax.fori_loop(0, trips, step, (dq, *carry))
     dq = jnp.swapaxes(dq, 1, 2)
-    return tuple(carry), (dq * spec.scale).astype(q.dtype)
+    return tuple(carry), (dq * spec.scale).astype(qt.dtype)
 
   init = jnp.zeros(kb.shape, acc), jnp.zeros(vb.shape, acc)
   init = *init, None if cubic is None else jnp.zeros_like(cubic, acc)
@@ -331,14 +296,7 @@ def _backward_rule(spec, saved, grads):
   else:
     carry, dq = lax.scan(group_grads, init, together.tile)
     dq = together.join(dq)
-  dk, dv, d_cubic = carry
-  dq = tiles.unpack_q(dq)
-  # The queries in dk carry the scale where `factor` is 1 (`prescale`); the keys
-  # in dq never do.
-  dk = tiles.unpack_k((dk * factor).astype(k.dtype))
-  dv = tiles.unpack_k(dv.astype(v.dtype))
-  d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)
-  return dq, dk, dv, None, None, None, d_cubic
+  return dq, *carry
 
 
-_attention.defvjp(_forward_rule, _backward_rule)
+block_sparse_attention = differentiable(_forward, _backward)

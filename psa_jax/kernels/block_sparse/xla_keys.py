@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from psa_jax.kernels import softmax, unread
+from psa_jax.kernels import softmax
 from psa_jax.kernels.block_sparse import lists
+from psa_jax.kernels.block_sparse.differentiable import differentiable
 from psa_jax.kernels.tiles import Tiles
 
 # Rows of queries (tiles times heads times block_q) that are gathered at a time.
@@ -40,16 +40,6 @@ def slower(where, q, k, *args, spec):
   return (
     where.platform != 'cpu' or rows > MOST_ROWS or spec.block_k < LEAST_KEYS
   )
-
-
-def block_sparse_attention(q, k, v, ids, counts, segments, cubic, *, spec):
-  """See `api.block_sparse_attention`."""
-  return _attention(spec, q, k, v, ids, counts, segments, cubic)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, ids, counts, segments, cubic):
-  return _forward(spec, q, k, v, ids, counts, segments, cubic)[:2]
 
 
 class _Walk(NamedTuple):
@@ -184,13 +174,10 @@ class _Chunk(NamedTuple):
     return x.at[self._at(x)].add(more, mode='drop', unique_indices=True)
 
 
-def _forward(spec, q, k, v, ids, counts, segments, cubic):
+def _forward(spec, packed, ids, counts, segments, cubic):
   """Output, log-sum-exp, and the row maximum where the softmax needs it."""
-  acc = jnp.promote_types(q.dtype, jnp.float32)
-  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+  tiles, qt, factor, kb, vb, acc = packed
   walk = _Walk.of(spec, tiles, ids, counts, segments)
-  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
-  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
   kind, (count, rows, _) = spec.softmax, qt.shape
 
   def scores(block, chunk):
@@ -223,34 +210,15 @@ def _forward(spec, q, k, v, ids, counts, segments, cubic):
   runs, _ = lax.scan(read, runs, blocks)
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), runs)
   out, lse = (
-    tiles.unpack_q(x.reshape(count, rows, *x.shape[1:]))
-    for x in softmax.finish(flat, v.dtype)
+    x.reshape(count, rows, *x.shape[1:]) for x in softmax.finish(flat, vb.dtype)
   )
-  return out, lse, tiles.unpack_q(runs.top) if kind.needs_top else None
+  return out, lse, runs.top if kind.needs_top else None
 
 
-def _forward_rule(spec, q, k, v, ids, counts, segments, cubic):
-  out, lse, top = _forward(spec, q, k, v, ids, counts, segments, cubic)
-  # Named so that a rematerialisation policy can keep them, as in `xla.py`.
-  out = checkpoint_name(out, 'attn_out')
-  lse = checkpoint_name(lse, 'attn_lse')
-  if top is not None:
-    top = checkpoint_name(top, 'attn_lse')
-  return (out, lse), (q, k, v, ids, counts, segments, cubic, out, lse, top)
-
-
-def _backward_rule(spec, saved, grads):
-  q, k, v, ids, counts, segments, cubic, out, lse, top = saved
-  d_out, d_lse = grads
-  q, k = unread.clean(q), unread.clean(k)
-  acc = lse.dtype
-  tiles = Tiles.of(q, k, spec.block_q, spec.block_k)
+def _backward(spec, packed, d_out, rows, ids, counts, segments, cubic):
+  """Gradients of the packed queries, keys and values, and of the cubic."""
+  tiles, qt, factor, kb, vb, acc = packed
   walk = _Walk.of(spec, tiles, ids, counts, segments)
-  qt, factor = softmax.prescale(tiles.pack_q(q), spec.scale, acc)
-  dot_ = tiles.pack_q(d_out)
-  kb, vb = tiles.pack_k(k), tiles.pack_k(v)
-  rows = softmax.Backward.of(out, lse, d_out, d_lse, top)
-  rows = jax.tree.map(tiles.pack_q, rows)
   kind = spec.softmax
 
   def block_grads(carry, block):
@@ -258,7 +226,7 @@ def _backward_rule(spec, saved, grads):
 
     def step(chunk, carry):
       dq, dk, dv, d_cubic = carry
-      queries, d, row = chunk.take((qt, dot_, rows))
+      queries, d, row = chunk.take((qt, d_out, rows))
       raw = softmax.dot('sh,rh->sr', keys, queries, acc) * factor
       p, slope = row.probabilities(kind.scores(raw, cubic), kind)
       same = slope is p
@@ -269,8 +237,8 @@ def _backward_rule(spec, saved, grads):
       if cubic is not None:
         ds, more = softmax.through_polynomial(ds, raw, cubic, kind)
         d_cubic = d_cubic + more
-      ds = ds.astype(q.dtype)
-      dv = dv + softmax.dot('sr,rh->sh', p.astype(v.dtype), d, acc)
+      ds = ds.astype(qt.dtype)
+      dv = dv + softmax.dot('sr,rh->sh', p.astype(vb.dtype), d, acc)
       dk = dk + softmax.dot('sr,rh->sh', ds, queries, acc)
       dq = chunk.add(dq, softmax.dot('sr,sh->rh', ds, keys, acc))
       return dq, dk, dv, d_cubic
@@ -284,13 +252,7 @@ def _backward_rule(spec, saved, grads):
   if cubic is not None:
     init = init[0], jnp.zeros_like(cubic, acc)
   (dq, d_cubic), (dk, dv) = lax.scan(block_grads, init, jnp.arange(len(kb)))
-  dq = tiles.unpack_q((dq * spec.scale).astype(q.dtype))
-  # The queries in dk carry the scale where `factor` is 1 (`prescale`); the keys
-  # in dq never do.
-  dk = tiles.unpack_k((dk * factor).astype(k.dtype))
-  dv = tiles.unpack_k(dv.astype(v.dtype))
-  d_cubic = jax.tree.map(lambda x, of: x.astype(of.dtype), d_cubic, cubic)
-  return dq, dk, dv, None, None, None, d_cubic
+  return (dq * spec.scale).astype(qt.dtype), dk, dv, d_cubic
 
 
-_attention.defvjp(_forward_rule, _backward_rule)
+block_sparse_attention = differentiable(_forward, _backward)
